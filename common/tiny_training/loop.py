@@ -1,0 +1,127 @@
+"""One training loop for every stage: progress, exponential moving average, checkpoints, resume."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+CHECKPOINT_EVERY_STEPS = 500
+WARMUP_STEPS = 200
+DECAY_FRACTION = 0.3
+MAX_GRADIENT_NORM = 1.0
+
+
+def optimizers_for(model: nn.Module, learning_rate: float, muon: bool = False) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices inside the transformer blocks and AdamW for the rest."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            inside_block = "blocks." in name and parameter.ndim == 2
+            (matrices if muon and inside_block else others).append(parameter)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.01)]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        )
+    return optimizers
+
+
+def learning_rate_factor(step: int, num_steps: int) -> float:
+    """Linear warm-up, constant, linear decay to zero over the last DECAY_FRACTION of the steps."""
+    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+    decay = min(1.0, (num_steps - step) / (DECAY_FRACTION * num_steps))
+    return min(warmup, decay)
+
+
+@dataclass
+class Stage:
+    """A resumable training stage of one model.
+
+    `loss(step)` draws its batch from a generator seeded by the step, so that a resumed stage sees what an
+    uninterrupted one would. `average` holds the moving average that is kept as the result.
+    """
+
+    name: str
+    model: nn.Module
+    loss: Callable[[int], Tensor]
+    num_steps: int
+    learning_rate: float
+    folder: Path
+    muon: bool = False
+    average_decay: float = 0.999
+    average: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / f"{self.name}.pt"
+
+    def run(self) -> nn.Module:
+        """Train to `num_steps`, resuming from a checkpoint, and return the model with averaged weights."""
+        optimizers = optimizers_for(self.model, self.learning_rate, self.muon)
+        start = self._resume(optimizers)
+        bar = tqdm(range(start, self.num_steps), initial=start, total=self.num_steps, desc=self.name, mininterval=5)
+        running = None
+        try:
+            for step in bar:
+                running = self._step(step, optimizers, running)
+                if step % 50 == 0:
+                    bar.set_postfix(loss=f"{running.item():.4f}", refresh=False)
+                if (step + 1) % CHECKPOINT_EVERY_STEPS == 0:
+                    self._save(step + 1, optimizers)
+        except KeyboardInterrupt:
+            self._save(step, optimizers)
+            raise SystemExit(f"{self.name}: interrupted at step {step}; run again to resume") from None
+        self._save(self.num_steps, optimizers)
+        self.model.load_state_dict(self.average)
+        return self.model.eval()
+
+    def _step(self, step: int, optimizers: list[torch.optim.Optimizer], running: Tensor | None) -> Tensor:
+        factor = learning_rate_factor(step, self.num_steps)
+        loss = self.loss(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self._update_average(step)
+        return loss.detach() if running is None else running.lerp(loss.detach(), 0.02)
+
+    @torch.no_grad()
+    def _update_average(self, step: int) -> None:
+        state = self.model.state_dict()
+        decay = min(self.average_decay, (step + 1) / (step + 10))
+        for key, value in state.items():
+            if key not in self.average or not value.is_floating_point():
+                self.average[key] = value.clone()
+            else:
+                self.average[key].lerp_(value, 1 - decay)
+
+    def _save(self, step: int, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.checkpoint.with_suffix(".tmp")
+        torch.save(
+            {
+                "step": step,
+                "model": self.model.state_dict(),
+                "average": self.average,
+                "optimizers": [o.state_dict() for o in optimizers],
+            },
+            temporary,
+        )
+        os.replace(temporary, self.checkpoint)
+
+    def _resume(self, optimizers: list[torch.optim.Optimizer]) -> int:
+        if not self.checkpoint.exists():
+            return 0
+        saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        self.average = {k: v.to(next(self.model.parameters()).device) for k, v in saved["average"].items()}
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        return min(saved["step"], self.num_steps)
