@@ -1,0 +1,21 @@
+"""What can go wrong, by name. Every message says what is wrong and what to do about it."""
+
+
+class ERTACacheError(Exception):
+    """Base class of the errors raised by this library."""
+
+
+class CalibrationError(ERTACacheError, ValueError):
+    """A calibration cannot be made, read or written."""
+
+
+class MismatchError(ERTACacheError, ValueError):
+    """A calibration does not belong to the pipeline, or to the run, that it is used on."""
+
+
+class StateError(ERTACacheError, RuntimeError):
+    """The pipeline's calls do not form a run that the cache can follow."""
+
+
+class MismatchWarning(UserWarning):
+    """The run differs from the calibrated one in something that costs quality but not correctness."""

@@ -1,0 +1,69 @@
+"""On-policy rectification: walks the schedule once and fits each step towards the reference trajectory."""
+
+from collections import deque
+from typing import Any
+
+from torch import Tensor
+
+from ertacache.rectification import DEFAULT_RIDGE, combine, drift_target, normal_equations, solve_towards_plain
+from ertacache.solver import StepCall, affine_step
+
+HISTORY_LENGTH = 3
+
+
+class Fitter:
+    """Controller that runs a cache schedule on all calibration prompts together and fits as it goes.
+
+    At each step it solves for the coefficients of the last computed outputs, stores them, and takes the step
+    with them, so that the next step is fitted on the trajectory that generation will follow.
+
+    Args:
+        schedule: computed steps.
+        reference: latents x_0 .. x_N of the recorded reference runs, (prompts, ...) each.
+        rows: prompts that are fitted to (cross-validation leaves some out); None for all.
+        on_computed: rectify computed steps too.
+    """
+
+    def __init__(self, schedule: list[int], reference: list[Tensor], rows: list[int] | None = None,
+                 history_length: int = HISTORY_LENGTH, ridge: float = DEFAULT_RIDGE, on_computed: bool = True):  # fmt: skip
+        self.schedule = frozenset(schedule)
+        self.reference = reference
+        self.rows = rows
+        self.ridge = ridge
+        self.on_computed = on_computed
+        self.history: deque[Tensor] = deque(maxlen=history_length)
+        self.coefficients: list[list[float]] = []
+        self.errors: list[float] = []
+        self.final: Tensor | None = None
+
+    def begin(self, scheduler: Any) -> None:
+        self.history.clear()
+        self.coefficients, self.errors = [], []
+
+    def should_compute(self, step: int) -> bool:
+        return step in self.schedule
+
+    def model_output(self, step: int, call: StepCall, scheduler: Any) -> Tensor:
+        computed = step in self.schedule
+        if computed:
+            self.history.appendleft(call.model_output)
+        if step == 0 or (computed and not self.on_computed):
+            self.coefficients.append([1.0])
+        else:
+            self.coefficients.append(self._fit(step, call, scheduler))
+        return combine(self.history, self.coefficients[-1]).to(call.model_output.dtype)
+
+    def _fit(self, step: int, call: StepCall, scheduler: Any) -> list[float]:
+        offset, gain = affine_step(scheduler, call)
+        reference_next = self.reference[step + 1].to(offset.device).float()
+        target = drift_target(reference_next, offset, gain)
+        rows = slice(None) if self.rows is None else self.rows
+        return solve_towards_plain(*normal_equations([h[rows] for h in self.history], target[rows]), self.ridge)
+
+    def after_step(self, step: int, sample: Tensor) -> None:
+        self.final = sample.detach()
+        difference = self.final.float() - self.reference[step + 1].to(sample.device).float()
+        self.errors.append(float(difference.square().mean().sqrt()))
+
+    def end(self) -> None:
+        self.history.clear()

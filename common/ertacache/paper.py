@@ -1,0 +1,77 @@
+"""The published method (arXiv 2508.21091): threshold policy, timestep adjustment, error model.
+
+Everything is measured on the recorded reference runs; no further model call is needed.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ertacache.policy import threshold_for, threshold_schedule
+from ertacache.recording import Recorder, residual_distances, residuals
+from ertacache.rectification import fit_error_model
+from ertacache.timesteps import adjust_timesteps, adjustment_factor
+
+PUBLISHED_THRESHOLDS = {
+    "Open-Sora 1.2 slow": 0.1,
+    "Open-Sora 1.2 fast": 0.18,
+    "CogVideoX-2B": 0.3,
+    "Wan2.1-1.3B": 0.08,
+    "FLUX.1-dev": 0.6,
+}
+
+
+@dataclass(frozen=True)
+class PaperFit:
+    """What the published method takes from the reference runs; the fields of a `Calibration`."""
+
+    computed_steps: list[int]
+    threshold: float | None
+    step_factors: list[float]
+    adjusted_sigmas: list[float] | None
+    error_model: list[list[float] | None]
+
+
+def fit_paper(recorded: Recorder, *, threshold: float | None = None, computed_steps: int | None = None,
+              schedule: list[int] | None = None, rows: list[int] | None = None, fraction: str = "next",
+              adjust: bool = True, error_model: bool = True) -> PaperFit:  # fmt: skip
+    """Fit the published method to recorded runs, by `threshold`, by `computed_steps`, or on a given `schedule`.
+
+    Args:
+        rows: prompts to fit to; None for all.
+        fraction: what |o~_i - o_i|_1 is divided by in phi: "next" for |o_i - o_{i+1}|_1, "own" for |o_i|_1.
+        adjust, error_model: leave a part out, for ablations.
+    """
+    residual = residuals(recorded, rows)
+    if schedule is None:
+        distances = residual_distances(residual)
+        threshold = threshold_for(distances, computed_steps) if threshold is None else threshold
+        schedule = threshold_schedule(distances, threshold)
+    chosen = slice(None) if rows is None else rows
+    outputs = [o[chosen].float() for o in recorded.outputs]
+    latents = [x[chosen].float() for x in recorded.latents]
+    factors: list[float] = []
+    models: list[list[float] | None] = []
+    kept = 0
+    for step in range(recorded.num_steps):
+        kept = step if step in schedule else kept
+        if step == kept:
+            factors.append(1.0)
+            models.append(None)
+            continue
+        reused = latents[step] + residual[kept]
+        factors.append(adjustment_factor(_l1(reused - outputs[step]), _l1(_denominator(outputs, step, fraction))))
+        models.append(list(fit_error_model(reused, outputs[step])) if error_model else None)
+    adjusted = adjust_timesteps(recorded.sigmas, factors) if adjust and recorded.sigmas else None
+    return PaperFit(schedule, threshold, factors if adjust else [1.0] * len(factors), adjusted, models)
+
+
+def _denominator(outputs: list[Tensor], step: int, fraction: str) -> Tensor:
+    if fraction == "own":
+        return outputs[step]
+    # the last step has no next output: backward difference
+    return outputs[step] - outputs[step + 1 if step + 1 < len(outputs) else step - 1]
+
+
+def _l1(values: Tensor) -> float:
+    return float(values.abs().double().mean())

@@ -1,0 +1,129 @@
+"""Generates with a finished calibration, and refuses or warns where it does not belong to the run."""
+
+import warnings
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ertacache import provenance, solver
+from ertacache.calibration import Calibration
+from ertacache.errors import MismatchError, MismatchWarning
+from ertacache.rectification import combine, rectify
+from ertacache.solver import StepCall
+from ertacache.timesteps import timesteps_on
+
+GRID_TOLERANCE = 0.05  # in timesteps of 0 .. 1000
+AGAIN = "calibrate again for it (ertacache.calibrate, or run.sh with the new setting)"
+
+
+class Replay:
+    """Controller of generation: the schedule is known, so no step reads a tensor's values."""
+
+    def __init__(self, calibration: Calibration, pipe: Any):
+        self.calibration = calibration
+        self.pipe = pipe
+        self.computed = frozenset(calibration.computed_steps)
+        longest = max((len(row) for row in calibration.coefficients or [[1.0]]), default=1)
+        self.history: deque[Tensor] = deque(maxlen=longest)
+        self.residual: Tensor | None = None
+
+    def begin(self, scheduler: Any) -> None:
+        check_grid(self.calibration, *solver.host_grid(scheduler))
+        guidance, calibrated = getattr(self.pipe, "guidance_scale", None), self.calibration.guidance_scale
+        if None not in (guidance, calibrated) and abs(guidance - calibrated) > 1e-6:
+            _warn(f"guidance scale is {guidance:g}, the calibration is for {calibrated:g}: quality may be lower")
+        if self.calibration.adjusted_sigmas is not None:
+            set_grid(scheduler, self.calibration.adjusted_sigmas, self.calibration)
+
+    def should_compute(self, step: int) -> bool:
+        return step in self.computed
+
+    def model_output(self, step: int, call: StepCall, scheduler: Any) -> Tensor:
+        if step == 0 and list(call.sample.shape[1:]) != self.calibration.latent_shape:
+            _warn(f"latents are {list(call.sample.shape[1:])}, the calibration is for {self.calibration.latent_shape}: "
+                  "quality may be lower")  # fmt: skip
+        if self.calibration.method == "paper":
+            return self._paper_output(step, call)
+        if step in self.computed:
+            self.history.appendleft(call.model_output)
+        return combine(self.history, self.calibration.coefficients[step])
+
+    def _paper_output(self, step: int, call: StepCall) -> Tensor:
+        if step in self.computed:
+            self.residual = call.model_output.float() - call.sample.float()
+            return call.model_output
+        reused = call.sample.float() + self.residual
+        pair = self.calibration.error_model[step] if self.calibration.error_model else None
+        if pair is not None:
+            reused = rectify(reused, *pair)
+        return reused.to(call.model_output.dtype)
+
+    def after_step(self, step: int, sample: Tensor) -> None:
+        """Nothing to do: the scheduler's result is the pipeline's."""
+
+    def end(self) -> None:
+        self.history.clear()
+        self.residual = None
+
+
+def check_pipeline(calibration: Calibration, pipe: Any) -> None:
+    """Raise MismatchError for another model or scheduler; warn for other weights or dtype."""
+    transformer = pipe.transformer
+    if type(transformer).__name__ != calibration.model["class"]:
+        raise MismatchError(f"the calibration is for {calibration.model['class']}, the pipeline has "
+                            f"{type(transformer).__name__}: {AGAIN}")  # fmt: skip
+    wanted = calibration.model.get("config_sha256")
+    if wanted and provenance.config_hash(transformer) != wanted:
+        raise MismatchError(f"the {type(transformer).__name__} has another configuration than the calibrated one "
+                            f"({calibration.model.get('id')}): {AGAIN}")  # fmt: skip
+    _check_scheduler(calibration, pipe.scheduler)
+    dtype = str(getattr(transformer, "dtype", calibration.dtype)).removeprefix("torch.")
+    if dtype != calibration.dtype:
+        _warn(f"the transformer runs in {dtype}, the calibration was made in {calibration.dtype}: quality may be lower")
+        return
+    fingerprint = provenance.weights_fingerprint(transformer)
+    wanted = calibration.model.get("weights_fingerprint")
+    if wanted and fingerprint and fingerprint != wanted:
+        _warn("the weights differ from the calibrated ones (LoRA, quantised, fine-tuned?): quality may be lower; "
+              "calibrate again to restore it")  # fmt: skip
+
+
+def _check_scheduler(calibration: Calibration, scheduler: Any) -> None:
+    present = solver.identity(scheduler)
+    if present["class"] != calibration.scheduler["class"]:
+        raise MismatchError(f"the calibration is for the scheduler {calibration.scheduler['class']}, the pipeline has "
+                            f"{present['class']}: {AGAIN}")  # fmt: skip
+    for key, value in calibration.scheduler["config"].items():
+        if key in present["config"] and present["config"][key] != value:
+            raise MismatchError(f"the scheduler's {key} is {present['config'][key]!r}, the calibration is for {value!r}: "
+                                f"{AGAIN}")  # fmt: skip
+
+
+def check_grid(calibration: Calibration, timesteps: list[float], sigmas: list[float]) -> None:
+    """Raise MismatchError where the run's grid is not the calibrated one."""
+    wanted = calibration.num_inference_steps
+    if len(timesteps) != wanted:
+        raise MismatchError(f"the run has {len(timesteps)} steps, the calibration is for {wanted}: {AGAIN}")
+    pairs = zip([*timesteps, *(1000 * s for s in sigmas)],
+                [*calibration.timesteps, *(1000 * s for s in calibration.sigmas)], strict=False)  # fmt: skip
+    for index, (present, calibrated) in enumerate(pairs):
+        if abs(present - calibrated) > GRID_TOLERANCE:
+            step = index % wanted
+            raise MismatchError(
+                f"the noise grid differs at step {step} ({present:g}, calibrated {calibrated:g}); another resolution or "
+                f"shift moves it: {AGAIN}"
+            )
+
+
+def set_grid(scheduler: Any, sigmas: list[float], calibration: Calibration) -> None:
+    """Put an adjusted grid into a scheduler whose grid is set."""
+    old_sigmas, old_timesteps = scheduler.sigmas, scheduler.timesteps
+    times = timesteps_on(sigmas, calibration.sigmas, calibration.timesteps)
+    scheduler.sigmas = torch.tensor(sigmas, dtype=old_sigmas.dtype, device=old_sigmas.device)
+    scheduler.timesteps = torch.tensor(times, dtype=old_timesteps.dtype, device=old_timesteps.device)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, MismatchWarning, stacklevel=2)

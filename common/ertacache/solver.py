@@ -1,0 +1,124 @@
+"""Facts about a scheduler: the affine map of its step, its noise grid, and what identifies it.
+
+A scheduler step is affine in its model output: x_{i+1} = F_i(x_i, history) + c_i o_i. For Euler
+c_i = sigma_{i+1} - sigma_i; for any other deterministic solver F_i and c_i come from two steps of copies.
+"""
+
+import copy
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SAMPLE_NAMES = ("sample", "latents")
+OUTPUT_NAMES = ("model_output", "noise_pred")
+# instance attributes by which attach.py follows a scheduler; a copy must not carry them
+FOLLOWED_METHODS = ("step", "set_timesteps")
+
+
+@dataclass
+class StepCall:
+    """One call of `scheduler.step`, with its model output and sample under one name whatever the scheduler."""
+
+    bound: inspect.BoundArguments
+    output_name: str
+    sample_name: str
+
+    @classmethod
+    def bind(cls, signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> "StepCall":
+        names = list(signature.parameters)
+        output_name = next((n for n in OUTPUT_NAMES if n in names), names[0])
+        sample_name = next((n for n in SAMPLE_NAMES if n in names), names[min(2, len(names) - 1)])
+        return cls(signature.bind(*args, **kwargs), output_name, sample_name)
+
+    @property
+    def model_output(self) -> Tensor:
+        return self.bound.arguments[self.output_name]
+
+    @property
+    def sample(self) -> Tensor:
+        return self.bound.arguments[self.sample_name]
+
+    @property
+    def timestep(self) -> Any:
+        return self.bound.arguments.get("timestep")
+
+    def arguments_with(self, model_output: Tensor) -> tuple[tuple, dict[str, Any]]:
+        """Positional and keyword arguments of the same call with another model output."""
+        bound = copy.copy(self.bound)
+        bound.arguments = {**self.bound.arguments, self.output_name: model_output}
+        return bound.args, bound.kwargs
+
+    def trial(self, model_output: Tensor) -> "StepCall":
+        """The same call in float32 with cloned random generators, for a copy of the scheduler."""
+        bound = copy.copy(self.bound)
+        bound.arguments = {name: _clone_generators(value) for name, value in self.bound.arguments.items()}
+        bound.arguments[self.sample_name] = self.sample.float()
+        bound.arguments[self.output_name] = model_output
+        return StepCall(bound, self.output_name, self.sample_name)
+
+
+def _clone_generators(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        clone = torch.Generator(value.device)
+        clone.set_state(value.get_state())
+        return clone
+    if isinstance(value, (list, tuple)):
+        return type(value)(_clone_generators(v) for v in value)
+    return value
+
+
+def bare_copy(scheduler: Any) -> Any:
+    """A deep copy of a scheduler in its present state that nothing is attached to."""
+    duplicate = copy.deepcopy(scheduler)
+    for name in FOLLOWED_METHODS:
+        duplicate.__dict__.pop(name, None)
+    return duplicate
+
+
+def affine_step(scheduler: Any, call: StepCall) -> tuple[Tensor, float]:
+    """F (shape of the sample, float32) and c of the step that `call` is about to make: x' = F + c o.
+
+    Both come from copies of the scheduler, which is left as it is; random generators are cloned, so that a
+    stochastic solver draws the same noise in both.
+    """
+    zero = torch.zeros_like(call.sample, dtype=torch.float32)
+    at_zero = _step_of_copy(scheduler, call.trial(zero))
+    at_one = _step_of_copy(scheduler, call.trial(torch.ones_like(zero)))
+    gain = (at_one - at_zero).double().mean().item()
+    return at_zero, gain
+
+
+def _step_of_copy(scheduler: Any, call: StepCall) -> Tensor:
+    result = bare_copy(scheduler).step(*call.bound.args, **call.bound.kwargs)
+    return first_output(result).float()
+
+
+def first_output(result: Any) -> Tensor:
+    """The tensor that a model or scheduler call returns first, from a tuple or an output object."""
+    return result[0]
+
+
+def host_grid(scheduler: Any) -> tuple[list[float], list[float]]:
+    """Timesteps (N) and sigmas (N + 1; empty where the scheduler has none) as host numbers.
+
+    Reads device tensors, so it belongs before the sampling loop.
+    """
+    timesteps = [float(t) for t in torch.as_tensor(scheduler.timesteps).tolist()]
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        return timesteps, []
+    sigmas = [float(s) for s in torch.as_tensor(sigmas).tolist()]
+    return timesteps, sigmas if len(sigmas) == len(timesteps) + 1 else []
+
+
+def identity(scheduler: Any) -> dict[str, Any]:
+    """Class name and configuration of a scheduler, plain JSON values only."""
+    config = {
+        key: value
+        for key, value in dict(scheduler.config).items()
+        if not key.startswith("_") and isinstance(value, (bool, int, float, str, type(None)))
+    }
+    return {"class": type(scheduler).__name__, "config": dict(sorted(config.items()))}
