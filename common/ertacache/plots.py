@@ -1,0 +1,197 @@
+"""Figures of the READMEs, made with matplotlib from the rows of results.json.
+
+    python -m ertacache.plots RESULTS.json --out FOLDER          quality-psnr.png, -ssim, -lpips and schedule.png
+    python -m ertacache.plots RESULTS.json --out FOLDER --check  exit code 1 when the figures show other rows
+
+Each PNG carries a hash of the rows it shows, so --check does not depend on how a machine renders text.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from ertacache.chart_data import (
+    AXES,
+    MARKERS,
+    OUR_COLOUR,
+    RIVAL_COLOURS,
+    Series,
+    log_range,
+    quality_series,
+    rival_styles,
+    spread_labels,
+)  # fmt: skip
+from ertacache.results import METRICS, Curve, Row, read_results
+
+_SHAPES = dict(zip(MARKERS, ("o", "s", "^", "D", "X"), strict=True))
+_STYLE = {
+    "font.size": 10, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.titlepad": 12,
+    "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True, "figure.facecolor": "white",
+    "xtick.color": "#555555", "ytick.color": "#555555",
+}  # fmt: skip
+_DATA_KEY = "ertacache-rows-sha256"
+
+
+def plot_quality(rows: Sequence[Row], metric: str = "psnr", axis: str = "speedup") -> Figure:
+    """`metric` (psnr, ssim or lpips) of all methods against speed-up; `axis` is speedup (measured) or flops.
+
+    Raises ValueError when no row has that metric.
+    """
+    series = quality_series(rows, metric, axis)
+    if not series:
+        raise ValueError(f"no row has a value of {metric}")
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(8, 4.8), layout="constrained")
+        axes = figure.add_subplot()
+        for one in series:
+            x, y = zip(*one.points, strict=True)
+            colour = _colour(one.style)
+            width, size, alpha = (2.8, 8, 1.0) if one.ours else (1.2, 5.5, 0.85)
+            marker = "o" if one.ours else _SHAPES[MARKERS[one.style % len(MARKERS)]]
+            axes.plot(x, y, color=colour, lw=width, marker=marker, ms=size, alpha=alpha, zorder=3 if one.ours else 2)
+        facts = METRICS[metric]
+        if not facts.higher_is_better:
+            axes.invert_yaxis()
+        unit = f" ({facts.unit})" if facts.unit else ""
+        axes.set(xlabel=AXES[axis], ylabel=f"{facts.label}{unit} {facts.arrow}")
+        axes.set_title(f"{facts.label} against speed-up: up and to the right is better")
+        _label_ends(axes, series)
+    return figure
+
+
+def plot_error_per_step(curves: Mapping[str, Curve], ours: str = "ertacache") -> Figure:
+    """Error of the latents per step, log scale, the steps that `ours` reuses shaded. Raises ValueError if empty."""
+    if not curves:
+        raise ValueError("no curves to plot")
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(8, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        mine = curves.get(ours)
+        if mine is not None and mine.computed_steps is not None:
+            for step in sorted(set(range(len(mine.error))) - set(mine.computed_steps)):
+                axes.axvspan(step - 0.5, step + 0.5, color=OUR_COLOUR, alpha=0.10, lw=0)
+        low, high = log_range(curves)
+        rivals = sorted(set(curves) - {ours})
+        series = []
+        for method in [*rivals, *([ours] if mine else [])]:
+            style = -1 if method == ours else rivals.index(method)
+            errors = np.clip(np.asarray(curves[method].error, dtype=np.float64), low, None)
+            axes.plot(errors, color=_colour(style), lw=2.6 if style < 0 else 1.3, alpha=1 if style < 0 else 0.85)
+            series.append(Series(method, style, [(len(errors) - 1, float(errors[-1]))]))
+        axes.set(yscale="log", ylim=(low, high), xlabel="Step", ylabel="RMS error of the latents ↓")
+        axes.set_title(f"Distance to the uncached run (steps that {ours} reuses are shaded)")
+        axes.grid(axis="x", visible=False)
+        _label_ends(axes, series)
+    return figure
+
+
+def plot_schedule(rows: Sequence[Row]) -> Figure:
+    """One strip a row that has a fixed schedule: computed steps filled, reused ones light. ValueError if none has."""
+    shown = [row for row in rows if row.computed_steps is not None and row.role != "reference"]
+    if not shown:
+        raise ValueError("no row has a list of computed steps")
+    styles = rival_styles(rows)
+    with rc_context({**_STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(8, 0.9 + 0.32 * len(shown)), layout="constrained")
+        axes = figure.add_subplot()
+        for line, row in enumerate(shown):
+            colour = _colour(styles.get(row.method, len(RIVAL_COLOURS) - 1))
+            for step in range(row.num_inference_steps):
+                face = colour if step in row.computed_steps else "#ececec"
+                axes.barh(line, 0.88, left=step - 0.44, height=0.72, color=face, lw=0)
+        axes.set_yticks(range(len(shown)), [f"{row.method}, {len(row.computed_steps)}" for row in shown])
+        axes.set(xlabel="Step", ylim=(len(shown) - 0.4, -0.6))
+        axes.set_title("Computed steps (filled) and reused ones (light)")
+        axes.spines[:].set_visible(False)
+        axes.tick_params(left=False)
+    return figure
+
+
+def plot_difference_strip(reference: NDArray[np.uint8], images: Mapping[str, NDArray[np.uint8]],
+                          gain: float = 4.0) -> Figure:  # fmt: skip
+    """Uncached, then per method its picture and `gain` times its |difference|; pictures uint8 (H, W, 3)."""
+    if any(image.shape != reference.shape or image.ndim != 3 for image in images.values()):
+        raise ValueError(f"expected pictures of shape {reference.shape}")
+    panels = [("uncached", reference)]
+    for method, image in images.items():
+        difference = np.abs(image.astype(np.float32) - reference.astype(np.float32)) * gain
+        panels += [(method, image), (f"|difference| × {gain:g}", difference.clip(0, 255).astype(np.uint8))]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(2.2 * len(panels), 2.6), layout="constrained")
+        for axes, (title, picture) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set_title(title, fontsize=10, loc="center", pad=5)
+            axes.axis("off")
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path, data_hash: str = "") -> None:
+    """Write a PNG that holds no date, and the hash of the rows that it shows."""
+    figure.savefig(path, dpi=160, metadata={"Software": None, _DATA_KEY: data_hash})
+
+
+def _colour(style: int) -> str:
+    return OUR_COLOUR if style < 0 else RIVAL_COLOURS[style % len(RIVAL_COLOURS)]
+
+
+def _label_ends(axes: Axes, series: Sequence[Series]) -> None:
+    """Names at the right border, beside the last points, in place of a legend."""
+    axes.figure.draw_without_rendering()  # settles the layout, on which the places in pixels depend
+    box, dots_a_point = axes.get_window_extent(), axes.figure.dpi / 72
+    ends = [axes.transData.transform(one.points[-1]) for one in series]
+    places = spread_labels([end[1] for end in ends], 13 * dots_a_point, box.y0, box.y1)
+    for one, place in zip(series, places, strict=True):
+        line = {"arrowstyle": "-", "color": _colour(one.style), "lw": 0.6, "alpha": 0.45, "shrinkA": 3, "shrinkB": 6,
+                "relpos": (0, 0.5)}  # fmt: skip
+        axes.annotate(one.method, one.points[-1], xytext=(1.02, (place - box.y0) / box.height),
+                      textcoords="axes fraction", va="center", color=_colour(one.style), arrowprops=line,
+                      fontsize=10 if one.ours else 8.5, fontweight="bold" if one.ours else "normal")  # fmt: skip
+
+
+def rows_hash(rows: Sequence[Row]) -> str:
+    """SHA-256 of the rows as JSON."""
+    return hashlib.sha256(json.dumps([asdict(row) for row in rows]).encode()).hexdigest()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code, 1 for a failure and for figures that --check finds to be of other rows."""
+    parser = argparse.ArgumentParser(prog="ertacache.plots", description="Figures from results.json.")
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if a figure is out of date")
+    options = parser.parse_args(arguments)
+    try:
+        rows, _ = read_results(options.results)
+        digest = rows_hash(rows)
+        names = [f"quality-{m}" for m in METRICS if quality_series(rows, m)] + ["schedule"]
+        for name in names:
+            path = options.out / f"{name}.png"
+            if options.check:
+                with Image.open(path) as picture:
+                    if picture.info.get(_DATA_KEY) != digest:
+                        raise ValueError(f"{path} shows other rows than {options.results}")
+                continue
+            options.out.mkdir(parents=True, exist_ok=True)
+            ours = [row for row in rows if row.role == "ours"]
+            figure = plot_schedule(ours) if name == "schedule" else plot_quality(rows, name.removeprefix("quality-"))
+            save_figure(figure, path, digest)
+    except (OSError, ValueError) as error:
+        print(f"ertacache.plots: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""results.json and the tables made from it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ertacache.plots import main as plots_main
+from ertacache.results import Row, best_rival, is_comparable, read_results, write_results
+from ertacache.table import BEGIN, END, load_published, margins, replace_between, table_markdown
+from ertacache.table import main as table_main
+from made_up import row, rows
+
+
+def section_of(title: str, markdown: str) -> str:
+    """What stands between one heading and the next."""
+    return markdown.split(f"### {title}\n")[1].split("### ")[0]
+
+
+def test_rows_and_meta_survive_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_results(path, rows(), {"title": "made up"})
+    assert read_results(path) == (rows(), {"title": "made up"})
+    assert isinstance(json.loads(path.read_text()), list)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["results.json", "results.meta.json"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_results(path, [row()])
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        write_results(path, [row(knob={"threshold": object()})])
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("psnr", "62"), ("psnr", True), ("role", "winner"), ("role", []), ("compute_fraction", 0), ("n", 1.5),
+        ("seeds", []),
+        ("computed_steps", [0, 28]), ("computed_steps", [3, 1]), ("computed_steps", []), ("speedup", float("inf")),
+        ("versions", {"torch": 2}), ("model", ""), ("knob", 0.1), ("comparable", None), ("asked_steps", None),
+    ],
+)  # fmt: skip
+def test_a_bad_value_names_its_field_in_one_line(tmp_path: Path, field: str, value: Any) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([asdict(row()), asdict(row()) | {field: value}]))
+    with pytest.raises(ValueError, match=rf"results.json: row 1: {field}: ") as error:
+        read_results(path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_unknown_and_foreign_content_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    values = asdict(row())
+    del values["lpips"]
+    for content, message in (([values], "lpips: missing"), ([asdict(row()) | {"lpisp": 1}], "lpisp: unknown"),
+                             ({}, "list of rows"), ([3], "row 0: expected an object")):  # fmt: skip
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            read_results(path)
+    path.write_text('[{"model": "tin')
+    with pytest.raises(ValueError, match="not JSON"):
+        read_results(path)
+
+
+def test_a_null_metric_needs_a_reason_and_shows_it() -> None:
+    with pytest.raises(ValueError, match="reasons: lpips is null"):
+        row(lpips=None)
+    made = row(lpips=None, lpips_p10=None, reasons={"lpips": "no trunk weights | set ERTACACHE_LPIPS_TRUNK"})
+    markdown = table_markdown([made])
+    assert "| **\N{EN DASH} [1]** |" in markdown
+    assert "[1] LPIPS not measured: no trunk weights \\| set ERTACACHE\\_LPIPS\\_TRUNK" in markdown
+
+
+def test_the_comparable_band_is_closed() -> None:
+    assert is_comparable(0.5, 0.5) and is_comparable(0.55, 0.5)
+    assert not is_comparable(0.499, 0.5) and not is_comparable(0.551, 0.5)
+
+
+def test_the_margin_is_over_the_best_comparable_rival_of_each_metric() -> None:
+    section = [
+        row(psnr=60.0, ssim=0.99, lpips=0.01),
+        row("a", "rival", psnr=50.0, ssim=0.9, lpips=0.03),
+        row("b", "rival", psnr=49.0, ssim=0.95, lpips=0.02),
+        row("costly", "rival", psnr=70.0, ssim=1.0, lpips=0.0, comparable=False),
+        row("variant", "ablation", psnr=71.0),
+    ]
+    assert best_rival(section, "psnr").method == "a" and best_rival(section, "lpips").method == "b"
+    found = {label: (difference, method) for label, difference, method in margins(section)}
+    assert found["PSNR"] == ("+10.00 dB", "a")
+    assert found["SSIM"] == ("+0.0400", "b") and found["LPIPS"] == ("\N{MINUS SIGN}0.0100", "b")
+    assert margins(section[:1] + section[3:]) == []
+
+
+def test_the_table_has_a_section_for_each_cost_and_ours_in_bold() -> None:
+    markdown = table_markdown(rows(), load_published())
+    for asked in (14, 11, 9):
+        section = section_of(f"tiny FLUX: {asked} of 28 steps computed", markdown)
+        assert section.count("| **ertacache** |") == 1 and "| magcache | threshold 0.031 |" in section
+        assert "PSNR, dB ↑ (p10)" in section and "LPIPS ↓ (p10)" in section
+        assert "Margin of ours over the best comparable rival in each metric: PSNR +1" in section
+        assert "pyramid\\_attention\\_broadcast [1] |" in section and "[1] does not reach the asked cost" in section
+        assert "uniform schedule" in section_of(f"tiny FLUX: ablation, {asked} of 28 steps computed", markdown)
+
+
+def test_published_rows_are_those_of_the_model_and_labelled() -> None:
+    section = section_of("tiny FLUX: published and measured here", table_markdown(rows(), load_published()))
+    where = "FLUX-dev 1.0, the real model | one A800"
+    assert f"| ERTACache (published) | {where} | 14.01 | 20.51 | 0.8962 | 0.3029 |" in section
+    assert "Wan2.1" not in section
+    assert "Wan2.1" in table_markdown([row(model="other")], load_published())
+
+
+def test_text_of_rows_cannot_break_the_table() -> None:
+    line = next(x for x in table_markdown([row(model="a|b\n<script>*")]).splitlines() if x.startswith("### "))
+    assert line == "### a\\|b &lt;script>\\*: 14 of 28 steps computed"
+
+
+def test_command_fills_and_checks_a_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results, readme = tmp_path / "results.json", tmp_path / "README.md"
+    write_results(results, rows())
+    readme.write_text(f"before\n{BEGIN}\nstale\n{END}\nafter\n")
+    command = [str(results), "--into", str(readme)]
+    assert table_main([*command, "--check"]) == 1
+    assert "stale" in readme.read_text()
+    assert table_main(command) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text and "magcache" in text
+    assert table_main([*command, "--check"]) == 0
+    write_results(results, [row(psnr=61.0)])
+    capsys.readouterr()
+    assert table_main([*command, "--check"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="markers"):
+        replace_between(f"{END}{BEGIN}", "x")
+    assert table_main([str(tmp_path / "none.json")]) == 1
+    for bad in (["a.json", "--unknown"], ["a.json", "--check"]):
+        with pytest.raises(SystemExit) as stopped:
+            table_main(bad)
+        assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 3
+
+
+def test_figures_know_the_rows_that_they_show(tmp_path: Path) -> None:
+    results, out = tmp_path / "results.json", tmp_path / "figures"
+    write_results(results, rows())
+    command = [str(results), "--out", str(out)]
+    assert plots_main([*command, "--check"]) == 1
+    assert plots_main(command) == 0
+    assert {p.name for p in out.iterdir()} == {
+        "quality-psnr.png", "quality-ssim.png", "quality-lpips.png", "schedule.png"}  # fmt: skip
+    assert plots_main([*command, "--check"]) == 0
+    write_results(results, [Row(**asdict(r) | {"psnr": 1.0}) for r in rows()])
+    assert plots_main([*command, "--check"]) == 1
