@@ -21,13 +21,13 @@ from tiny_training import data, flow, judge, text, vae
 FOLDER = Path(__file__).parent
 SIZE = 64
 NUM_SCENES = 40_000
-SEED = 2026
+SEED = 2027
 LATENT_CHANNELS = 8
 VAE_FACTOR = 4
 MAX_TEXT_LENGTH = 40
 TOKEN_SIDE = SIZE // VAE_FACTOR // 2  # the pipeline packs 2x2 latents into a token
-FLOW_STEPS = 6_500
-DISTIL_STEPS = 1_000
+FLOW_STEPS = 10_000
+DISTIL_STEPS = 700
 
 
 def build_vae() -> AutoencoderKL:
@@ -45,11 +45,30 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_text_encoders(vocabulary_size: int) -> tuple[T5EncoderModel, CLIPTextModel]:
-    sequence = T5Config(vocab_size=vocabulary_size, d_model=96, d_kv=24, d_ff=192, num_layers=2, num_heads=4,
-                        dropout_rate=0.0, feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1)  # fmt: skip
-    pooled = CLIPTextConfig(vocab_size=vocabulary_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                            num_attention_heads=4, max_position_embeddings=MAX_TEXT_LENGTH, projection_dim=64,
-                            pad_token_id=0, bos_token_id=None, eos_token_id=1)  # fmt: skip
+    sequence = T5Config(
+        vocab_size=vocabulary_size,
+        d_model=96,
+        d_kv=24,
+        d_ff=192,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    pooled = CLIPTextConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TEXT_LENGTH,
+        projection_dim=64,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
     return T5EncoderModel(sequence), CLIPTextModel(pooled)
 
 
@@ -76,8 +95,9 @@ class FluxVelocity:
         self.image_ids = FluxPipeline._prepare_latent_image_ids(1, TOKEN_SIDE, TOKEN_SIDE, device, torch.float32)
         self.text_ids = torch.zeros(MAX_TEXT_LENGTH, 3, device=device)
 
-    def __call__(self, model: nn.Module, latents: Tensor, sigma: Tensor, tokens: Tensor,
-                 guidance: Tensor | None) -> Tensor:  # fmt: skip
+    def __call__(
+        self, model: nn.Module, latents: Tensor, sigma: Tensor, tokens: Tensor, guidance: Tensor | None
+    ) -> Tensor:
         with torch.no_grad():
             states = self.sequence(tokens).last_hidden_state
             pooled = self.pooled(tokens).pooler_output
@@ -132,9 +152,16 @@ def save_pipeline(autoencoder, encoders, tokenizer, transformer, folder: Path) -
 @torch.no_grad()
 def contact_sheet(pipeline: FluxPipeline, prompts: list[str], path: Path, scale: int = 3) -> Tensor:
     """Sample every prompt, write a sheet with the first 24, and return the pixels (n, 3, H, W)."""
-    images = pipeline(prompts, height=SIZE, width=SIZE, num_inference_steps=28, guidance_scale=3.5,
-                      max_sequence_length=MAX_TEXT_LENGTH, generator=torch.Generator().manual_seed(0),
-                      output_type="pt").images  # fmt: skip
+    images = pipeline(
+        prompts,
+        height=SIZE,
+        width=SIZE,
+        num_inference_steps=28,
+        guidance_scale=3.5,
+        max_sequence_length=MAX_TEXT_LENGTH,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).images
     tile, line = SIZE * scale, 46
     sheet = Image.new("RGB", (6 * (tile + 8), 4 * (tile + line)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -165,9 +192,17 @@ def main() -> None:
 
     pixels = data.rendered_pixels(NUM_SCENES, SEED, SIZE, args.work)
     autoencoder = vae.train_vae(
-        build_vae(), pixels, LATENT_CHANNELS, VAE_FACTOR, num_steps=3600, batch_size=32, crop=32,
-        learning_rate=1.5e-3, folder=args.work, device=args.device,
-    )  # fmt: skip
+        build_vae(),
+        pixels,
+        LATENT_CHANNELS,
+        VAE_FACTOR,
+        num_steps=4400,
+        batch_size=32,
+        crop=32,
+        learning_rate=1.5e-3,
+        folder=args.work,
+        device=args.device,
+    )
     latents = packed_latents(autoencoder, pixels, args.work, args.device)
 
     captions = [data.captions_for(i, SEED) for i in range(NUM_SCENES)]
@@ -175,16 +210,30 @@ def main() -> None:
     flat = [c for group in captions for c in group]
     tokens = text.tokenize(tokenizer, flat, MAX_TEXT_LENGTH)
     encoders = build_text_encoders(len(tokenizer))
-    text.train_text_encoders(*encoders, tokens, flat, num_steps=2000, batch_size=64, learning_rate=2e-3,
-                             folder=args.work, device=args.device)  # fmt: skip
+    text.train_text_encoders(
+        *encoders, tokens, flat, num_steps=2000, batch_size=64, learning_rate=2e-3, folder=args.work, device=args.device
+    )
 
     velocity = FluxVelocity(*encoders, args.device)
     empty = text.tokenize(tokenizer, [""], MAX_TEXT_LENGTH)
     batches = flow.Batches(latents, tokens.unflatten(0, (NUM_SCENES, -1)), empty, 64, args.device)
-    teacher = flow.train_flow(build_transformer(guidance_embeds=False), velocity, batches,
-                              num_steps=args.flow_steps, learning_rate=2e-3, folder=args.work)  # fmt: skip
-    student = flow.distil_guidance(teacher, guided_copy(teacher), velocity, batches,
-                                   num_steps=args.distil_steps, learning_rate=1e-3, folder=args.work)  # fmt: skip
+    teacher = flow.train_flow(
+        build_transformer(guidance_embeds=False),
+        velocity,
+        batches,
+        num_steps=args.flow_steps,
+        learning_rate=2e-3,
+        folder=args.work,
+    )
+    student = flow.distil_guidance(
+        teacher,
+        guided_copy(teacher),
+        velocity,
+        batches,
+        num_steps=args.distil_steps,
+        learning_rate=1e-3,
+        folder=args.work,
+    )
     save_pipeline(autoencoder, encoders, tokenizer, student, FOLDER / "tiny")
     measure(pixels, args)
 
@@ -193,11 +242,12 @@ def measure(pixels: np.ndarray, args: argparse.Namespace) -> None:
     """Write the contact sheet and tiny/training.json: adherence on held-out prompts and the judge's ceiling."""
     pipeline = FluxPipeline.from_pretrained(FOLDER / "tiny", torch_dtype=torch.float32)
     prompts = (FOLDER / "prompts" / "held_out.txt").read_text().splitlines()
-    critic = judge.train_judge(pixels, SEED, num_steps=2000, folder=args.work, device=args.device).cpu()
-    unseen = [i for i in range(NUM_SCENES, NUM_SCENES + 400)]
+    critic = judge.train_judge(pixels, SEED, num_steps=1200, folder=args.work, device=args.device).cpu()
+    unseen = range(NUM_SCENES, NUM_SCENES + 400)
     frames = np.stack([data.render_frame(data.scene_for(i, SEED), SIZE) for i in unseen])
-    ceiling = judge.adherence(critic, torch.from_numpy(frames).permute(0, 3, 1, 2),
-                              [data.captions_for(i, SEED)[0] for i in unseen])  # fmt: skip
+    ceiling = judge.adherence(
+        critic, torch.from_numpy(frames).permute(0, 3, 1, 2), [data.captions_for(i, SEED)[0] for i in unseen]
+    )
     images = contact_sheet(pipeline, prompts, FOLDER / "tiny" / "contact_sheet.png")
     report = {
         "adherence": judge.adherence(critic, images, prompts),

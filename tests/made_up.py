@@ -10,10 +10,19 @@ from ertacache.results import Curve, Row, is_comparable
 
 NUM_STEPS = 28
 RIVALS = {
-    "magcache": 11.0, "first_block_cache": 15.5, "taylorseer": 18.0, "teacache": 17.0, "easycache": 14.0,
-    "seacache": 16.0, "pyramid_attention_broadcast": 20.0, "fastercache": 19.0, "cache_dit": 15.0, "paper": 13.0,
-    "fewer_steps": 20.5, "multistep": 20.0,
-}  # fmt: skip
+    "magcache": 11.0,
+    "first_block_cache": 15.5,
+    "taylorseer": 18.0,
+    "teacache": 17.0,
+    "easycache": 14.0,
+    "seacache": 16.0,
+    "pyramid_attention_broadcast": 20.0,
+    "fastercache": 19.0,
+    "cache_dit": 15.0,
+    "paper": 13.0,
+    "fewer_steps": 20.5,
+    "multistep": 20.0,
+}
 
 
 def schedule(count: int) -> list[int]:
@@ -25,13 +34,31 @@ def row(method: str = "ertacache", role: str = "ours", asked: int | None = 14, *
     """A valid row; `changes` replace fields."""
     cost = (asked or NUM_STEPS) / NUM_STEPS
     values: dict[str, Any] = {
-        "model": "tiny FLUX", "method": method, "role": role, "setting": "guidance 4", "num_inference_steps": NUM_STEPS,
-        "computed_steps": schedule(asked) if asked else None, "compute_fraction": cost, "denoise_seconds": 1.2 * cost,
-        "speedup": 0.97 / cost, "psnr": 62.0, "psnr_p10": 58.0, "ssim": 0.9991, "ssim_p10": 0.9972, "lpips": 0.0021,
-        "lpips_p10": 0.0054, "n": 48, "prompts_sha256": "0" * 64, "seeds": [0, 1], "device": "CPU (2 cores)",
-        "dtype": "float32", "versions": {"torch": "0.0", "diffusers": "0.0"}, "asked_steps": asked,
-        "knob": {"computed_steps": asked} if asked else None, "comparable": role == "rival",
-    }  # fmt: skip
+        "model": "tiny FLUX",
+        "method": method,
+        "role": role,
+        "setting": "guidance 4",
+        "num_inference_steps": NUM_STEPS,
+        "computed_steps": schedule(asked) if asked else None,
+        "compute_fraction": cost,
+        "denoise_seconds": 1.2 * cost,
+        "speedup": 0.97 / cost,
+        "psnr": 62.0,
+        "psnr_p10": 58.0,
+        "ssim": 0.9991,
+        "ssim_p10": 0.9972,
+        "lpips": 0.0021,
+        "lpips_p10": 0.0054,
+        "n": 48,
+        "prompts_sha256": "0" * 64,
+        "seeds": [0, 1],
+        "device": "CPU (2 cores)",
+        "dtype": "float32",
+        "versions": {"torch": "0.0", "diffusers": "0.0"},
+        "asked_steps": asked,
+        "knob": {"computed_steps": asked} if asked else None,
+        "comparable": role == "rival",
+    }
     return Row(**(values | changes))
 
 
@@ -44,13 +71,25 @@ def rows() -> list[Row]:
         for index, (method, gap) in enumerate(RIVALS.items()):
             cost = asked / NUM_STEPS + (0.012 * (index % 4) if index != 6 else 0.3)
             psnr = 62 - gap - 2.1 * loss
-            found.append(row(
-                method, "rival", asked, compute_fraction=cost, speedup=(0.9 - 0.01 * index) / cost, psnr=psnr,
-                psnr_p10=psnr - 5, ssim=1 - 10 ** (-psnr / 22), ssim_p10=0.9,
-                lpips=10 ** (-psnr / 30) * 2, lpips_p10=0.2,
-                comparable=is_comparable(cost, asked / NUM_STEPS), knob={"threshold": 0.031 * (index + 1)},
-                computed_steps=None if index % 3 else schedule(asked), denoise_seconds=1.2 * cost,
-            ))  # fmt: skip
+            found.append(
+                row(
+                    method,
+                    "rival",
+                    asked,
+                    compute_fraction=cost,
+                    speedup=(0.9 - 0.01 * index) / cost,
+                    psnr=psnr,
+                    psnr_p10=psnr - 5,
+                    ssim=1 - 10 ** (-psnr / 22),
+                    ssim_p10=0.9,
+                    lpips=10 ** (-psnr / 30) * 2,
+                    lpips_p10=0.2,
+                    comparable=is_comparable(cost, asked / NUM_STEPS),
+                    knob={"threshold": 0.031 * (index + 1)},
+                    computed_steps=None if index % 3 else schedule(asked),
+                    denoise_seconds=1.2 * cost,
+                )
+            )
         for index, variant in enumerate(("uniform schedule", "dynamic programming", "+ swap search")):
             found.append(row(variant, "ablation", asked, psnr=45.0 + 5 * index - loss))
     return found
@@ -90,12 +129,20 @@ def picture(seed: int, noise: float = 0.0, frames: int | None = None, size: int 
 def examples(frames: int | None = None) -> list[dict[str, Any]]:
     """Two prompts with every method at three costs."""
     found = []
-    for seed, prompt in enumerate(("a red disc beside a green one", "two discs </script><b>& a \"fish\" 🐟")):
-        found.append({"prompt": prompt, "seed": seed, "method": "none", "computed_steps": None,
-                      "image": picture(seed, frames=frames)})  # fmt: skip
+    for seed, prompt in enumerate(("a red disc beside a green one", 'two discs </script><b>& a "fish" 🐟')):
+        found.append(
+            {
+                "prompt": prompt,
+                "seed": seed,
+                "method": "none",
+                "computed_steps": None,
+                "image": picture(seed, frames=frames),
+            }
+        )
         for asked in (14, 11, 9):
             for index, method in enumerate(("ertacache", *RIVALS)):
                 image = picture(seed, 0.004 + 0.02 * index * (20 - asked) / 10, frames)
-                found.append({"prompt": prompt, "seed": seed, "method": method, "computed_steps": asked,
-                              "image": image})  # fmt: skip
+                found.append(
+                    {"prompt": prompt, "seed": seed, "method": method, "computed_steps": asked, "image": image}
+                )
     return found

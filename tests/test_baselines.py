@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler, MagCacheConfig
+from tiny_flux import NUM_BLOCKS, NUM_STEPS, SIDE, call, flux_pipeline, modulated_input
+from torch import Tensor
+
 from ertacache.baselines import (
     CacheDit,
     EasyCache,
@@ -25,10 +28,8 @@ from ertacache.baselines.diffusers_caches import enabled, visual_latents
 from ertacache.baselines.multistep import SOLVERS, make_solver, put_on_grid
 from ertacache.baselines.teacache import _Gate, relative_distance
 from ertacache.cost import TransformerCost
-from tiny_flux import NUM_BLOCKS, NUM_STEPS, SIDE, call, flux_pipeline
-from torch import Tensor
 
-RIVALS = {rival.name: rival for rival in all_rivals()}
+RIVALS = {rival.name: rival for rival in all_rivals(modulated_input)}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,7 @@ def interrupt(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
 
 def test_a_rival_skips_work_and_leaves_nothing_behind(rival, pipe, reference):
     cheap = rival.settings(NUM_STEPS)[len(rival.settings(NUM_STEPS)) // 4]
+    names = [name for name, _ in pipe.transformer.named_modules()]
     with TransformerCost(pipe.transformer) as uncached:
         call(pipe)
     with rival.attach(pipe, cheap) as overrides, TransformerCost(pipe.transformer) as cost:
@@ -70,6 +72,7 @@ def test_a_rival_skips_work_and_leaves_nothing_behind(rival, pipe, reference):
     assert cost.flops < 0.95 * uncached.flops
     assert min(cost.block_calls, cost.attention_calls) < uncached.attention_calls == NUM_BLOCKS * NUM_STEPS
     assert torch.equal(call(pipe), reference)
+    assert [name for name, _ in pipe.transformer.named_modules()] == names  # the order, too: caches go by it
 
 
 def test_a_run_knows_nothing_of_the_one_before_it(rival, pipe, reference):
@@ -99,14 +102,25 @@ def test_settings_go_from_cheap_to_expensive(rival, pipe):
         assert cheapest.fraction < dearest.fraction <= 1.05
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_a_multistep_solver_of_first_order_is_the_pipelines_euler(pipe, solver):
-    first_order = Multistep(order=1)
-    with first_order.attach(pipe, {"num_steps": 5, "solver": solver}) as overrides:
-        if solver == "unipc":  # its corrector is of second order; the grid and the predictor are what is tested
-            pytest.skip("UniPC cannot be told to leave out its corrector from a setting")
+def test_a_multistep_solver_of_first_order_is_the_pipelines_euler(pipe):
+    """Dynamic shift and all, so grid and conventions agree."""
+    with Multistep(order=1).attach(pipe, {"num_steps": 5, "solver": "dpmsolver++"}) as overrides:
         ours = call(pipe, **overrides)
     torch.testing.assert_close(ours, call(pipe, num_inference_steps=5), rtol=1e-4, atol=1e-4)
+
+
+def test_unipc_of_first_order_without_its_corrector_is_euler():
+    euler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    euler.set_timesteps(5)
+    unipc = make_solver(euler, "unipc", order=1)
+    put_on_grid(unipc, euler)
+    unipc.disable_corrector = list(range(5))
+    ours = theirs = torch.tensor([[1.0, -0.5, 2.0]])
+    for i, timestep in enumerate(euler.timesteps):
+        velocity = torch.tensor([[0.3, 1.0, -2.0]]) * (i + 1)
+        ours = unipc.step(velocity, timestep, ours).prev_sample
+        theirs = euler.step(velocity, timestep, theirs).prev_sample
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -135,8 +149,13 @@ def test_a_multistep_solver_is_exact_for_a_constant_prediction_of_the_data(solve
 
 def test_a_first_order_solver_is_cogvideox_ddim():
     """On a grid whose spacing divides 1000, where the stock scheduler's own previous timestep is right."""
-    scheduler = CogVideoXDDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False,
-                                       rescale_betas_zero_snr=True, snr_shift_scale=3.0)  # fmt: skip
+    scheduler = CogVideoXDDIMScheduler(
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=3.0,
+    )
     scheduler.set_timesteps(10)
     first_order = make_solver(scheduler, "dpmsolver++", order=1)
     put_on_grid(first_order, scheduler)
@@ -156,7 +175,8 @@ def test_teacache_accumulates_the_rescaled_distance_by_hand():
     computed = []
     for gate.clock.step, signal in enumerate([1.0, 2.0, 3.0, 6.0]):
         hidden = torch.full((1,), float(gate.clock.step))
-        result = gate.enter({"signal": torch.tensor([signal]), "hidden_states": hidden})
+        gate.clock.arguments = {"signal": torch.tensor([signal])}
+        result = gate.enter({"hidden_states": hidden})
         computed.append(result is None)
         if result is None:
             gate.leave(hidden, hidden + 5)
@@ -186,7 +206,7 @@ def test_an_endless_threshold_computes_only_what_it_must(name, steps, rival, pip
 def test_guidance_branches_have_states_of_their_own():
     """Branches that are the same give the same outputs, so guidance between them changes nothing."""
     pipe = flux_pipeline()
-    tea_cache = TeaCache()
+    tea_cache = TeaCache(modulated_input)
     tea_cache.prepare(pipe, [lambda **o: call(pipe, true_cfg=True, **o)], NUM_STEPS)
     same = {"prompt_embeds": torch.ones(1, 5, 12), "pooled_prompt_embeds": torch.ones(1, 8)}
     same |= {"negative_" + name: value for name, value in same.items()}

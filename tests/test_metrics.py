@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ertacache.lpips import TRUNK_VARIABLE, LpipsUnavailableError, alexnet_features, load_lpips
-from ertacache.metrics import psnr, ssim, temporal_error, worst_decile
 from PIL import Image
 from torch import Tensor
+
+from ertacache.lpips import TRUNK_VARIABLE, LpipsUnavailableError, alexnet_features, load_lpips
+from ertacache.metrics import psnr, ssim, temporal_error, worst_decile
 
 LPIPS_FOLDER = Path(__file__).parents[2] / "shared" / "lpips"
 needs_trunk = pytest.mark.skipif(not LPIPS_FOLDER.is_dir(), reason=f"no AlexNet trunk in {LPIPS_FOLDER}")

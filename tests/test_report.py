@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from browser import Browser, find_chromium
+from made_up import NUM_STEPS, curves, examples, picture, row, rows
+
 from ertacache.chart_data import linear_ticks, quality_series, spread_labels, tick_texts
 from ertacache.plots import plot_difference_strip, plot_error_per_step, save_figure
 from ertacache.report import write_report
 from ertacache.results import Curve
-from made_up import NUM_STEPS, curves, examples, picture, row, rows
 
 META = {"title": "Made <up> & unmeasured", "command": "sh reproduce.sh --prompts '<x>'"}
 
@@ -60,8 +60,10 @@ def test_bad_examples_are_refused_by_name(tmp_path: Path) -> None:
 def test_the_slider_moves_with_keys_and_mouse(browser: Browser, tmp_path: Path) -> None:
     browser.problems.clear()
     browser.open(report(tmp_path))
-    shown = ("[+compare.getAttribute('aria-valuenow'), getComputedStyle(uncached).clipPath, "
-             "handle.getBoundingClientRect().x]")  # fmt: skip
+    shown = (
+        "[+compare.getAttribute('aria-valuenow'), getComputedStyle(uncached).clipPath, "
+        "handle.getBoundingClientRect().x]"
+    )
     browser.evaluate("compare.scrollIntoView({block: 'center'}); compare.focus()")
     before = browser.evaluate(shown)
     browser.press("ArrowRight")
@@ -149,7 +151,8 @@ def test_series_hold_the_rows_and_draw_ours_last() -> None:
     series = quality_series(rows(), "psnr", "flops")
     assert series[-1].method == "ertacache" and len(series) == 13
     assert [value for point in series[-1].points for value in point] == pytest.approx(
-        [28 / 14, 62.0, 28 / 11, 58.22, 28 / 9, 55.7])  # fmt: skip
+        [28 / 14, 62.0, 28 / 11, 58.22, 28 / 9, 55.7]
+    )
 
 
 def test_matplotlib_figures_are_written(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up import row, rows
 
 from ertacache.plots import main as plots_main
 from ertacache.results import Row, best_rival, is_comparable, read_results, write_results
 from ertacache.table import BEGIN, END, load_published, margins, replace_between, table_markdown
 from ertacache.table import main as table_main
-from made_up import row, rows
 
 
 def section_of(title: str, markdown: str) -> str:
@@ -40,12 +40,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("psnr", "62"), ("psnr", True), ("role", "winner"), ("role", []), ("compute_fraction", 0), ("n", 1.5),
+        ("psnr", "62"),
+        ("psnr", True),
+        ("role", "winner"),
+        ("role", []),
+        ("compute_fraction", 0),
+        ("n", 1.5),
         ("seeds", []),
-        ("computed_steps", [0, 28]), ("computed_steps", [3, 1]), ("computed_steps", []), ("speedup", float("inf")),
-        ("versions", {"torch": 2}), ("model", ""), ("knob", 0.1), ("comparable", None), ("asked_steps", None),
+        ("computed_steps", [0, 28]),
+        ("computed_steps", [3, 1]),
+        ("computed_steps", []),
+        ("speedup", float("inf")),
+        ("versions", {"torch": 2}),
+        ("model", ""),
+        ("knob", 0.1),
+        ("comparable", None),
+        ("asked_steps", None),
     ],
-)  # fmt: skip
+)
 def test_a_bad_value_names_its_field_in_one_line(tmp_path: Path, field: str, value: Any) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps([asdict(row()), asdict(row()) | {field: value}]))
@@ -58,8 +70,12 @@ def test_missing_unknown_and_foreign_content_is_named(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     values = asdict(row())
     del values["lpips"]
-    for content, message in (([values], "lpips: missing"), ([asdict(row()) | {"lpisp": 1}], "lpisp: unknown"),
-                             ({}, "list of rows"), ([3], "row 0: expected an object")):  # fmt: skip
+    for content, message in (
+        ([values], "lpips: missing"),
+        ([asdict(row()) | {"lpisp": 1}], "lpisp: unknown"),
+        ({}, "list of rows"),
+        ([3], "row 0: expected an object"),
+    ):
         path.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):
             read_results(path)
@@ -156,7 +172,11 @@ def test_figures_know_the_rows_that_they_show(tmp_path: Path) -> None:
     assert plots_main([*command, "--check"]) == 1
     assert plots_main(command) == 0
     assert {p.name for p in out.iterdir()} == {
-        "quality-psnr.png", "quality-ssim.png", "quality-lpips.png", "schedule.png"}  # fmt: skip
+        "quality-psnr.png",
+        "quality-ssim.png",
+        "quality-lpips.png",
+        "schedule.png",
+    }
     assert plots_main([*command, "--check"]) == 0
     write_results(results, [Row(**asdict(r) | {"psnr": 1.0}) for r in rows()])
     assert plots_main([*command, "--check"]) == 1

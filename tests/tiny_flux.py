@@ -52,6 +52,14 @@ def flux_pipeline(guidance_embeds: bool = True, seed: int = 0) -> FluxPipeline:
     return pipe
 
 
+def modulated_input(transformer: FluxTransformer2DModel, arguments: dict[str, Any]) -> Tensor:
+    """TeaCache's signal: the first block's input after its adaptive norm, of a model without guidance or with."""
+    hidden_states = transformer.x_embedder(arguments["hidden_states"])
+    guidance = [] if arguments.get("guidance") is None else [arguments["guidance"] * 1000]
+    embedding = transformer.time_text_embed(arguments["timestep"] * 1000, *guidance, arguments["pooled_projections"])
+    return transformer.transformer_blocks[0].norm1(hidden_states, emb=embedding)[0]
+
+
 def call(pipe: FluxPipeline, seed: int = 0, true_cfg: bool = False, **overrides: Any) -> Tensor:
     """Packed latents (1, tokens, 16) of one seed, which makes the prompt as well as the noise."""
     generator = torch.Generator().manual_seed(seed)

@@ -31,8 +31,9 @@ class Applied:
     def __enter__(self) -> "Applied":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:  # fmt: skip
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         remove(self.pipe)
 
 
@@ -50,7 +51,9 @@ def apply(pipe: Any, calibration: Calibration | str | Path) -> Applied:
     """
     for part in ("transformer", "scheduler"):
         if getattr(pipe, part, None) is None:
-            raise MismatchError(f"{type(pipe).__name__} has no {part}: ERTACache attaches to a transformer and a scheduler")
+            raise MismatchError(
+                f"{type(pipe).__name__} has no {part}: ERTACache attaches to a transformer and a scheduler"
+            )
     if not isinstance(calibration, Calibration):
         calibration = Calibration.load(calibration)
     remove(pipe)

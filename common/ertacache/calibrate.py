@@ -55,18 +55,34 @@ class Runs:
         """The uncached reference runs, kept in `recorded` and `pictures`."""
         self.pictures = self.run(self.recorded, decode=True)
 
-    def final_error(self, schedule: list[int]) -> float:
-        """Mean over prompts of the log mean squared error of the final latents, on policy."""
-        fitter = Fitter(schedule, self.recorded.latents)
-        final = self.run(fitter)
+    def final_error(self, controller: Any) -> float:
+        """Mean over prompts of the log mean squared error of the final latents under a controller."""
+        final = self.run(controller)
         error = (final - self.recorded.latents[-1].float()).square().flatten(1).mean(1)
         return float(error.clamp_min(1e-20).log10().mean())
 
+    def fitted_error(self, schedule: list[int]) -> float:
+        """`final_error` of a schedule with our rectification."""
+        return self.final_error(Fitter(schedule, self.recorded.latents))
 
-def calibrate(pipe: Any, prompts: str | Sequence[str], *, seeds: Sequence[int] = (0,), speedup: float | None = None,
-              computed_steps: int | None = None, min_psnr: float | None = None, threshold: float | None = None,
-              method: str = "ertacache", search_budget: int = 0, folds: int = 2, micro_batch: int = MICRO_BATCH,
-              progress: bool = True, model_id: str | None = None, **pipe_kwargs: Any) -> Calibration:  # fmt: skip
+
+def calibrate(
+    pipe: Any,
+    prompts: str | Sequence[str],
+    *,
+    seeds: Sequence[int] = (0,),
+    speedup: float | None = None,
+    computed_steps: int | None = None,
+    min_psnr: float | None = None,
+    threshold: float | None = None,
+    method: str = "ertacache",
+    search_budget: int = 0,
+    folds: int = 2,
+    micro_batch: int = MICRO_BATCH,
+    progress: bool = True,
+    model_id: str | None = None,
+    **pipe_kwargs: Any,
+) -> Calibration:
     """Calibrate a pipeline for the schedule that was asked for.
 
     Exactly one of `speedup` (K = floor(N / speedup)), `computed_steps` (K), `min_psnr` (the smallest K whose
@@ -93,12 +109,30 @@ def calibrate(pipe: Any, prompts: str | Sequence[str], *, seeds: Sequence[int] =
             computed_steps = policy.computed_steps_for(num_steps, speedup)
         maker = _Maker(runs, method, threshold, search_budget, folds)
         maker.announce(computed_steps)
-        if min_psnr is not None:
-            made = maker.smallest(min_psnr)
-        else:
-            made = maker.make(computed_steps)
+        made = maker.smallest(min_psnr) if min_psnr is not None else maker.make(computed_steps)
     runs.bar.close()
     return replace(made, **_provenance(runs, model_id))
+
+
+def recorded_runs(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    micro_batch: int = MICRO_BATCH,
+    progress: bool = False,
+    **pipe_kwargs: Any,
+) -> Runs:
+    """The uncached reference runs that a calibration starts with, for studies of its parts."""
+    runs = _runs(pipe, prompts, seeds, pipe_kwargs, micro_batch, progress)
+    with _quiet(pipe), torch.no_grad():
+        runs.record()
+    return runs
+
+
+def plain_calibration(runs: Runs, **fitted: Any) -> Calibration:
+    """A calibration of given parts for the recorded runs, without a predicted quality."""
+    return replace(_calibration(runs.recorded, **fitted), **_provenance(runs, None))
 
 
 def _check_request(method: str, speedup: Any, computed_steps: Any, min_psnr: Any, threshold: Any) -> None:
@@ -109,11 +143,19 @@ def _check_request(method: str, speedup: Any, computed_steps: Any, min_psnr: Any
     if len(named) != 1:
         raise CalibrationError(f"give exactly one of {', '.join(given)}; got {', '.join(named) or 'none'}")
     if threshold is not None and method != "paper":
-        raise CalibrationError("threshold belongs to method='paper'; ask ertacache for speedup, computed_steps or min_psnr")
+        raise CalibrationError(
+            "threshold belongs to method='paper'; ask ertacache for speedup, computed_steps or min_psnr"
+        )
 
 
-def _runs(pipe: Any, prompts: str | Sequence[str], seeds: Sequence[int], kwargs: dict[str, Any], micro_batch: int,
-          progress: bool) -> Runs:  # fmt: skip
+def _runs(
+    pipe: Any,
+    prompts: str | Sequence[str],
+    seeds: Sequence[int],
+    kwargs: dict[str, Any],
+    micro_batch: int,
+    progress: bool,
+) -> Runs:
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = list(seeds)
     if not prompts or not seeds:
@@ -121,8 +163,14 @@ def _runs(pipe: Any, prompts: str | Sequence[str], seeds: Sequence[int], kwargs:
     count = max(len(prompts), len(seeds))
     kwargs = {k: v for k, v in kwargs.items() if k not in ("output_type", "generator", "return_dict")}
     bar = tqdm(total=None, desc="calibrate", unit="call", disable=not progress, leave=False)
-    return Runs(pipe, [prompts[i % len(prompts)] for i in range(count)], [seeds[i % len(seeds)] for i in range(count)],
-                kwargs, micro_batch, bar)  # fmt: skip
+    return Runs(
+        pipe,
+        [prompts[i % len(prompts)] for i in range(count)],
+        [seeds[i % len(seeds)] for i in range(count)],
+        kwargs,
+        micro_batch,
+        bar,
+    )
 
 
 @dataclass
@@ -144,8 +192,11 @@ class _Maker:
         total = (n + (fits + self.search_budget) * computed_steps) * runs
         self.runs.bar.total = total
         rate = self.runs.bar.format_dict["rate"] or self.runs.bar.n / max(self.runs.bar.format_dict["elapsed"], 1e-9)
-        print(f"calibration: {total} transformer evaluations ({runs} prompts, {n} steps, {computed_steps} computed), "
-              f"about {total / max(rate, 1e-9):.0f} s", file=sys.stderr)  # fmt: skip
+        print(
+            f"calibration: {total} transformer evaluations ({runs} prompts, {n} steps, {computed_steps} computed), "
+            f"about {total / max(rate, 1e-9):.0f} s",
+            file=sys.stderr,
+        )
 
     def make(self, computed_steps: int | None) -> Calibration:
         """A calibration with K computed steps (or at the paper's threshold), its quality predicted."""
@@ -153,7 +204,11 @@ class _Maker:
         return replace(made, predicted=self._predict(made))
 
     def smallest(self, min_psnr: float) -> Calibration:
-        """The calibration with the fewest computed steps whose predicted PSNR reaches `min_psnr`."""
+        """The calibration with the fewest computed steps whose predicted PSNR reaches `min_psnr`.
+
+        Bisects, which takes the prediction to grow with the number of steps; where it ripples, the result still
+        holds `min_psnr` but one with fewer steps may too.
+        """
         if self._fold_count() == 0:
             raise CalibrationError("min_psnr needs two or more calibration prompts and folds of 2 or more")
         low, high = 1, self.runs.recorded.num_steps
@@ -173,11 +228,13 @@ class _Maker:
         recorded = self.runs.recorded
         policy.check_computed_steps(recorded.num_steps, computed_steps)
         if computed_steps == recorded.num_steps:
-            return _calibration(recorded, list(range(computed_steps)), "ertacache", coefficients=[[1.0]] * computed_steps)
+            return _calibration(
+                recorded, list(range(computed_steps)), "ertacache", coefficients=[[1.0]] * computed_steps
+            )
         errors = policy.reuse_errors(gram_matrix(recorded.outputs), np.asarray(recorded.gains))
         schedule = policy.best_schedule(errors, computed_steps)
         if self.search_budget:
-            schedule = policy.swap_search(schedule, self.runs.final_error, recorded.num_steps, self.search_budget)
+            schedule = policy.swap_search(schedule, self.runs.fitted_error, recorded.num_steps, self.search_budget)
         fitter = Fitter(schedule, recorded.latents)
         self.runs.run(fitter)
         return _calibration(recorded, schedule, "ertacache", coefficients=fitter.coefficients)
@@ -237,7 +294,7 @@ def _provenance(runs: Runs, model_id: str | None) -> dict[str, Any]:
     return {
         "scheduler": solver.identity(pipe.scheduler),
         "model": provenance.model_identity(pipe.transformer, model_id),
-        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "dtype": provenance.model_dtype(pipe.transformer),
         "guidance_scale": getattr(pipe, "guidance_scale", None),
         "prompts": {"sha256": provenance.prompts_hash(runs.prompts, runs.seeds), "count": len(runs)},
         "settings": dict(sorted(plain.items())),

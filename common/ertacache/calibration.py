@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,11 @@ class Calibration:
 
     def save(self, path: str | Path) -> Path:
         """Write the JSON file, under a temporary name first."""
-        return write_atomically(path, to_json({"schema": SCHEMA, **asdict(self)}))
+        return write_atomically(path, to_json(self.to_dict()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data, as `from_dict` takes it."""
+        return {"schema": SCHEMA, **asdict(self)}
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
@@ -161,13 +166,22 @@ def _validate(c: Calibration, where: str) -> None:
             raise CalibrationError(f"{where}: field {name!r} must be {wanted}")
 
     require(c.method in METHODS, "method", f"one of {', '.join(METHODS)}")
-    require(_is_int(c.num_inference_steps) and 1 <= c.num_inference_steps <= MAX_STEPS, "num_inference_steps",
-            f"a whole number from 1 to {MAX_STEPS}")  # fmt: skip
+    require(
+        _is_int(c.num_inference_steps) and 1 <= c.num_inference_steps <= MAX_STEPS,
+        "num_inference_steps",
+        f"a whole number from 1 to {MAX_STEPS}",
+    )
     n = c.num_inference_steps
     steps = c.computed_steps
-    require(_is_list(steps, _is_int) and len(steps) > 0 and steps[0] == 0 and steps[-1] < n
-            and all(a < b for a, b in zip(steps, steps[1:], strict=False)),
-            "computed_steps", f"increasing step indices from 0 to at most {n - 1}")  # fmt: skip
+    require(
+        _is_list(steps, _is_int)
+        and len(steps) > 0
+        and steps[0] == 0
+        and steps[-1] < n
+        and all(a < b for a, b in pairwise(steps)),
+        "computed_steps",
+        f"increasing step indices from 0 to at most {n - 1}",
+    )
     require(_is_list(c.timesteps, _is_number) and len(c.timesteps) == n, "timesteps", f"{n} numbers")
     require(_is_list(c.sigmas, _is_number) and len(c.sigmas) in (0, n + 1), "sigmas", f"{n + 1} numbers or none")
     for name in ("scheduler", "model"):
@@ -182,8 +196,11 @@ def _validate(c: Calibration, where: str) -> None:
     require(c.guidance_scale is None or _is_number(c.guidance_scale), "guidance_scale", "a number or null")
     _validate_method(c, require)
     keys = ("psnr", "psnr_p10", "folds")
-    require(c.predicted is None or (isinstance(c.predicted, dict) and all(_is_number(c.predicted.get(k)) for k in keys)),
-            "predicted", f"null or an object with the numbers {', '.join(keys)}")  # fmt: skip
+    require(
+        c.predicted is None or (isinstance(c.predicted, dict) and all(_is_number(c.predicted.get(k)) for k in keys)),
+        "predicted",
+        f"null or an object with the numbers {', '.join(keys)}",
+    )
 
 
 def _validate_method(c: Calibration, require: Any) -> None:
@@ -197,10 +214,14 @@ def _validate_method(c: Calibration, require: Any) -> None:
             ok = 1 <= len(row) <= min(so_far, MAX_COEFFICIENTS)
             require(ok, "coefficients", f"1 to {min(so_far, MAX_COEFFICIENTS)} numbers at step {step}")
         return
+    require(c.coefficients is None, "coefficients", "null for method paper")
     factors, adjusted, model = c.step_factors, c.adjusted_sigmas, c.error_model
     require(factors is None or (_is_list(factors, _is_number) and len(factors) == n), "step_factors", f"{n} numbers")
-    require(adjusted is None or (_is_list(adjusted, _is_number) and len(adjusted) == n + 1), "adjusted_sigmas",
-            f"null or {n + 1} numbers")  # fmt: skip
+    require(
+        adjusted is None or (_is_list(adjusted, _is_number) and len(adjusted) == n + 1),
+        "adjusted_sigmas",
+        f"null or {n + 1} numbers",
+    )
     pair = lambda row: row is None or (_is_list(row, _is_number) and len(row) == 2)  # noqa: E731
     require(model is None or (_is_list(model, pair) and len(model) == n), "error_model", f"{n} pairs or nulls")
     require(c.threshold is None or _is_number(c.threshold), "threshold", "a number or null")

@@ -24,8 +24,15 @@ class Fitter:
         on_computed: rectify computed steps too.
     """
 
-    def __init__(self, schedule: list[int], reference: list[Tensor], rows: list[int] | None = None,
-                 history_length: int = HISTORY_LENGTH, ridge: float = DEFAULT_RIDGE, on_computed: bool = True):  # fmt: skip
+    def __init__(
+        self,
+        schedule: list[int],
+        reference: list[Tensor],
+        rows: list[int] | None = None,
+        history_length: int = HISTORY_LENGTH,
+        ridge: float = DEFAULT_RIDGE,
+        on_computed: bool = True,
+    ):
         self.schedule = frozenset(schedule)
         self.reference = reference
         self.rows = rows

@@ -32,9 +32,17 @@ class PaperFit:
     error_model: list[list[float] | None]
 
 
-def fit_paper(recorded: Recorder, *, threshold: float | None = None, computed_steps: int | None = None,
-              schedule: list[int] | None = None, rows: list[int] | None = None, fraction: str = "next",
-              adjust: bool = True, error_model: bool = True) -> PaperFit:  # fmt: skip
+def fit_paper(
+    recorded: Recorder,
+    *,
+    threshold: float | None = None,
+    computed_steps: int | None = None,
+    schedule: list[int] | None = None,
+    rows: list[int] | None = None,
+    fraction: str = "next",
+    adjust: bool = True,
+    error_model: bool = True,
+) -> PaperFit:
     """Fit the published method to recorded runs, by `threshold`, by `computed_steps`, or on a given `schedule`.
 
     Args:

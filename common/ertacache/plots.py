@@ -31,16 +31,26 @@ from ertacache.chart_data import (
     quality_series,
     rival_styles,
     spread_labels,
-)  # fmt: skip
+)
 from ertacache.results import METRICS, Curve, Row, read_results
 
 _SHAPES = dict(zip(MARKERS, ("o", "s", "^", "D", "X"), strict=True))
 _STYLE = {
-    "font.size": 10, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.titlepad": 12,
-    "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True, "figure.facecolor": "white",
-    "xtick.color": "#555555", "ytick.color": "#555555",
-}  # fmt: skip
+    "font.size": 10,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.titlepad": 12,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "figure.facecolor": "white",
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+}
 _DATA_KEY = "ertacache-rows-sha256"
 
 
@@ -119,8 +129,9 @@ def plot_schedule(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def plot_difference_strip(reference: NDArray[np.uint8], images: Mapping[str, NDArray[np.uint8]],
-                          gain: float = 4.0) -> Figure:  # fmt: skip
+def plot_difference_strip(
+    reference: NDArray[np.uint8], images: Mapping[str, NDArray[np.uint8]], gain: float = 4.0
+) -> Figure:
     """Uncached, then per method its picture and `gain` times its |difference|; pictures uint8 (H, W, 3)."""
     if any(image.shape != reference.shape or image.ndim != 3 for image in images.values()):
         raise ValueError(f"expected pictures of shape {reference.shape}")
@@ -153,11 +164,26 @@ def _label_ends(axes: Axes, series: Sequence[Series]) -> None:
     ends = [axes.transData.transform(one.points[-1]) for one in series]
     places = spread_labels([end[1] for end in ends], 13 * dots_a_point, box.y0, box.y1)
     for one, place in zip(series, places, strict=True):
-        line = {"arrowstyle": "-", "color": _colour(one.style), "lw": 0.6, "alpha": 0.45, "shrinkA": 3, "shrinkB": 6,
-                "relpos": (0, 0.5)}  # fmt: skip
-        axes.annotate(one.method, one.points[-1], xytext=(1.02, (place - box.y0) / box.height),
-                      textcoords="axes fraction", va="center", color=_colour(one.style), arrowprops=line,
-                      fontsize=10 if one.ours else 8.5, fontweight="bold" if one.ours else "normal")  # fmt: skip
+        line = {
+            "arrowstyle": "-",
+            "color": _colour(one.style),
+            "lw": 0.6,
+            "alpha": 0.45,
+            "shrinkA": 3,
+            "shrinkB": 6,
+            "relpos": (0, 0.5),
+        }
+        axes.annotate(
+            one.method,
+            one.points[-1],
+            xytext=(1.02, (place - box.y0) / box.height),
+            textcoords="axes fraction",
+            va="center",
+            color=_colour(one.style),
+            arrowprops=line,
+            fontsize=10 if one.ours else 8.5,
+            fontweight="bold" if one.ours else "normal",
+        )
 
 
 def rows_hash(rows: Sequence[Row]) -> str:

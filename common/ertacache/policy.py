@@ -103,8 +103,13 @@ def threshold_for(distances: Array, computed_steps: int) -> float:
     return high
 
 
-def swap_search(schedule: list[int], error_of: Callable[[list[int]], float], num_steps: int, budget: int,
-                report: Callable[[Any], None] = lambda _: None) -> list[int]:  # fmt: skip
+def swap_search(
+    schedule: list[int],
+    error_of: Callable[[list[int]], float],
+    num_steps: int,
+    budget: int,
+    report: Callable[[Any], None] = lambda _: None,
+) -> list[int]:
     """Move one computed step at a time to a neighbouring free place; keep a move that lowers the true error.
 
     Args:

@@ -33,6 +33,12 @@ def model_name(model: Any) -> str | None:
     return path
 
 
+def model_dtype(model: nn.Module) -> str:
+    """The dtype that a model runs in: its own word for it, or that of its first parameter."""
+    dtype = getattr(model, "dtype", None) or next((p.dtype for p in model.parameters()), torch.float32)
+    return str(dtype).removeprefix("torch.")
+
+
 def config_hash(model: Any) -> str | None:
     """sha256 of the configuration without private keys and without how it is quantised."""
     config = getattr(model, "config", None)

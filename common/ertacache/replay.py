@@ -42,8 +42,10 @@ class Replay:
 
     def model_output(self, step: int, call: StepCall, scheduler: Any) -> Tensor:
         if step == 0 and list(call.sample.shape[1:]) != self.calibration.latent_shape:
-            _warn(f"latents are {list(call.sample.shape[1:])}, the calibration is for {self.calibration.latent_shape}: "
-                  "quality may be lower")  # fmt: skip
+            _warn(
+                f"latents are {list(call.sample.shape[1:])}, the calibration is for {self.calibration.latent_shape}: "
+                "quality may be lower"
+            )
         if self.calibration.method == "paper":
             return self._paper_output(step, call)
         if step in self.computed:
@@ -72,33 +74,42 @@ def check_pipeline(calibration: Calibration, pipe: Any) -> None:
     """Raise MismatchError for another model or scheduler; warn for other weights or dtype."""
     transformer = pipe.transformer
     if type(transformer).__name__ != calibration.model["class"]:
-        raise MismatchError(f"the calibration is for {calibration.model['class']}, the pipeline has "
-                            f"{type(transformer).__name__}: {AGAIN}")  # fmt: skip
+        raise MismatchError(
+            f"the calibration is for {calibration.model['class']}, the pipeline has "
+            f"{type(transformer).__name__}: {AGAIN}"
+        )
     wanted = calibration.model.get("config_sha256")
     if wanted and provenance.config_hash(transformer) != wanted:
-        raise MismatchError(f"the {type(transformer).__name__} has another configuration than the calibrated one "
-                            f"({calibration.model.get('id')}): {AGAIN}")  # fmt: skip
+        raise MismatchError(
+            f"the {type(transformer).__name__} has another configuration than the calibrated one "
+            f"({calibration.model.get('id')}): {AGAIN}"
+        )
     _check_scheduler(calibration, pipe.scheduler)
-    dtype = str(getattr(transformer, "dtype", calibration.dtype)).removeprefix("torch.")
+    dtype = provenance.model_dtype(transformer)
     if dtype != calibration.dtype:
         _warn(f"the transformer runs in {dtype}, the calibration was made in {calibration.dtype}: quality may be lower")
         return
     fingerprint = provenance.weights_fingerprint(transformer)
     wanted = calibration.model.get("weights_fingerprint")
     if wanted and fingerprint and fingerprint != wanted:
-        _warn("the weights differ from the calibrated ones (LoRA, quantised, fine-tuned?): quality may be lower; "
-              "calibrate again to restore it")  # fmt: skip
+        _warn(
+            "the weights differ from the calibrated ones (LoRA, quantised, fine-tuned?): quality may be lower; "
+            "calibrate again to restore it"
+        )
 
 
 def _check_scheduler(calibration: Calibration, scheduler: Any) -> None:
     present = solver.identity(scheduler)
     if present["class"] != calibration.scheduler["class"]:
-        raise MismatchError(f"the calibration is for the scheduler {calibration.scheduler['class']}, the pipeline has "
-                            f"{present['class']}: {AGAIN}")  # fmt: skip
+        raise MismatchError(
+            f"the calibration is for the scheduler {calibration.scheduler['class']}, the pipeline has "
+            f"{present['class']}: {AGAIN}"
+        )
     for key, value in calibration.scheduler["config"].items():
         if key in present["config"] and present["config"][key] != value:
-            raise MismatchError(f"the scheduler's {key} is {present['config'][key]!r}, the calibration is for {value!r}: "
-                                f"{AGAIN}")  # fmt: skip
+            raise MismatchError(
+                f"the scheduler's {key} is {present['config'][key]!r}, the calibration is for {value!r}: {AGAIN}"
+            )
 
 
 def check_grid(calibration: Calibration, timesteps: list[float], sigmas: list[float]) -> None:
@@ -106,14 +117,17 @@ def check_grid(calibration: Calibration, timesteps: list[float], sigmas: list[fl
     wanted = calibration.num_inference_steps
     if len(timesteps) != wanted:
         raise MismatchError(f"the run has {len(timesteps)} steps, the calibration is for {wanted}: {AGAIN}")
-    pairs = zip([*timesteps, *(1000 * s for s in sigmas)],
-                [*calibration.timesteps, *(1000 * s for s in calibration.sigmas)], strict=False)  # fmt: skip
+    pairs = zip(
+        [*timesteps, *(1000 * s for s in sigmas)],
+        [*calibration.timesteps, *(1000 * s for s in calibration.sigmas)],
+        strict=False,
+    )
     for index, (present, calibrated) in enumerate(pairs):
         if abs(present - calibrated) > GRID_TOLERANCE:
             step = index % wanted
             raise MismatchError(
-                f"the noise grid differs at step {step} ({present:g}, calibrated {calibrated:g}); another resolution or "
-                f"shift moves it: {AGAIN}"
+                f"the noise grid differs at step {step} ({present:g}, calibrated {calibrated:g}); another resolution "
+                f"or shift moves it: {AGAIN}"
             )
 
 

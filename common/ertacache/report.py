@@ -27,8 +27,13 @@ _MAX_SIDE, _MAX_FRAMES = 640, 16
 _LOSSLESS_SIDE = 256
 
 
-def write_report(path: str | Path, rows: Sequence[Row], examples: Sequence[Mapping[str, Any]],
-                 curves: Mapping[str, Curve | Sequence[Curve]], meta: Mapping[str, Any]) -> None:  # fmt: skip
+def write_report(
+    path: str | Path,
+    rows: Sequence[Row],
+    examples: Sequence[Mapping[str, Any]],
+    curves: Mapping[str, Curve | Sequence[Curve]],
+    meta: Mapping[str, Any],
+) -> None:
     """Write the report of one model's rows.
 
     examples: dicts with prompt (str), seed (int), method (str; "none" is the uncached picture), computed_steps (the
@@ -63,8 +68,10 @@ def write_report(path: str | Path, rows: Sequence[Row], examples: Sequence[Mappi
 
 def _ran_on(rows: Sequence[Row]) -> str:
     row = next((r for r in rows if r.role == "ours"), rows[0])
-    return (f"{row.model} on {row.device}, {row.dtype}, {row.num_inference_steps} steps. Measured over {row.n} prompt "
-            f"and seed pairs, each against the uncached output.")  # fmt: skip
+    return (
+        f"{row.model} on {row.device}, {row.dtype}, {row.num_inference_steps} steps. Measured over {row.n} prompt "
+        f"and seed pairs, each against the uncached output."
+    )
 
 
 def _card(rows: Sequence[Row], asked: int) -> str:
@@ -76,9 +83,11 @@ def _card(rows: Sequence[Row], asked: int) -> str:
     margin = next((m for m in margins(section) if m[0] == "PSNR"), None)
     beaten = f"<p><b>{escape(margin[1])}</b> over {escape(margin[2])}, best rival at that cost</p>" if margin else ""
     psnr = METRICS["psnr"].show(ours.psnr) if ours.psnr is not None else "\N{EN DASH}"
-    return (f'<article class="card"><h3>{asked} of {ours.num_inference_steps} steps computed</h3>'
-            f'<p class="big">{psnr}<small> dB PSNR</small></p><p><b>{ours.speedup:.2f}×</b> as fast at '
-            f"{ours.compute_fraction:.0%} of the FLOPs</p>{beaten}</article>")  # fmt: skip
+    return (
+        f'<article class="card"><h3>{asked} of {ours.num_inference_steps} steps computed</h3>'
+        f'<p class="big">{psnr}<small> dB PSNR</small></p><p><b>{ours.speedup:.2f}×</b> as fast at '
+        f"{ours.compute_fraction:.0%} of the FLOPs</p>{beaten}</article>"
+    )
 
 
 def _pairs(examples: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -102,10 +111,15 @@ def _pairs(examples: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[d
         if image.shape != references[key].shape:
             raise ValueError(f"examples: {example['method']}: shape {image.shape}, uncached {references[key].shape}")
         steps = example["computed_steps"]
-        pairs[key]["shots"].append({
-            "method": example["method"], "ours": example["method"] in ours, "uri": _sprite(image)[0],
-            "asked": steps if isinstance(steps, int) else len(steps), "psnr": _psnr(image, references[key]),
-        })  # fmt: skip
+        pairs[key]["shots"].append(
+            {
+                "method": example["method"],
+                "ours": example["method"] in ours,
+                "uri": _sprite(image)[0],
+                "asked": steps if isinstance(steps, int) else len(steps),
+                "psnr": _psnr(image, references[key]),
+            }
+        )
     for pair in pairs.values():
         pair["shots"].sort(key=lambda shot: (-shot["asked"], not shot["ours"], -shot["psnr"]))
     return list(pairs.values())
@@ -115,8 +129,10 @@ def _frames(example: Mapping[str, Any]) -> NDArray[np.uint8]:
     """The example's picture as (F, H, W, 3)."""
     image = np.asarray(example["image"])
     if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3:
-        raise ValueError(f"examples: image of {example['method']}: expected uint8 (H, W, 3) or (F, H, W, 3), got "
-                         f"{image.dtype} {image.shape}")  # fmt: skip
+        raise ValueError(
+            f"examples: image of {example['method']}: expected uint8 (H, W, 3) or (F, H, W, 3), got "
+            f"{image.dtype} {image.shape}"
+        )
     return image if image.ndim == 4 else image[None]
 
 
@@ -158,13 +174,16 @@ def _charts(rows: Sequence[Row]) -> str:
 
 def _steps_panel(rows: Sequence[Row], curves: Mapping[str, Curve | Sequence[Curve]], asked: int) -> str:
     """Error per step and the schedule strips at one asked number of computed steps."""
-    styles = {method: 5 for method in curves} | rival_styles(rows)
+    styles = dict.fromkeys(curves, 5) | rival_styles(rows)
     chosen = curve_at(curves, asked)
     section = [row for row in rows if row.asked_steps == asked and row.role in ("ours", "rival")]
     num_steps = next((r.num_inference_steps for r in section if r.role == "ours"), 0)
     # a rival that takes fewer steps has another grid: a strip of its own length would not line up
-    strips = [(r.method, r.computed_steps, styles[r.method]) for r in section
-              if r.computed_steps is not None and r.num_inference_steps == num_steps]  # fmt: skip
+    strips = [
+        (r.method, r.computed_steps, styles[r.method])
+        for r in section
+        if r.computed_steps is not None and r.num_inference_steps == num_steps
+    ]
     strips.sort(key=lambda strip: strip[2] >= 0)
     body = []
     for kind, width in (("wide", _WIDE), ("narrow", _NARROW)):
@@ -185,14 +204,19 @@ def _table_html(table: Table) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
     remarks = "".join(f'<p class="remark">{escape(remark)}</p>' for remark in table.remarks)
     footer = remarks + (f"<ol>{notes}</ol>" if notes else "")
-    return (f'<h3>{escape(table.title)}</h3><div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{''.join(lines)}</tbody></table></div>{footer}")  # fmt: skip
+    return (
+        f'<h3>{escape(table.title)}</h3><div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>{footer}"
+    )
 
 
 def _meta_html(rows: Sequence[Row], meta: Mapping[str, Any]) -> str:
     row = next((r for r in rows if r.role == "ours"), rows[0])
-    facts = {"Seeds": ", ".join(map(str, row.seeds)), "Prompts (SHA-256)": row.prompts_sha256,
-             "Versions": ", ".join(f"{k} {v}" for k, v in row.versions.items())}  # fmt: skip
+    facts = {
+        "Seeds": ", ".join(map(str, row.seeds)),
+        "Prompts (SHA-256)": row.prompts_sha256,
+        "Versions": ", ".join(f"{k} {v}" for k, v in row.versions.items()),
+    }
     if row.setting:
         facts["Setting"] = row.setting
     facts |= {key.replace("_", " ").capitalize(): value for key, value in meta.items() if key != "title"}

@@ -18,7 +18,7 @@ from ertacache.chart_data import (
     quality_series,
     spread_labels,
     tick_texts,
-)  # fmt: skip
+)
 from ertacache.results import METRICS, Curve, Row
 
 _LABEL_GAP = 14
@@ -51,8 +51,9 @@ class _Frame:
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
         self.parts.append(f'<path class="{kind}" d="{path}"/>')
 
-    def axes(self, x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, str]], x_label: str,
-             y_label: str) -> None:  # fmt: skip
+    def axes(
+        self, x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, str]], x_label: str, y_label: str
+    ) -> None:
         """Grid lines, tick labels (place in pixels, text) and axis labels."""
         for y, text in y_ticks:
             self.line([(self.x0, y), (self.x1, y)], "grid")
@@ -100,8 +101,9 @@ def quality_svg(rows: Sequence[Row], metric: str, axis: str, width: int, height:
     frame.axes(
         [(to_x(v), f"{text}×") for v, text in zip(x_ticks, tick_texts(x_ticks), strict=True)],
         [(to_y(v), text) for v, text in zip(y_ticks, tick_texts(y_ticks), strict=True)],
-        AXES[axis], f"{facts.label}{' in ' + facts.unit if facts.unit else ''}, up is better",
-    )  # fmt: skip
+        AXES[axis],
+        f"{facts.label}{' in ' + facts.unit if facts.unit else ''}, up is better",
+    )
     drawn = [[(to_x(x), to_y(y)) for x, y in one.points] for one in series]
     names = frame.names([(one, *points[-1]) for one, points in zip(series, drawn, strict=True)])
     for one, points in zip(series, drawn, strict=True):
@@ -128,8 +130,9 @@ def error_svg(curves: Mapping[str, Curve], styles: Mapping[str, int], width: int
     frame.axes(
         [(to_x(round(s)), f"{s:g}") for s in linear_ticks(0, steps - 1, 7 if width > 500 else 4) if s == round(s)],
         [(to_log_y(e), f"{10.0**e:g}") for e in exponents],
-        "Step (shaded: reused by ours)", "RMS error, down is better",
-    )  # fmt: skip
+        "Step (shaded: reused by ours)",
+        "RMS error, down is better",
+    )
     ends, drawn = [], {}
     for method, curve in sorted(curves.items(), key=lambda item: styles.get(item[0], 0) < 0):
         # a value below the axis (often an exact zero at the first step) is drawn on its lower border
@@ -186,7 +189,19 @@ def _marker(series: Series, x: float, y: float) -> str:
         "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
         "triangle": [(0, -1.25), (1.2, 0.95), (-1.2, 0.95)],
         "diamond": [(0, -1.35), (1.35, 0), (0, 1.35), (-1.35, 0)],
-        "cross": [(-0.4, -1.2), (0.4, -1.2), (0.4, -0.4), (1.2, -0.4), (1.2, 0.4), (0.4, 0.4), (0.4, 1.2),
-                  (-0.4, 1.2), (-0.4, 0.4), (-1.2, 0.4), (-1.2, -0.4), (-0.4, -0.4)],
-    }[shape]  # fmt: skip
+        "cross": [
+            (-0.4, -1.2),
+            (0.4, -1.2),
+            (0.4, -0.4),
+            (1.2, -0.4),
+            (1.2, 0.4),
+            (0.4, 0.4),
+            (0.4, 1.2),
+            (-0.4, 1.2),
+            (-0.4, 0.4),
+            (-1.2, 0.4),
+            (-1.2, -0.4),
+            (-0.4, -0.4),
+        ],
+    }[shape]
     return "M" + "L".join(f"{x + r * dx:.1f} {y + r * dy:.1f}" for dx, dy in unit) + "z"

@@ -149,8 +149,10 @@ def _row(value: Any, where: str) -> Row:
         raise ValueError(f"{where}: expected an object, got {type(value).__name__}")
     known = [f.name for f in fields(Row)]
     # every field is written, so one that is absent means a truncated or foreign file, even where Row has a default
-    for problem, names in (("missing", [n for n in known if n not in value]),
-                           ("unknown", [n for n in value if n not in known])):  # fmt: skip
+    for problem, names in (
+        ("missing", [n for n in known if n not in value]),
+        ("unknown", [n for n in value if n not in known]),
+    ):
         if names:
             raise ValueError(f"{where}: {names[0]}: {problem} field")
     try:

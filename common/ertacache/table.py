@@ -1,8 +1,8 @@
 """Tables from results.json: table.md, the tables of report.html, and what stands between the markers of a README.
 
-    python -m ertacache.table RESULTS.json                          print them
-    python -m ertacache.table RESULTS.json --into README.md         put them between the markers
-    python -m ertacache.table RESULTS.json --into README.md --check exit code 1 when the README says something else
+python -m ertacache.table RESULTS.json                          print them
+python -m ertacache.table RESULTS.json --into README.md         put them between the markers
+python -m ertacache.table RESULTS.json --into README.md --check exit code 1 when the README says something else
 """
 
 import argparse
@@ -151,8 +151,10 @@ def _published(rows: Sequence[Row], published: Mapping[str, Any]) -> Table:
         if row.role == "ours":
             cells = [f"{row.method} at cost {row.compute_fraction:.2f} (measured here)", row.model, row.device]
             table.add([*cells, _seconds(row), *(_metric(row, key, table) for key in METRICS)], ours=True)
-    table.remarks.append(f"Published rows: {published['source']}, on the real model on {published['hardware']}. Rows "
-                         "measured here: on the model that is named in them. The two are not comparable.")  # fmt: skip
+    table.remarks.append(
+        f"Published rows: {published['source']}, on the real model on {published['hardware']}. Rows "
+        "measured here: on the model that is named in them. The two are not comparable."
+    )
     return table
 
 
@@ -185,8 +187,11 @@ def _seconds(row: Row) -> str:
 
 
 def _ran_on(rows: Sequence[Row]) -> str:
-    runs = dict.fromkeys(f"{r.model} ({r.dtype}) on {r.device}, {r.num_inference_steps} steps, {r.n} prompt and seed "
-                         f"pairs" for r in rows if r.role in ("reference", "ours"))  # fmt: skip
+    runs = dict.fromkeys(
+        f"{r.model} ({r.dtype}) on {r.device}, {r.num_inference_steps} steps, {r.n} prompt and seed pairs"
+        for r in rows
+        if r.role in ("reference", "ours")
+    )
     text = "Measured against the uncached output of the same prompt and seed. Cost: fraction of the uncached run's "
     text += "transformer FLOPs. Seconds: denoising loop per prompt. p10: worst decile."
     return "\n\n".join([*map(_escape, runs), text])

@@ -48,8 +48,9 @@ def _mix(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return (1 - sigma) * latents + sigma * noise
 
 
-def train_flow(model: nn.Module, velocity: Velocity, batches: Batches, *, num_steps: int, learning_rate: float,
-               folder: Path) -> nn.Module:  # fmt: skip
+def train_flow(
+    model: nn.Module, velocity: Velocity, batches: Batches, *, num_steps: int, learning_rate: float, folder: Path
+) -> nn.Module:
     """Train `model` to predict the velocity, some captions dropped, and return it with averaged weights."""
     model.to(batches.device)
     compiled = torch.compile(model)
@@ -63,8 +64,16 @@ def train_flow(model: nn.Module, velocity: Velocity, batches: Batches, *, num_st
     return Stage("flow", model, loss, num_steps, learning_rate, folder, muon=True).run()
 
 
-def distil_guidance(teacher: nn.Module, student: nn.Module, velocity: Velocity, batches: Batches, *, num_steps: int,
-                    learning_rate: float, folder: Path) -> nn.Module:  # fmt: skip
+def distil_guidance(
+    teacher: nn.Module,
+    student: nn.Module,
+    velocity: Velocity,
+    batches: Batches,
+    *,
+    num_steps: int,
+    learning_rate: float,
+    folder: Path,
+) -> nn.Module:
     """Teach `student`, which takes the guidance scale, the teacher's guided velocity u + w (c - u)."""
     teacher.to(batches.device).requires_grad_(False)
     student.to(batches.device)
@@ -79,8 +88,9 @@ def distil_guidance(teacher: nn.Module, student: nn.Module, velocity: Velocity, 
         with torch.autocast(batches.device, torch.bfloat16):
             with torch.no_grad():
                 empty = batches.empty.to(batches.device).expand_as(tokens)
-                both = velocity(ask, mixed.repeat(2, *[1] * (mixed.ndim - 1)), sigma.repeat(2),
-                                torch.cat([empty, tokens]), None).float()  # fmt: skip
+                both = velocity(
+                    ask, mixed.repeat(2, *[1] * (mixed.ndim - 1)), sigma.repeat(2), torch.cat([empty, tokens]), None
+                ).float()
                 without, conditional = both.chunk(2)
                 weight = guidance.view(-1, *[1] * (mixed.ndim - 1))
                 target = without + weight * (conditional - without)

@@ -26,15 +26,14 @@ class Judge(nn.Module):
         super().__init__()
 
         def conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-            return nn.Sequential(
-                nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.GroupNorm(8, outputs), nn.SiLU()
-            )
+            return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.GroupNorm(8, outputs), nn.SiLU())
 
         self.body = nn.Sequential(
             conv(3, 32, 1), conv(32, 48, 2), conv(48, 64, 1), conv(64, 96, 2), conv(96, 96, 1), conv(96, 96, 2)
         )
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(96 * 64, 256), nn.SiLU(),
-                                  nn.Linear(256, len(PLACES) * OUTPUTS))  # fmt: skip
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(96 * 64, 256), nn.SiLU(), nn.Linear(256, len(PLACES) * OUTPUTS)
+        )
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.head(self.body(pixels * 2 - 1)).unflatten(1, (len(PLACES), OUTPUTS))

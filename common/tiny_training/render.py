@@ -38,8 +38,9 @@ def _background(scene: Scene, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.asarray(BACKGROUNDS[scene.background], np.float32) * shade[..., None]
 
 
-def _paint(image: np.ndarray, obj: SceneObject, x: np.ndarray, y: np.ndarray, light: np.ndarray, pixel: float,
-           time: float) -> np.ndarray:  # fmt: skip
+def _paint(
+    image: np.ndarray, obj: SceneObject, x: np.ndarray, y: np.ndarray, light: np.ndarray, pixel: float, time: float
+) -> np.ndarray:
     centre = (obj.x + obj.velocity[0] * time, obj.y + obj.velocity[1] * time)
     radius = obj.radius * (1 + obj.growth * time)
     angle = obj.angle + obj.spin * time

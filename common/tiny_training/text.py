@@ -87,9 +87,18 @@ def reading_loss(answers: tuple[Tensor, Tensor], targets: Tensor, backgrounds: T
     return loss
 
 
-def train_text_encoders(sequence: nn.Module, pooled: nn.Module | None, tokens: Tensor, texts: list[str], *,
-                        num_steps: int, batch_size: int, learning_rate: float, folder: Path,
-                        device: str = "cpu") -> None:  # fmt: skip
+def train_text_encoders(
+    sequence: nn.Module,
+    pooled: nn.Module | None,
+    tokens: Tensor,
+    texts: list[str],
+    *,
+    num_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    folder: Path,
+    device: str = "cpu",
+) -> None:
     """Train a T5-type encoder on its states and, if given, a CLIP-type one on its pooled output, in place."""
     modules = nn.ModuleDict({"sequence": sequence, "read_sequence": _Reader(sequence.config.d_model)})
     if pooled is not None:

@@ -32,8 +32,19 @@ class _Autoencode(nn.Module):
         return self.vae.decode(latents).sample, kl.mean()
 
 
-def train_vae(vae: nn.Module, pixels: np.ndarray, latent_channels: int, factor: int, *, num_steps: int,
-              batch_size: int, crop: int, learning_rate: float, folder: Path, device: str = "cpu") -> nn.Module:  # fmt: skip
+def train_vae(
+    vae: nn.Module,
+    pixels: np.ndarray,
+    latent_channels: int,
+    factor: int,
+    *,
+    num_steps: int,
+    batch_size: int,
+    crop: int,
+    learning_rate: float,
+    folder: Path,
+    device: str = "cpu",
+) -> nn.Module:
     """Train on random crops of `pixels`, uint8 (n, H, W, 3), and return the VAE with averaged weights."""
     vae = vae.to(device)
     # eager: the compiled backward pass of torch 2.13 on a CPU does not train this model
@@ -49,8 +60,9 @@ def train_vae(vae: nn.Module, pixels: np.ndarray, latent_channels: int, factor: 
         chosen = rng.integers(0, len(pixels), count)
         batch = np.stack([pixels[i, y : y + side, x : x + side] for i, (y, x) in zip(chosen, corners, strict=True)])
         target = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        noise = torch.randn(count, latent_channels, side // factor, side // factor,
-                            generator=torch.Generator().manual_seed(step)).to(device)  # fmt: skip
+        noise = torch.randn(
+            count, latent_channels, side // factor, side // factor, generator=torch.Generator().manual_seed(step)
+        ).to(device)
         with torch.autocast(device, torch.bfloat16):
             picture, kl = autoencode(target, noise)
         return reconstruction_loss(picture.float(), target) + KL_WEIGHT * kl.float()

@@ -1,0 +1,8 @@
+"""What the embedded tiny pipeline overrides in ../config.py."""
+
+DTYPE = "float32"
+PROMPTS = "prompts/tiny_examples.txt"
+HEIGHT = 64
+WIDTH = 64
+MAX_SEQUENCE_LENGTH = 40
+NUM_CALIBRATION_PROMPTS = 32

@@ -1,0 +1,87 @@
+"""The parts of the method one by one, as calibrations that differ in a single thing from the row before."""
+
+from dataclasses import asdict
+
+import numpy as np
+
+from ertacache import policy
+from ertacache.calibrate import Runs, plain_calibration
+from ertacache.calibration import Calibration
+from ertacache.fitting import Fitter
+from ertacache.paper import fit_paper
+from ertacache.recording import gram_matrix, residual_distances, residuals
+from ertacache.replay import Replay
+
+
+def ablations(runs: Runs, computed_steps: int, searched: list[int], search_budget: int) -> dict[str, Calibration]:
+    """Name -> calibration, in the order of the table.
+
+    Args:
+        runs: recorded calibration runs.
+        searched: the schedule that our method's swap search ended with.
+        search_budget: tries for the rows whose swap search looks at plain reuse.
+    """
+    recorded = runs.recorded
+    uniform = policy.uniform_schedule(recorded.num_steps, computed_steps)
+    distances = residual_distances(residuals(recorded))
+    threshold = policy.threshold_schedule(distances, policy.threshold_for(distances, computed_steps))
+    errors = policy.reuse_errors(gram_matrix(recorded.outputs), np.asarray(recorded.gains))
+    dynamic = policy.best_schedule(errors, computed_steps)
+    swapped = dynamic
+    if search_budget:
+        swapped = policy.swap_search(
+            dynamic,
+            lambda s: runs.final_error(Replay(residual_reuse(runs, s), runs.pipe)),
+            recorded.num_steps,
+            search_budget,
+        )
+    return {
+        "uniform schedule, residual reuse": residual_reuse(runs, uniform),
+        "threshold policy, residual reuse": residual_reuse(runs, threshold),
+        "dynamic programming, residual reuse": residual_reuse(runs, dynamic),
+        "+ swap search": residual_reuse(runs, swapped),
+        "+ timestep adjustment": _paper(runs, swapped, adjust=True, error_model=False),
+        "+ paper rectification": _paper(runs, swapped, adjust=True, error_model=True),
+        "dynamic programming, output reuse": _outputs(runs, dynamic, [[1.0]] * recorded.num_steps),
+        "dynamic programming, linear extrapolation": linear_extrapolation(runs, dynamic),
+        "our swap search, linear extrapolation": linear_extrapolation(runs, searched),
+        "dynamic programming, rectification to the reference": _fitted(runs, dynamic, on_computed=False),
+        "+ on computed steps": _fitted(runs, dynamic, on_computed=True),
+    }
+
+
+def residual_reuse(runs: Runs, schedule: list[int]) -> Calibration:
+    """Plain reuse of the last computed residual o - x on the original grid."""
+    return _paper(runs, schedule, adjust=False, error_model=False)
+
+
+def linear_extrapolation(runs: Runs, schedule: list[int]) -> Calibration:
+    """The line through the last two computed outputs, over sigma (or timestep where there are no sigmas)."""
+    recorded = runs.recorded
+    axis = recorded.sigmas or recorded.timesteps
+    rows, last = [], []
+    for step in range(recorded.num_steps):
+        if step in schedule:
+            last = [step, *last][:2]
+            rows.append([1.0])
+        elif len(last) < 2:
+            rows.append([1.0])
+        else:
+            slope = (axis[step] - axis[last[0]]) / (axis[last[0]] - axis[last[1]])
+            rows.append([1 + slope, -slope])
+    return _outputs(runs, schedule, rows)
+
+
+def _paper(runs: Runs, schedule: list[int], **parts: bool) -> Calibration:
+    fit = fit_paper(runs.recorded, schedule=schedule, **parts)
+    return plain_calibration(runs, method="paper", **asdict(fit))
+
+
+def _outputs(runs: Runs, schedule: list[int], coefficients: list[list[float]]) -> Calibration:
+    return plain_calibration(runs, method="ertacache", computed_steps=schedule, coefficients=coefficients)
+
+
+def _fitted(runs: Runs, schedule: list[int], on_computed: bool) -> Calibration:
+    fitter = Fitter(schedule, runs.recorded.latents, on_computed=on_computed)
+    runs.run(fitter)
+    return _outputs(runs, schedule, fitter.coefficients)

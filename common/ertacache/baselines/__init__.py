@@ -1,0 +1,62 @@
+"""The rivals: every cache that ERTACache is compared with, one class each, all of one shape (`base.Rival`).
+
+    rivals = all_rivals(modulated_input)
+    tuner = Tuner(pipe, runs, num_steps=28)
+    tuned = tuner.tune(rivals[0], wanted_fraction=0.5)
+    with rivals[0].attach(pipe, tuned.setting) as overrides:
+        pipe(prompt, **{"num_inference_steps": 28, **overrides})
+
+A rival that works on no such pipeline raises `NotApplicable`, at the latest in its first run. Caches decide for
+a whole batch at once, so compare them with one prompt a call.
+"""
+
+from ertacache.baselines.base import NotApplicable, Rival, Run, Setting
+from ertacache.baselines.cache_dit import CacheDit
+from ertacache.baselines.diffusers_caches import FirstBlockCache, MagCache, SeaCache
+from ertacache.baselines.diffusers_modules import FasterCache, PyramidAttentionBroadcast, TaylorSeer
+from ertacache.baselines.easycache import EasyCache
+from ertacache.baselines.fewer_steps import FewerSteps
+from ertacache.baselines.multistep import Multistep
+from ertacache.baselines.teacache import ModulatedInput, TeaCache
+from ertacache.baselines.tuning import Tuned, Tuner, tune
+
+__all__ = [
+    "CacheDit",
+    "EasyCache",
+    "FasterCache",
+    "FewerSteps",
+    "FirstBlockCache",
+    "MagCache",
+    "ModulatedInput",
+    "Multistep",
+    "NotApplicable",
+    "PyramidAttentionBroadcast",
+    "Rival",
+    "Run",
+    "SeaCache",
+    "Setting",
+    "TaylorSeer",
+    "TeaCache",
+    "Tuned",
+    "Tuner",
+    "all_rivals",
+    "tune",
+]
+
+
+def all_rivals(modulated_input: ModulatedInput | None = None) -> list[Rival]:
+    """One fresh rival of each kind; `modulated_input` is the model's signal for TeaCache, which needs it."""
+    return [
+        FewerSteps(),
+        Multistep(),
+        TeaCache(modulated_input),
+        EasyCache(),
+        MagCache(),
+        FirstBlockCache(),
+        TaylorSeer(lite=True),
+        TaylorSeer(lite=False),
+        SeaCache(),
+        PyramidAttentionBroadcast(),
+        FasterCache(),
+        CacheDit(),
+    ]

@@ -1,0 +1,187 @@
+"""Runs methods side by side on one pipeline and measures each against the uncached output.
+
+Every contender runs on the same prompts and seeds; what it costs is counted in FLOPs of the transformer and
+timed interleaved with the others. Finished pieces are kept in a ledger, so that a comparison resumes.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ertacache import metrics
+from ertacache.cost import TransformerCost, compute_fraction
+from ertacache.ledger import Ledger
+from ertacache.lpips import Lpips
+from ertacache.pictures import to_uint8
+from ertacache.timing import DenoiseTimer
+
+NUM_EXAMPLES = 6
+NUM_COST_RUNS = 3
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One method at one setting.
+
+    Attributes:
+        attach: makes the pipeline run with it; yields pipeline arguments to override.
+        static: its decisions are known before the run, so that prompts may share a batch.
+    """
+
+    method: str
+    role: str
+    asked_steps: int | None
+    setting: str
+    attach: Callable[[], AbstractContextManager[Any]]
+    static: bool = False
+    computed_steps: list[int] | None = None
+    knob: dict[str, Any] | None = None
+    comparable: bool = False
+
+    @property
+    def name(self) -> str:
+        """Names what is run; rows of different asked costs with the same setting share its results."""
+        return f"{self.method} {self.setting}"
+
+
+class Comparison:
+    """A pipeline, the prompts and seeds to measure on, and the uncached results."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        arguments: dict[str, Any],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        ledger: Ledger,
+        perceptual: Lpips | None,
+    ):
+        self.pipe, self.arguments = pipe, arguments
+        self.pairs = [(prompt, seed) for seed in seeds for prompt in prompts]
+        self.ledger, self.perceptual = ledger, perceptual
+        self.reference: Tensor | None = None
+        self.reference_latents: list[Tensor] = []
+        self.flops: list[TransformerCost] = []
+
+    def prepare(self) -> None:
+        """Make the uncached results, and count what they cost."""
+        self.reference = self._pictures(Contender("none", "reference", None, "uncached", nullcontext, static=True))
+        self.flops = self._costs(None)
+        self.reference_latents = self._trajectory(nullcontext)
+
+    def _call(self, pairs: Sequence[tuple[str, int]], output_type: str, overrides: Any, **extra: Any) -> Tensor:
+        generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in pairs]
+        arguments = {**self.arguments, **(overrides if isinstance(overrides, dict) else {}), **extra}
+        with torch.no_grad():
+            result = self.pipe(
+                prompt=[prompt for prompt, _ in pairs], generator=generators, output_type=output_type, **arguments
+            )
+        return torch.as_tensor(result[0]).float().cpu()
+
+    def _pictures(self, contender: Contender) -> Tensor:
+        size = BATCH if contender.static else 1
+        parts = []
+        with contender.attach() as overrides:
+            for start in tqdm(range(0, len(self.pairs), size), desc=contender.name[:40], leave=False, mininterval=1):
+                parts.append(self._call(self.pairs[start : start + size], "pt", overrides))
+        return torch.cat(parts)
+
+    # -- measurements ------------------------------------------------------------------------------------
+
+    def quality(self, contender: Contender) -> dict[str, Any]:
+        """Per-item metrics, and pictures of the first prompts kept for the report."""
+
+        def measure() -> dict[str, Any]:
+            pictures = self._pictures(contender)
+            np.save(self._example_path(contender), to_uint8(pictures[:NUM_EXAMPLES]))
+            return self._metrics(pictures)
+
+        self.ledger.folder.mkdir(parents=True, exist_ok=True)
+        return self.ledger.get("quality " + contender.name, measure)
+
+    def _example_path(self, contender: Contender) -> Any:
+        return self.ledger.path("example " + contender.name, ".npy")
+
+    def examples(self, contender: Contender) -> np.ndarray:
+        """uint8 pictures (n, H, W, 3) or videos (n, F, H, W, 3) of the first prompts."""
+        return np.load(self._example_path(contender))
+
+    def _metrics(self, pictures: Tensor) -> dict[str, Any]:
+        measured = {
+            "psnr": metrics.psnr(pictures, self.reference).tolist(),
+            "ssim": metrics.ssim(pictures, self.reference).tolist(),
+            "lpips": self.perceptual(pictures, self.reference).tolist() if self.perceptual else None,
+        }
+        if pictures.ndim == 5:
+            measured["temporal_error"] = metrics.temporal_error(pictures, self.reference).tolist()
+        return measured
+
+    def fraction(self, contender: Contender) -> float:
+        """Counted FLOPs of the transformer as a fraction of the uncached run's, mean over a few prompts."""
+
+        def measure() -> float:
+            with contender.attach() as overrides:
+                pairs = zip(self._costs(overrides), self.flops, strict=True)
+                return float(np.mean([compute_fraction(run, uncached) for run, uncached in pairs]))
+
+        return self.ledger.get("fraction " + contender.name, measure)
+
+    def _costs(self, overrides: Any) -> list[TransformerCost]:
+        costs = []
+        for pair in self.pairs[:NUM_COST_RUNS]:
+            with TransformerCost(self.pipe.transformer) as cost:
+                self._call([pair], "latent", overrides)
+            costs.append(cost)
+        return costs
+
+    def error_per_step(self, contender: Contender) -> list[float] | None:
+        """RMS distance of the latents after each step to the uncached ones; None where the steps differ."""
+
+        def measure() -> list[float] | None:
+            trajectory = self._trajectory(contender.attach)
+            if len(trajectory) != len(self.reference_latents):
+                return None
+            pairs = zip(trajectory, self.reference_latents, strict=True)
+            return [float((made - reference).square().mean().sqrt()) for made, reference in pairs]
+
+        return self.ledger.get("curve " + contender.name, measure)
+
+    def _trajectory(self, attach: Callable[[], AbstractContextManager[Any]]) -> list[Tensor]:
+        latents: list[Tensor] = []
+
+        def keep(_: Any, __: int, ___: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+            latents.append(state["latents"].detach().float().cpu())
+            return state
+
+        with attach() as overrides:
+            self._call(self.pairs[:1], "latent", overrides, callback_on_step_end=keep)
+        return latents
+
+    def times(self, contenders: Sequence[Contender], repeats: int) -> dict[str, float]:
+        """Median seconds of the denoising loop, one prompt a run, all contenders in turn in each repeat."""
+
+        def measure() -> dict[str, float]:
+            seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
+            for repeat in tqdm(range(repeats + 1), desc="time", leave=False):
+                for contender in {c.name: c for c in contenders}.values():
+                    with contender.attach() as overrides, DenoiseTimer(self.pipe) as timer:
+                        self._call(self.pairs[:1], "latent", overrides)
+                    if repeat > 0:  # the first round warms up
+                        seconds[contender.name] += timer.seconds
+            return {name: float(np.median(values)) for name, values in seconds.items()}
+
+        return self.ledger.get("times " + " | ".join(sorted({c.name for c in contenders})), measure)
+
+    def estimate(self, num_contenders: int) -> float:
+        """Rough seconds for that many contenders, from one uncached run."""
+        start = time.perf_counter()
+        self._call(self.pairs[:1], "pt", None)
+        return 0.6 * (time.perf_counter() - start) * len(self.pairs) * num_contenders

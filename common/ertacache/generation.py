@@ -1,0 +1,249 @@
+"""What run.sh does in every model folder: calibrate if needed, generate with the cache, save, report."""
+
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ertacache
+from ertacache import policy, provenance, timing
+from ertacache.baselines import TeaCache, Tuner
+from ertacache.calibration import Calibration, to_json
+from ertacache.errors import CalibrationError
+from ertacache.files import write_atomically
+from ertacache.metrics import psnr, ssim
+from ertacache.settings import Settings, UsageError, prompts_of, read_prompts
+
+SLUG_LENGTH = 48
+COMPARE_FLAG = ("--compare", {"action": "store_true", "help": "also make the uncached twins and measure against them"})
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a model folder contributes: its pipeline, its arguments, its file format.
+
+    Attributes:
+        arguments: settings -> keyword arguments of the pipeline (without prompt and generator).
+        save: writes decoded pixels, float (3, H, W) or (F, 3, H, W) in [0, 1], to a path without extension and
+            returns the path written.
+        teacache_signal: the tensor that TeaCache watches; see the folder's transformer.py.
+    """
+
+    name: str
+    arguments: Callable[[Settings], dict[str, Any]]
+    save: Callable[[Tensor, Path, Settings], Path]
+    teacache_signal: Callable[..., Tensor] | None = None
+
+
+def generate(pipe: Any, settings: Settings, model: ModelFolder) -> Path:
+    """Generate every prompt of `settings`, save the results and run.json, and return the output folder."""
+    prompts = prompts_of(settings)
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    arguments = model.arguments(settings)
+    calibration, path = None, None
+    if settings.method in ("ertacache", "paper"):
+        calibration, path = obtain_calibration(pipe, settings, model)
+        print(calibration.summary(), file=sys.stderr)
+    with method_attached(pipe, settings, model, calibration):
+        pictures, seconds = _sample(pipe, prompts, settings.seed, arguments)
+    twins = _sample(pipe, prompts, settings.seed, arguments)[0] if settings.compare else None
+    files = [
+        model.save(picture, out / f"{i:03d}-{slug(prompt)}", settings)
+        for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True))
+    ]
+    record = _record(settings, pipe, prompts, files, seconds, calibration, path)
+    if twins is not None:
+        record["compare"] = _compare(pictures, twins)
+    write_atomically(out / "run.json", to_json(record))
+    _report(settings, record, calibration, out)
+    return out
+
+
+def _sample(pipe: Any, prompts: list[str], seed: int, arguments: dict[str, Any]) -> tuple[list[Tensor], list[float]]:
+    """Pixels (3, H, W) or (F, 3, H, W) in [0, 1] of each prompt, and the seconds of each denoising loop."""
+    pictures = []
+    with timing.DenoiseTimer(pipe) as timer:
+        for prompt in prompts:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            result = pipe(prompt=prompt, generator=generator, output_type="pt", **arguments)
+            pictures.append(torch.as_tensor(result[0][0]).float().cpu())
+    return pictures, timer.seconds
+
+
+@contextmanager
+def method_attached(
+    pipe: Any, settings: Settings, model: ModelFolder, calibration: Calibration | None
+) -> Iterator[None]:
+    """Attach the method of `settings` for the length of a block."""
+    if calibration is not None:
+        with ertacache.apply(pipe, calibration):
+            yield
+    elif settings.method == "teacache":
+        with _teacache(pipe, settings, model):
+            yield
+    else:
+        with nullcontext():
+            yield
+
+
+def _teacache(pipe: Any, settings: Settings, model: ModelFolder) -> Any:
+    if model.teacache_signal is None:
+        raise UsageError(f"--method teacache is not available for {model.name}")
+    rival = TeaCache(model.teacache_signal)
+    arguments = model.arguments(settings)
+    runs = [latents_run(pipe, prompt, seed, arguments) for seed, prompt in enumerate(_calibration_prompts(settings))]
+    print(f"teacache: fitting its polynomial on {len(runs)} prompts", file=sys.stderr)
+    name, value = settings.goal()
+    tuner = Tuner(pipe, runs[:1], settings.num_inference_steps)
+    tuner.prepare(rival, runs)
+    setting = {"threshold": value}
+    if name != "threshold":
+        tuned = tuner.tune(rival, _computed_steps(settings) / settings.num_inference_steps)
+        setting = tuned.setting
+        print(
+            f"teacache: threshold {setting['threshold']:g} costs {tuned.fraction:.2f} of the uncached FLOPs",
+            file=sys.stderr,
+        )
+    return rival.attach(pipe, setting)
+
+
+def latents_run(pipe: Any, prompt: str, seed: int, arguments: dict[str, Any]) -> Callable[..., Tensor]:
+    """A function that runs the pipeline on one prompt and seed and returns the final latents."""
+
+    def run(**overrides: Any) -> Tensor:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return pipe(prompt=prompt, generator=generator, output_type="latent", **{**arguments, **overrides})[0]
+
+    return run
+
+
+def _computed_steps(settings: Settings) -> int:
+    name, value = settings.goal()
+    return value if name == "computed_steps" else policy.computed_steps_for(settings.num_inference_steps, value)
+
+
+# -- calibrations ----------------------------------------------------------------------------------------
+
+
+def obtain_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> tuple[Calibration, Path]:
+    """The calibration for the settings: the named file, the kept one, or a new one, which is then kept."""
+    if settings.calibration is not None:
+        path = Path(settings.calibration)
+        if not path.is_absolute() and "calibration" not in settings.given:
+            path = settings.folder / path
+        return _checked(Calibration.load(path), settings, path), path
+    path = settings.path("calibration_folder") / calibration_name(settings)
+    if path.exists():
+        return _checked(Calibration.load(path), settings, path), path
+    print(f"no calibration for this setting yet: making {path.name}", file=sys.stderr)
+    prompts = _calibration_prompts(settings)
+    goal, value = settings.goal()
+    made = ertacache.calibrate(
+        pipe,
+        prompts,
+        seeds=range(len(prompts)),
+        method=settings.method,
+        search_budget=settings.search_budget,
+        **{goal: value},
+        **model.arguments(settings),
+    )
+    made.save(path)
+    return made, path
+
+
+def _checked(calibration: Calibration, settings: Settings, path: Path) -> Calibration:
+    if calibration.method != settings.method:
+        raise CalibrationError(f"{path} is for method {calibration.method}; use --method {calibration.method} with it")
+    return calibration
+
+
+def _calibration_prompts(settings: Settings) -> list[str]:
+    return read_prompts(settings.path("calibration_prompts"))[: settings.num_calibration_prompts]
+
+
+def calibration_name(settings: Settings) -> str:
+    """File name of the calibration for a setting: model, size, steps, guidance, method and goal."""
+    name = "tiny" if settings.model == "tiny" else settings.model.rstrip("/").split("/")[-1]
+    goal, value = settings.goal()
+    goal_part = f"k{_computed_steps(settings)}" if goal in ("speedup", "computed_steps") else f"{goal}{value:g}"
+    size = f"{settings.width}x{settings.height}"
+    frames = getattr(settings, "num_frames", None)
+    if frames:
+        size += f"x{frames}"
+    parts = [
+        slug(name),
+        size,
+        f"n{settings.num_inference_steps}",
+        f"g{settings.guidance_scale:g}",
+        settings.method,
+        goal_part,
+    ]
+    if settings.search_budget:
+        parts.append(f"search{settings.search_budget}")
+    return "-".join(parts) + ".json"
+
+
+# -- what is written -------------------------------------------------------------------------------------
+
+
+def slug(text: str) -> str:
+    """A text as part of a file name: lower case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:SLUG_LENGTH].strip("-") or "untitled"
+
+
+def _record(
+    settings: Settings,
+    pipe: Any,
+    prompts: list[str],
+    files: list[Path],
+    seconds: list[float],
+    calibration: Calibration | None,
+    path: Path | None,
+) -> dict[str, Any]:
+    return {
+        "model": settings.model,
+        "method": settings.method,
+        "prompts": prompts,
+        "seeds": [settings.seed] * len(prompts),
+        "files": [file.name for file in files],
+        "num_inference_steps": settings.num_inference_steps,
+        "computed_steps": calibration.computed_steps if calibration else None,
+        "denoise_seconds": sum(seconds),
+        "seconds_per_prompt": seconds,
+        "peak_memory_bytes": timing.peak_memory_bytes(),
+        "calibration": path.name if path else None,
+        "calibration_sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path else None,
+        "predicted": calibration.predicted if calibration else None,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "dtype": settings.dtype,
+        "versions": provenance.library_versions(),
+    }
+
+
+def _compare(pictures: list[Tensor], twins: list[Tensor]) -> dict[str, Any]:
+    made, reference = torch.stack(pictures), torch.stack(twins)
+    return {"psnr": [float(v) for v in psnr(made, reference)], "ssim": [float(v) for v in ssim(made, reference)]}
+
+
+def _report(settings: Settings, record: dict[str, Any], calibration: Calibration | None, out: Path) -> None:
+    count = len(record["prompts"])
+    print(f"{count} result{'s' * (count != 1)} in {out}, {record['denoise_seconds'] / count:.2f} s of denoising each")
+    if calibration:
+        total, computed = settings.num_inference_steps, len(calibration.computed_steps)
+        print(f"transformer steps: {computed} of {total} computed, {total - computed} saved")
+    if "compare" in record:
+        psnrs, ssims = record["compare"]["psnr"], record["compare"]["ssim"]
+        print(f"measured against the uncached twins: PSNR {sum(psnrs) / count:.2f} dB, SSIM {sum(ssims) / count:.4f}")
+    elif calibration and calibration.predicted:
+        print(
+            f"predicted PSNR to the uncached result: {calibration.predicted['psnr']:.1f} dB "
+            f"(worst decile {calibration.predicted['psnr_p10']:.1f}); --compare measures it"
+        )

@@ -1,0 +1,35 @@
+"""Keeps finished pieces of long work on disk, so that an interrupted command goes on where it was."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ertacache.files import write_atomically
+
+
+class Ledger:
+    """JSON results by name, valid for one `subject` (whatever the results depend on).
+
+    Another subject starts an empty ledger; results of the old one stay on disk beside it.
+    """
+
+    def __init__(self, folder: Path, subject: dict[str, Any]):
+        digest = hashlib.sha256(json.dumps(subject, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        self.folder = folder / digest
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        """The kept result `name`, or what `make` returns, which is then kept."""
+        path = self.path(name, ".json")
+        if path.exists():
+            return json.loads(path.read_text())
+        result = make()
+        write_atomically(path, json.dumps(result))
+        return result
+
+    def has(self, name: str) -> bool:
+        return self.path(name, ".json").exists()
+
+    def path(self, name: str, suffix: str) -> Path:
+        return self.folder / (hashlib.sha256(name.encode()).hexdigest()[:16] + suffix)

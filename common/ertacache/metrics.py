@@ -1,0 +1,115 @@
+"""Distance of pictures and videos to the uncached ones: pure functions on floats in [0, 1].
+
+n: items of a batch; F: frames; H, W: height and width in pixels. Every metric gives one number an item.
+LPIPS, which needs weights, is in `lpips.py`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IDENTICAL_DB = 120.0
+SSIM_SIGMA = 1.5  # pixels; with it scikit-image's Gaussian window is 11 x 11
+SSIM_WINDOW = 11
+DECILE = 0.1
+
+
+def psnr(image: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, -10 log10(mse) for a peak of 1.
+
+    Args:
+        image: (n, ...) in [0, 1]; of a video the squared error is averaged over all frames first.
+        reference: the same shape.
+
+    Returns:
+        (n,) dB, float64; identical items, and what is closer than that, count as 120 dB.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _check(image, reference)
+    difference = image.double() - reference.double()
+    error = difference.square().flatten(1).mean(dim=1)
+    return -10 * error.clamp_min(10 ** (-IDENTICAL_DB / 10)).log10()
+
+
+def ssim(image: Tensor, reference: Tensor) -> Tensor:
+    """Structural similarity (Wang et al., 2004): 11x11 Gaussian window of sigma 1.5, K = (0.01, 0.03), peak 1.
+
+    Computed by scikit-image, with the population covariance that the paper uses; colours are averaged.
+
+    Args:
+        image: (n, 3, H, W) pictures or (n, F, 3, H, W) videos in [0, 1]; H and W of 11 and more.
+        reference: the same shape.
+
+    Returns:
+        (n,) float64 in [-1, 1]; of a video the mean over its frames.
+
+    Raises:
+        ValueError: the shapes differ, are no pictures or videos, or are smaller than the window.
+    """
+    _check(image, reference)
+    if image.ndim not in (4, 5) or min(image.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"ssim needs (n, 3, H, W) or (n, F, 3, H, W) of at least 11 x 11, not {tuple(image.shape)}")
+    frames = [_ssim_of_frame(a, b) for a, b in zip(_frames(image), _frames(reference), strict=True)]
+    return torch.tensor(frames, dtype=torch.float64).unflatten(0, (len(image), -1)).mean(dim=1)
+
+
+def temporal_error(video: Tensor, reference: Tensor) -> Tensor:
+    """Mean absolute difference between the changes from frame to frame: flicker that the reference has not.
+
+    Args:
+        video: (n, F, 3, H, W) in [0, 1], F of 2 and more.
+        reference: the same shape.
+
+    Returns:
+        (n,) float64; 0 for a still offset, whatever its size.
+
+    Raises:
+        ValueError: the shapes differ or there is only one frame.
+    """
+    _check(video, reference)
+    if video.ndim != 5 or video.shape[1] < 2:
+        raise ValueError(f"temporal_error needs (n, F, 3, H, W) with F > 1, not {tuple(video.shape)}")
+    change = video.double().diff(dim=1) - reference.double().diff(dim=1)
+    return change.abs().flatten(1).mean(dim=1)
+
+
+def worst_decile(values: Tensor | Sequence[float], higher_is_better: bool) -> float:
+    """The value that a tenth of the items is worse than: the 10th percentile (90th where lower is better).
+
+    Args:
+        values: (n,), n > 0; percentiles between two items are interpolated linearly.
+        higher_is_better: True for PSNR and SSIM, False for LPIPS and temporal error.
+    """
+    values = torch.as_tensor(values, dtype=torch.float64)
+    return float(values.quantile(DECILE if higher_is_better else 1 - DECILE))
+
+
+def _check(image: Tensor, reference: Tensor) -> None:
+    if image.shape != reference.shape:
+        raise ValueError(f"shapes differ: {tuple(image.shape)} and {tuple(reference.shape)}")
+
+
+def _frames(batch: Tensor) -> np.ndarray:
+    """(n, 3, H, W) or (n, F, 3, H, W) -> (frames, 3, H, W) in float64 on the host."""
+    return batch.reshape(-1, *batch.shape[-3:]).double().cpu().numpy()
+
+
+def _ssim_of_frame(image: np.ndarray, reference: np.ndarray) -> float:
+    # Imported here: calibrating and generating need no scikit-image.
+    from skimage.metrics import structural_similarity
+
+    return float(
+        structural_similarity(
+            image,
+            reference,
+            data_range=1.0,
+            channel_axis=0,
+            gaussian_weights=True,
+            sigma=SSIM_SIGMA,
+            use_sample_covariance=False,
+        )
+    )

@@ -1,0 +1,182 @@
+"""Settings of a model folder: the constants of config.py, what the tiny pipeline overrides, and flags.
+
+Precedence: flag, then `tiny/config.py` where the tiny pipeline runs, then `config.py`.
+"""
+
+import argparse
+import runpy
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+from ertacache.errors import ERTACacheError
+
+GOALS = ("speedup", "computed_steps", "min_psnr", "threshold")
+METHODS = ("none", "paper", "teacache", "ertacache")
+DTYPES = ("float32", "bfloat16", "float16")
+OFFLOADS = ("none", "model", "sequential")
+
+
+class UsageError(ERTACacheError, ValueError):
+    """A flag or a constant has a value that cannot be; the command ends with exit code 2."""
+
+
+class Settings(argparse.Namespace):
+    """One attribute a constant, in lower case, with `folder`, `prompt` and what the command adds."""
+
+    def goal(self) -> tuple[str, Any]:
+        """The one goal that is set: ("speedup", 2.0), ("computed_steps", 14), ..."""
+        named = [(name, getattr(self, name)) for name in GOALS if getattr(self, name) is not None]
+        if len(named) != 1:
+            raise UsageError(
+                f"set exactly one of {', '.join(GOALS)}; set are {', '.join(n for n, _ in named) or 'none'}"
+            )
+        return named[0]
+
+    def path(self, name: str) -> Path:
+        """A path of the configuration, relative to the model folder."""
+        return self.folder / getattr(self, name)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def read_constants(path: Path) -> dict[str, tuple[Any, tuple[type, ...]]]:
+    """Name -> (value, allowed types) of the UPPER_CASE constants of a file, by annotation or by value."""
+    module = runpy.run_path(str(path))
+    annotations = module.get("__annotations__", {})
+    return {
+        name.lower(): (value, _types(annotations.get(name, type(value))))
+        for name, value in module.items()
+        if name.isupper()
+    }
+
+
+def _types(annotation: Any) -> tuple[type, ...]:
+    kinds = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return tuple(kind for kind in kinds if kind is not type(None))
+
+
+def _converter(kinds: tuple[type, ...]) -> Any:
+    def convert(text: str) -> Any:
+        if kinds[0] is bool:
+            if text.lower() not in ("true", "false"):
+                raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+            return text.lower() == "true"
+        try:
+            return kinds[0](text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not of type {kinds[0].__name__}") from None
+
+    return convert
+
+
+def parse(
+    folder: Path, argv: Sequence[str] | None, description: str, extra: Sequence[tuple[str, dict[str, Any]]] = ()
+) -> Settings:
+    """Settings of a model folder from its config files and the command line.
+
+    Args:
+        extra: further flags of the command, as (name, arguments of add_argument); they go before constants of
+            the same name.
+
+    Raises:
+        UsageError: an unknown flag, or a value of the wrong type.
+    """
+    constants = read_constants(folder / "config.py")
+    parser = _Parser(description=description, allow_abbrev=False)
+    taken = {name for name, _ in extra}
+    for name, (value, kinds) in constants.items():
+        if f"--{name.replace('_', '-')}" in taken:
+            continue
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=_converter(kinds),
+            default=argparse.SUPPRESS,
+            metavar=kinds[0].__name__.upper(),
+            help=f"default: {value}",
+        )
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
+    for name, arguments in extra:
+        parser.add_argument(name, **arguments)
+    given = vars(parser.parse_args(argv))
+    settings = Settings(folder=folder, **{name: value for name, (value, _) in constants.items()})
+    settings.given = frozenset(given)
+    vars(settings).update(given)
+    if settings.prompt and "prompts" in given:
+        raise UsageError("give --prompt or --prompts, not both")
+    _take_goal(settings)
+    return settings
+
+
+def apply_overrides(settings: Settings, path: Path) -> None:
+    """Override constants with those of `path`, except where a flag was given."""
+    for name, (value, _) in read_constants(path).items():
+        if name not in settings.given:
+            setattr(settings, name, value)
+
+
+def _take_goal(settings: Settings) -> None:
+    """A flag for one goal clears the configured choice of another."""
+    chosen = [name for name in GOALS if name in settings.given]
+    if len(chosen) > 1:
+        raise UsageError(f"give one of {', '.join('--' + g.replace('_', '-') for g in GOALS)}, not {len(chosen)}")
+    if chosen:
+        for name in GOALS:
+            if name not in chosen:
+                setattr(settings, name, None)
+
+
+def check(settings: Settings) -> None:
+    """Raise UsageError for values that cannot be, whatever the model."""
+    _one_of(settings, "method", METHODS)
+    _one_of(settings, "dtype", DTYPES)
+    _one_of(settings, "offload", OFFLOADS)
+    for name in ("num_inference_steps", "height", "width", "max_sequence_length", "num_calibration_prompts"):
+        if getattr(settings, name, 1) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(settings, name)}")
+    if settings.method == "none":
+        return
+    name, value = settings.goal()
+    steps = settings.num_inference_steps
+    if name == "speedup" and not 1 <= value <= steps:
+        raise UsageError(f"--speedup must lie between 1 and the number of steps ({steps}), not {value:g}")
+    if name == "computed_steps" and not 1 <= value <= steps:
+        raise UsageError(f"--computed-steps must lie between 1 and the number of steps ({steps}), not {value}")
+    if name == "threshold" and (settings.method == "ertacache" or not value > 0):
+        raise UsageError("--threshold takes a positive number and belongs to --method paper or teacache")
+    if name == "min_psnr" and not (settings.method in ("ertacache", "paper") and 0 < value < 120):
+        raise UsageError("--min-psnr takes dB between 0 and 120 and belongs to --method ertacache or paper")
+
+
+def _one_of(settings: Settings, name: str, allowed: Sequence[str]) -> None:
+    if getattr(settings, name) not in allowed:
+        raise UsageError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(settings, name)!r}")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The non-empty lines of a prompt file."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"prompt file {path} cannot be read ({getattr(error, 'strerror', None) or 'not text'})"
+        ) from None
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise UsageError(f"prompt file {path} holds no prompt: write one a line")
+    return prompts
+
+
+def prompts_of(settings: Settings) -> list[str]:
+    """The prompts to generate. A file given as a flag is relative to where the command is given."""
+    if settings.prompt:
+        empty = [p for p in settings.prompt if not p.strip()]
+        if empty:
+            raise UsageError("--prompt is empty")
+        return settings.prompt
+    path = Path(settings.prompts)
+    return read_prompts(path if "prompts" in settings.given else settings.folder / path)

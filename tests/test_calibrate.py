@@ -1,0 +1,143 @@
+"""Calibration end to end on toy pipelines whose answers are known, for both methods."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+from test_attach import run
+from toys import ToyPipeline, curved, linear_in_sigma
+
+import ertacache
+from ertacache.attach import attached
+from ertacache.errors import CalibrationError
+from ertacache.fitting import Fitter
+from ertacache.recording import Recorder, gram_matrix, residual_distances, residuals
+
+PROMPTS = [f"prompt {i}" for i in range(6)]
+
+
+def calibrate(pipe, **kwargs):
+    kwargs = {"num_inference_steps": 12, "seeds": range(6), "progress": False, **kwargs}
+    return ertacache.calibrate(pipe, PROMPTS, **kwargs)
+
+
+def error(pipe, calibration, steps=12) -> float:
+    """Error on prompts and seeds that were not calibrated on."""
+    reference = run(pipe, steps, prompts=tuple("abcdefgh"))
+    with ertacache.apply(pipe, calibration):
+        return float((run(pipe, steps, prompts=tuple("abcdefgh")) - reference).abs().max())
+
+
+def test_a_velocity_linear_in_sigma_is_reproduced_exactly():
+    """Two cached outputs span a linear function, so that every later step is predicted without error."""
+    pipe = ToyPipeline(linear_in_sigma)
+    assert error(pipe, calibrate(pipe, computed_steps=3)) < 1e-3
+
+
+def test_rectification_beats_plain_reuse_on_the_same_steps():
+    pipe = ToyPipeline(curved)
+    made = calibrate(pipe, computed_steps=5)
+    plain = {**made.__dict__, "coefficients": [[1.0]] * 12}
+    assert error(pipe, made) < 0.1 * error(pipe, ertacache.Calibration(**plain))
+
+
+def test_it_carries_over_to_a_multistep_solver_with_a_corrector():
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipe = ToyPipeline(curved, scheduler=scheduler)
+    made = calibrate(pipe, computed_steps=6)
+    plain = {**made.__dict__, "coefficients": [[1.0]] * 12}
+    assert error(pipe, made) < 0.2 * error(pipe, ertacache.Calibration(**plain))
+
+
+def test_paper_method_runs_on_its_adjusted_grid():
+    pipe = ToyPipeline(curved)
+    made = calibrate(pipe, computed_steps=6, method="paper")
+    assert len(made.computed_steps) <= 6 and made.threshold > 0
+    assert made.adjusted_sigmas[0] == 1.0 and made.adjusted_sigmas[-1] == 0.0
+    seen = []
+    original = pipe.transformer.velocity
+    pipe.transformer.velocity = lambda x, s: (seen.append(float(s.flatten()[0])), original(x, s))[1]
+    with ertacache.apply(pipe, made):
+        run(pipe, 12)
+    assert seen == pytest.approx([made.adjusted_sigmas[i] for i in made.computed_steps], abs=1e-5)
+
+
+def test_paper_threshold_is_taken_as_given():
+    pipe = ToyPipeline(curved)
+    assert calibrate(pipe, method="paper", threshold=1e-9).computed_steps == list(range(12))
+    assert calibrate(pipe, method="paper", threshold=1e9).computed_steps == [0]
+
+
+def test_speedup_and_min_psnr_choose_the_number_of_steps():
+    pipe = ToyPipeline(curved)
+    assert len(calibrate(pipe, speedup=2.0).computed_steps) == 6
+    made = calibrate(pipe, min_psnr=60.0)
+    assert made.predicted["psnr"] >= 60.0
+    fewer = calibrate(pipe, computed_steps=len(made.computed_steps) - 1)
+    assert fewer.predicted["psnr"] < 60.0
+
+
+def test_swap_search_never_ends_worse_than_it_started():
+    pipe = ToyPipeline(curved)
+    recorder = Recorder()
+    generators = [torch.Generator().manual_seed(i) for i in range(6)]
+    with attached(pipe, recorder):
+        pipe(PROMPTS, generator=generators, num_inference_steps=12, output_type="latent")
+
+    def final(schedule):
+        generators = [torch.Generator().manual_seed(i) for i in range(6)]
+        with attached(pipe, Fitter(schedule, recorder.latents)):
+            made = pipe(PROMPTS, generator=generators, num_inference_steps=12, output_type="latent")[0]
+        return float((made - recorder.latents[-1]).square().mean())
+
+    plain, searched = calibrate(pipe, computed_steps=4), calibrate(pipe, computed_steps=4, search_budget=20)
+    assert final(searched.computed_steps) <= final(plain.computed_steps)
+
+
+def test_calibration_is_deterministic():
+    pipe = ToyPipeline(curved)
+    assert calibrate(pipe, computed_steps=5) == calibrate(pipe, computed_steps=5)
+
+
+def test_micro_batches_change_nothing():
+    pipe = ToyPipeline(curved)
+    a, b = calibrate(pipe, computed_steps=5, micro_batch=1), calibrate(pipe, computed_steps=5, micro_batch=64)
+    assert a.computed_steps == b.computed_steps
+    for one, other in zip(a.coefficients, b.coefficients, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_one_prompt_has_no_prediction_and_still_calibrates():
+    made = ertacache.calibrate(ToyPipeline(curved), "p", computed_steps=4, num_inference_steps=12, progress=False)
+    assert made.predicted is None and made.prompts["count"] == 1
+
+
+def test_one_computed_step_is_possible():
+    pipe = ToyPipeline(curved)
+    assert np.isfinite(error(pipe, calibrate(pipe, computed_steps=1)))
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({}, "exactly one of"),
+        ({"speedup": 2.0, "computed_steps": 3}, "speedup, computed_steps"),
+        ({"threshold": 0.1}, "belongs to method='paper'"),
+        ({"computed_steps": 13}, "between 1 and 12"),
+        ({"computed_steps": 3, "method": "magic"}, "'magic'"),
+    ],
+)
+def test_impossible_requests_are_refused(request_, message):
+    pipe = ToyPipeline(curved)
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(pipe, **request_)
+    assert "_ertacache" not in pipe.__dict__
+
+
+def test_recorded_matrices_by_hand():
+    outputs = [torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]])]
+    assert gram_matrix(outputs).tolist() == [[0.5, 0.5], [0.5, 2.5]]
+    recorder = Recorder()
+    recorder.outputs, recorder.latents = outputs, [torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2)]
+    distances = residual_distances(residuals(recorder))
+    assert distances[0, 1] == pytest.approx(2 / 3) and distances[1, 0] == pytest.approx(2.0)

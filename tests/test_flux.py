@@ -1,0 +1,185 @@
+"""The FLUX folder: the embedded pipeline is exact, accelerated well, and its commands do what they say."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+
+import ertacache
+from ertacache import ablation, calibrate
+from ertacache.metrics import psnr
+
+FOLDER = Path(__file__).parents[1] / "ERTACache4FLUX"
+ARGUMENTS = {"height": 64, "width": 64, "num_inference_steps": 28, "guidance_scale": 3.5, "max_sequence_length": 40}
+STEPS = 14
+
+
+def prompts_in(name: str, count: int) -> list[str]:
+    return (FOLDER / "prompts" / name).read_text().splitlines()[:count]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> FluxPipeline:
+    pipe = FluxPipeline.from_pretrained(FOLDER / "tiny", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe, prompts, **overrides) -> torch.Tensor:
+    generators = [torch.Generator().manual_seed(500 + i) for i in range(len(prompts))]
+    return pipe(prompts, generator=generators, output_type="pt", **{**ARGUMENTS, **overrides}).images
+
+
+def test_all_steps_computed_is_bit_identical_and_so_is_the_pipeline_afterwards(pipe):
+    prompts = prompts_in("held_out.txt", 2)
+    reference = sample(pipe, prompts, num_inference_steps=6)
+    made = ertacache.calibrate(
+        pipe,
+        prompts_in("calibration.txt", 2),
+        computed_steps=6,
+        progress=False,
+        **{**ARGUMENTS, "num_inference_steps": 6},
+    )
+    with ertacache.apply(pipe, made):
+        assert torch.equal(sample(pipe, prompts, num_inference_steps=6), reference)
+    assert torch.equal(sample(pipe, prompts, num_inference_steps=6), reference)
+
+
+def test_margins_over_reuse_extrapolation_and_the_paper(pipe):
+    """On fewer prompts than docs/log.md, so with room to the margins measured there."""
+    runs = calibrate.recorded_runs(pipe, prompts_in("calibration.txt", 8), seeds=range(8), **ARGUMENTS)
+    kwargs = {"seeds": range(8), "computed_steps": STEPS, "progress": False, **ARGUMENTS}
+    ours = ertacache.calibrate(pipe, runs.prompts, folds=0, **kwargs)
+    paper = ertacache.calibrate(pipe, runs.prompts, folds=0, method="paper", **kwargs)
+    prompts = prompts_in("held_out.txt", 8)
+    reference = sample(pipe, prompts)
+
+    def quality(calibration) -> float:
+        with ertacache.apply(pipe, calibration):
+            return float(psnr(sample(pipe, prompts), reference).mean())
+
+    mine = quality(ours)
+    assert mine > quality(ablation.residual_reuse(runs, ours.computed_steps)) + 8
+    assert mine > quality(ablation.linear_extrapolation(runs, ours.computed_steps)) + 4
+    assert mine > quality(paper) + 6
+
+
+def test_checked_in_calibrations_belong_to_the_checked_in_pipeline(pipe):
+    files = sorted((FOLDER / "calibration").glob("tiny-*.json"))
+    assert files
+    for path in files:
+        with ertacache.apply(pipe, path) as applied:
+            assert applied.calibration.predicted["psnr"] > 20
+
+
+def test_other_resolution_moves_the_grid_and_is_refused(pipe):
+    path = next(iter(sorted((FOLDER / "calibration").glob("tiny-*.json"))))
+    with ertacache.apply(pipe, path), pytest.raises(ertacache.MismatchError, match="noise grid differs"):
+        sample(pipe, prompts_in("held_out.txt", 1), height=48, width=48)
+
+
+def test_explicit_transformer_class_uses_the_same_mechanism(pipe):
+    spec = importlib.util.spec_from_file_location("flux_transformer", FOLDER / "transformer.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    own = module.ERTACacheFluxTransformer2DModel.from_config(pipe.transformer.config)
+    own.load_state_dict(pipe.transformer.state_dict())
+    other = FluxPipeline(**{**pipe.components, "transformer": own.eval()})
+    other.set_progress_bar_config(disable=True)
+    prompts = prompts_in("held_out.txt", 1)
+    assert torch.equal(sample(other, prompts, num_inference_steps=4), sample(pipe, prompts, num_inference_steps=4))
+
+
+def test_tiny_pipeline_is_small():
+    assert sum(f.stat().st_size for f in (FOLDER / "tiny").rglob("*") if f.suffix != ".png") < 8 * 2**20
+
+
+# -- the command -----------------------------------------------------------------------------------------
+
+
+def command(script: str, *argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, FOLDER / script, *argv],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+
+
+FAST = ("--model", "tiny", "--num-inference-steps", "6", "--num-calibration-prompts", "2", "--prompt", "A red circle!")
+
+
+def test_run_writes_pictures_and_the_record(tmp_path):
+    calibrations = tmp_path / "calibrations"
+    done = command(
+        "generate.py",
+        *FAST,
+        "--computed-steps",
+        "3",
+        "--seed",
+        "7",
+        "--compare",
+        "--out",
+        str(tmp_path / "o"),
+        "--calibration-folder",
+        str(calibrations),
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "o" / "run.json").read_text())
+    assert record["files"] == ["000-a-red-circle.png"] and record["seeds"] == [7]
+    assert len(record["computed_steps"]) == 3 and record["num_inference_steps"] == 6
+    assert record["compare"]["psnr"][0] > 15 and "PSNR" in done.stdout
+    assert np.asarray(Image.open(tmp_path / "o" / record["files"][0])).shape == (64, 64, 3)
+    assert len(list(calibrations.iterdir())) == 1
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {"000-a-red-circle.png", "run.json"}
+
+
+@pytest.mark.parametrize("method", ["none", "paper", "teacache"])
+def test_other_methods_run(tmp_path, method):
+    done = command(
+        "generate.py",
+        *FAST,
+        "--method",
+        method,
+        "--computed-steps",
+        "4",
+        "--out",
+        str(tmp_path / "o"),
+        "--calibration-folder",
+        str(tmp_path / "c"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "o" / "run.json").read_text())["method"] == method
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["--nonsense"], 2, "--nonsense"),
+        (["--height", "63"], 2, "multiple of 8"),
+        (["--model", "./no/such/folder"], 1, "does not exist"),
+        (["--model", "nobody/no-such-model"], 1, "cannot be loaded"),
+        (["--calibration", "no-such.json"], 1, "cannot be read"),
+        (["--calibration", "TRUNCATED"], 1, "not valid JSON"),
+        (["--calibration", "CHECKED_IN"], 1, "28"),
+    ],
+)
+def test_bad_input_is_one_line_and_the_right_exit_code(tmp_path, argv, code, message):
+    checked_in = next(iter(sorted((FOLDER / "calibration").glob("tiny-*.json"))))
+    truncated = tmp_path / "truncated.json"
+    truncated.write_text(checked_in.read_text()[:300])
+    argv = [{"TRUNCATED": str(truncated), "CHECKED_IN": str(checked_in)}.get(a, a) for a in argv]
+    done = command("generate.py", *FAST, "--out", str(tmp_path / "o"), *argv)
+    assert done.returncode == code, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last
+    assert not list((tmp_path / "o").glob("*")) if (tmp_path / "o").exists() else True
