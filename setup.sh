@@ -34,4 +34,6 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     }
     echo "$wanted" >"$stamp"
 fi
+# transformers warns at import that torchvision is missing, which nothing here needs
+export TRANSFORMERS_VERBOSITY="${TRANSFORMERS_VERBOSITY:-error}"
 export PYTHON

@@ -14,8 +14,9 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 import ertacache
-from ertacache import ablation, calibrate
+from ertacache import ablation
 from ertacache.metrics import psnr
+from ertacache.runs import recorded_runs
 
 FOLDER = Path(__file__).parents[1] / "ERTACache4FLUX"
 ARGUMENTS = {"height": 64, "width": 64, "num_inference_steps": 28, "guidance_scale": 3.5, "max_sequence_length": 40}
@@ -55,7 +56,7 @@ def test_all_steps_computed_is_bit_identical_and_so_is_the_pipeline_afterwards(p
 
 def test_margins_over_reuse_extrapolation_and_the_paper(pipe):
     """On fewer prompts than docs/log.md, so with room to the margins measured there."""
-    runs = calibrate.recorded_runs(pipe, prompts_in("calibration.txt", 8), seeds=range(8), **ARGUMENTS)
+    runs = recorded_runs(pipe, prompts_in("calibration.txt", 8), seeds=range(8), **ARGUMENTS)
     kwargs = {"seeds": range(8), "computed_steps": STEPS, "progress": False, **ARGUMENTS}
     ours = ertacache.calibrate(pipe, runs.prompts, folds=0, **kwargs)
     paper = ertacache.calibrate(pipe, runs.prompts, folds=0, method="paper", **kwargs)

@@ -5,12 +5,13 @@ from dataclasses import asdict
 import numpy as np
 
 from ertacache import policy
-from ertacache.calibrate import Runs, plain_calibration
+from ertacache.calibrate import plain_calibration
 from ertacache.calibration import Calibration
 from ertacache.fitting import Fitter
 from ertacache.paper import fit_paper
 from ertacache.recording import gram_matrix, residual_distances, residuals
 from ertacache.replay import Replay
+from ertacache.runs import Runs
 
 
 def ablations(runs: Runs, computed_steps: int, searched: list[int], search_budget: int) -> dict[str, Calibration]:

@@ -48,7 +48,9 @@ class CachedTransformer:
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        attachment: Attachment = self.__dict__["_ertacache"]
+        attachment: Attachment | None = self.__dict__.get("_ertacache")
+        if attachment is None:
+            return super().__call__(*args, **kwargs)
         if attachment.should_compute():
             return attachment.compute(super().__call__, self, args, kwargs)
         return attachment.placeholder()

@@ -1,19 +1,16 @@
 """Makes a calibration: profile the uncached runs, choose the steps, fit on policy, predict the quality."""
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ertacache import policy, provenance, solver
-from ertacache.attach import attached
 from ertacache.calibration import METHODS, Calibration
 from ertacache.errors import CalibrationError
 from ertacache.fitting import Fitter
@@ -21,49 +18,7 @@ from ertacache.metrics import psnr, worst_decile
 from ertacache.paper import fit_paper
 from ertacache.recording import Recorder, gram_matrix
 from ertacache.replay import Replay
-
-MICRO_BATCH = 8
-
-
-@dataclass
-class Runs:
-    """The calibration runs of one pipeline: every prompt in one batch, the same noise every time."""
-
-    pipe: Any
-    prompts: list[str]
-    seeds: list[int]
-    kwargs: dict[str, Any]
-    micro_batch: int
-    bar: Any
-    recorded: Recorder = field(default_factory=Recorder)
-    pictures: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def run(self, controller: Any, decode: bool = False) -> Tensor:
-        """Run the pipeline under a controller; final latents, or pixels in [0, 1] with `decode`."""
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
-        with attached(self.pipe, controller, self.micro_batch) as attachment:
-            attachment.on_computed = lambda: self.bar.update(len(self))
-            result = self.pipe(
-                prompt=self.prompts, generator=generators, output_type="pt" if decode else "latent", **self.kwargs
-            )
-        return solver.first_output(result).detach().float().cpu()
-
-    def record(self) -> None:
-        """The uncached reference runs, kept in `recorded` and `pictures`."""
-        self.pictures = self.run(self.recorded, decode=True)
-
-    def final_error(self, controller: Any) -> float:
-        """Mean over prompts of the log mean squared error of the final latents under a controller."""
-        final = self.run(controller)
-        error = (final - self.recorded.latents[-1].float()).square().flatten(1).mean(1)
-        return float(error.clamp_min(1e-20).log10().mean())
-
-    def fitted_error(self, schedule: list[int]) -> float:
-        """`final_error` of a schedule with our rectification."""
-        return self.final_error(Fitter(schedule, self.recorded.latents))
+from ertacache.runs import MICRO_BATCH, Runs, make_runs, quiet
 
 
 def calibrate(
@@ -101,8 +56,8 @@ def calibrate(
         CalibrationError: the request is not one of the above, or cannot be met.
     """
     _check_request(method, speedup, computed_steps, min_psnr, threshold)
-    runs = _runs(pipe, prompts, seeds, pipe_kwargs, micro_batch, progress)
-    with _quiet(pipe), torch.no_grad():
+    runs = make_runs(pipe, prompts, seeds, pipe_kwargs, micro_batch, progress)
+    with quiet(pipe), torch.no_grad():
         runs.record()
         num_steps = runs.recorded.num_steps
         if speedup is not None:
@@ -112,22 +67,6 @@ def calibrate(
         made = maker.smallest(min_psnr) if min_psnr is not None else maker.make(computed_steps)
     runs.bar.close()
     return replace(made, **_provenance(runs, model_id))
-
-
-def recorded_runs(
-    pipe: Any,
-    prompts: Sequence[str],
-    *,
-    seeds: Sequence[int],
-    micro_batch: int = MICRO_BATCH,
-    progress: bool = False,
-    **pipe_kwargs: Any,
-) -> Runs:
-    """The uncached reference runs that a calibration starts with, for studies of its parts."""
-    runs = _runs(pipe, prompts, seeds, pipe_kwargs, micro_batch, progress)
-    with _quiet(pipe), torch.no_grad():
-        runs.record()
-    return runs
 
 
 def plain_calibration(runs: Runs, **fitted: Any) -> Calibration:
@@ -146,31 +85,6 @@ def _check_request(method: str, speedup: Any, computed_steps: Any, min_psnr: Any
         raise CalibrationError(
             "threshold belongs to method='paper'; ask ertacache for speedup, computed_steps or min_psnr"
         )
-
-
-def _runs(
-    pipe: Any,
-    prompts: str | Sequence[str],
-    seeds: Sequence[int],
-    kwargs: dict[str, Any],
-    micro_batch: int,
-    progress: bool,
-) -> Runs:
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    seeds = list(seeds)
-    if not prompts or not seeds:
-        raise CalibrationError("calibration needs at least one prompt and one seed")
-    count = max(len(prompts), len(seeds))
-    kwargs = {k: v for k, v in kwargs.items() if k not in ("output_type", "generator", "return_dict")}
-    bar = tqdm(total=None, desc="calibrate", unit="call", disable=not progress, leave=False)
-    return Runs(
-        pipe,
-        [prompts[i % len(prompts)] for i in range(count)],
-        [seeds[i % len(seeds)] for i in range(count)],
-        kwargs,
-        micro_batch,
-        bar,
-    )
 
 
 @dataclass
@@ -301,20 +215,3 @@ def _provenance(runs: Runs, model_id: str | None) -> dict[str, Any]:
         "versions": provenance.library_versions(),
         "date": date.today().isoformat(),
     }
-
-
-@contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    """No progress bars of the pipeline's own, and a VAE that decodes one sample at a time."""
-    config = dict(getattr(pipe, "_progress_bar_config", {}))
-    vae = getattr(pipe, "vae", None)
-    slicing = getattr(vae, "use_slicing", None)
-    pipe.set_progress_bar_config(disable=True)
-    if slicing is not None:
-        vae.use_slicing = True
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**config)
-        if slicing is not None:
-            vae.use_slicing = slicing

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ertacache.attach import CachedTransformer
+
 FINGERPRINT_TENSORS = 24
 FINGERPRINT_VALUES = 64
 VERSIONED = ("ertacache", "torch", "diffusers", "transformers")
@@ -19,10 +21,15 @@ def model_identity(transformer: nn.Module, name: str | None = None) -> dict[str,
     """id, class, config_sha256 and weights_fingerprint (None where the weights are not in memory)."""
     return {
         "id": name or model_name(transformer),
-        "class": type(transformer).__name__,
+        "class": class_name(transformer),
         "config_sha256": config_hash(transformer),
         "weights_fingerprint": weights_fingerprint(transformer),
     }
+
+
+def class_name(model: nn.Module) -> str:
+    """The model's class, without the mixin that reuses its output."""
+    return next(kind.__name__ for kind in type(model).__mro__ if not issubclass(kind, CachedTransformer))
 
 
 def model_name(model: Any) -> str | None:

@@ -73,16 +73,13 @@ class Replay:
 def check_pipeline(calibration: Calibration, pipe: Any) -> None:
     """Raise MismatchError for another model or scheduler; warn for other weights or dtype."""
     transformer = pipe.transformer
-    if type(transformer).__name__ != calibration.model["class"]:
-        raise MismatchError(
-            f"the calibration is for {calibration.model['class']}, the pipeline has "
-            f"{type(transformer).__name__}: {AGAIN}"
-        )
+    present = provenance.class_name(transformer)
+    if present != calibration.model["class"]:
+        raise MismatchError(f"the calibration is for {calibration.model['class']}, the pipeline has {present}: {AGAIN}")
     wanted = calibration.model.get("config_sha256")
     if wanted and provenance.config_hash(transformer) != wanted:
         raise MismatchError(
-            f"the {type(transformer).__name__} has another configuration than the calibrated one "
-            f"({calibration.model.get('id')}): {AGAIN}"
+            f"the {present} has another configuration than the calibrated one ({calibration.model.get('id')}): {AGAIN}"
         )
     _check_scheduler(calibration, pipe.scheduler)
     dtype = provenance.model_dtype(transformer)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import ertacache
-from ertacache import ablation, calibrate, provenance, settings
+from ertacache import ablation, provenance, settings
 from ertacache.baselines import NotApplicable, Rival, Tuner, all_rivals
 from ertacache.calibration import Calibration
 from ertacache.comparison import Comparison, Contender
@@ -25,13 +25,14 @@ from ertacache.lpips import Lpips, LpipsUnavailableError, load_lpips
 from ertacache.metrics import worst_decile
 from ertacache.report import write_report
 from ertacache.results import Curve, Row, write_results
+from ertacache.runs import Runs, recorded_runs
 from ertacache.settings import Settings, UsageError
 from ertacache.table import table_markdown
 
 OUR_METHODS = ("none", "ertacache", "paper", "ablation")
 TIMING_REPEATS = 5
 NUM_TUNING_PROMPTS = 2
-STATIC_RIVALS = ("fewer_steps", "multistep")
+STATIC_RIVALS = ("fewer-steps", "multistep")
 
 
 def _numbers(text: str) -> list[int]:
@@ -55,6 +56,7 @@ def main(folder: Path, load: Callable[[Settings], Any], model: ModelFolder, argv
     """Compare on the folder's model and write results.json, table.md and report.html; returns the output folder."""
     chosen = settings.parse(folder, argv, "Compare ERTACache with its rivals on this model.", extra=FLAGS)
     counts, chosen.computed_steps = chosen.computed_steps, None
+    chosen.method = "none"  # the study sets methods and costs itself
     rivals = _rivals(chosen.methods, model)
     path = Path(chosen.prompts) if chosen.prompts else folder / "prompts" / "held_out.txt"
     prompts = settings.read_prompts(path)[: chosen.num_prompts]
@@ -189,11 +191,11 @@ class Study:
 
         return Calibration.from_dict(self.ledger.get(f"calibration {method} {count}", make))
 
-    def _recorded(self) -> calibrate.Runs:
+    def _recorded(self) -> Runs:
         prompts = self.calibration_prompts
-        return calibrate.recorded_runs(self.pipe, prompts, seeds=range(len(prompts)), **self.arguments)
+        return recorded_runs(self.pipe, prompts, seeds=range(len(prompts)), **self.arguments)
 
-    def _ablation(self, runs: calibrate.Runs, count: int, ours: Calibration) -> dict[str, Any]:
+    def _ablation(self, runs: Runs, count: int, ours: Calibration) -> dict[str, Any]:
         parts = ablation.ablations(runs, count, ours.computed_steps, self.chosen.search_budget)
         return {name: calibration.to_dict() for name, calibration in parts.items()}
 

@@ -1,0 +1,118 @@
+"""The calibration runs of a pipeline: every prompt in one batch, with the same noise every time."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ertacache import solver
+from ertacache.attach import attached
+from ertacache.errors import CalibrationError
+from ertacache.fitting import Fitter
+from ertacache.recording import Recorder
+
+MICRO_BATCH = 8
+
+
+@dataclass
+class Runs:
+    """The calibration runs of one pipeline: every prompt in one batch, the same noise every time."""
+
+    pipe: Any
+    prompts: list[str]
+    seeds: list[int]
+    kwargs: dict[str, Any]
+    micro_batch: int
+    bar: Any
+    recorded: Recorder = field(default_factory=Recorder)
+    pictures: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def run(self, controller: Any, decode: bool = False) -> Tensor:
+        """Run the pipeline under a controller; final latents, or pixels in [0, 1] with `decode`."""
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
+        with attached(self.pipe, controller, self.micro_batch) as attachment:
+            attachment.on_computed = lambda: self.bar.update(len(self))
+            result = self.pipe(
+                prompt=self.prompts, generator=generators, output_type="pt" if decode else "latent", **self.kwargs
+            )
+        return solver.first_output(result).detach().float().cpu()
+
+    def record(self) -> None:
+        """The uncached reference runs, kept in `recorded` and `pictures`."""
+        self.pictures = self.run(self.recorded, decode=True)
+
+    def final_error(self, controller: Any) -> float:
+        """Mean over prompts of the log mean squared error of the final latents under a controller."""
+        final = self.run(controller)
+        error = (final - self.recorded.latents[-1].float()).square().flatten(1).mean(1)
+        return float(error.clamp_min(1e-20).log10().mean())
+
+    def fitted_error(self, schedule: list[int]) -> float:
+        """`final_error` of a schedule with our rectification."""
+        return self.final_error(Fitter(schedule, self.recorded.latents))
+
+
+def make_runs(
+    pipe: Any,
+    prompts: str | Sequence[str],
+    seeds: Sequence[int],
+    kwargs: dict[str, Any],
+    micro_batch: int,
+    progress: bool,
+) -> Runs:
+    """Runs of a pipeline; prompt i with seed i, the shorter list repeated. Raises CalibrationError for none."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    seeds = list(seeds)
+    if not prompts or not seeds:
+        raise CalibrationError("calibration needs at least one prompt and one seed")
+    count = max(len(prompts), len(seeds))
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("output_type", "generator", "return_dict")}
+    bar = tqdm(total=None, desc="calibrate", unit="call", disable=not progress, leave=False)
+    return Runs(
+        pipe,
+        [prompts[i % len(prompts)] for i in range(count)],
+        [seeds[i % len(seeds)] for i in range(count)],
+        kwargs,
+        micro_batch,
+        bar,
+    )
+
+
+def recorded_runs(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    micro_batch: int = MICRO_BATCH,
+    progress: bool = False,
+    **pipe_kwargs: Any,
+) -> Runs:
+    """The uncached reference runs that a calibration starts with, for studies of its parts."""
+    runs = make_runs(pipe, prompts, seeds, pipe_kwargs, micro_batch, progress)
+    with quiet(pipe), torch.no_grad():
+        runs.record()
+    return runs
+
+
+@contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """No progress bars of the pipeline's own, and a VAE that decodes one sample at a time."""
+    config = dict(getattr(pipe, "_progress_bar_config", {}))
+    vae = getattr(pipe, "vae", None)
+    slicing = getattr(vae, "use_slicing", None)
+    pipe.set_progress_bar_config(disable=True)
+    if slicing is not None:
+        vae.use_slicing = True
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**config)
+        if slicing is not None:
+            vae.use_slicing = slicing
