@@ -208,6 +208,9 @@ def main() -> None:
     captions = [data.captions_for(i, SEED) for i in range(NUM_SCENES)]
     tokenizer = text.build_tokenizer(MAX_TEXT_LENGTH)
     flat = [c for group in captions for c in group]
+    held_out = (FOLDER / "prompts" / "held_out.txt").read_text().splitlines()
+    if seen := sorted(set(held_out) & set(flat)):
+        raise SystemExit(f"held-out prompt {seen[0]!r} is a training caption: take it out of prompts/held_out.txt")
     tokens = text.tokenize(tokenizer, flat, MAX_TEXT_LENGTH)
     encoders = build_text_encoders(len(tokenizer))
     text.train_text_encoders(

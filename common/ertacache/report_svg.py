@@ -22,7 +22,7 @@ from ertacache.chart_data import (
 from ertacache.results import METRICS, Curve, Row
 
 _LABEL_GAP = 14
-_LEFT, _TOP, _BOTTOM = 52, 14, 44
+_LEFT, _TOP, _BOTTOM = 68, 14, 44
 
 
 class _Frame:

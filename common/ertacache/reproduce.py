@@ -229,7 +229,7 @@ class Study:
             ", ".join(f"{name}={value}" for name, value in setting.items()),
             lambda: rival.attach(self.pipe, setting),
             static=rival.name in STATIC_RIVALS,
-            knob={"name": rival.knob, "value": setting.get(rival.knob)},
+            knob=setting,
             comparable=tuned["comparable"],
         )
 
