@@ -162,7 +162,7 @@ def contact_sheet(pipeline: FluxPipeline, prompts: list[str], path: Path, scale:
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
     ).images
-    tile, line = SIZE * scale, 46
+    tile, line = SIZE * scale, 62
     sheet = Image.new("RGB", (6 * (tile + 8), 4 * (tile + line)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (image, prompt) in enumerate(zip(images[:24], prompts, strict=False)):

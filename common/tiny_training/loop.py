@@ -1,6 +1,7 @@
 """One training loop for every stage: progress, exponential moving average, checkpoints, resume."""
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,9 @@ class Stage:
 
     def run(self) -> nn.Module:
         """Train to `num_steps`, resuming from a checkpoint, and return the model with averaged weights."""
+        # also where a parent process told this one to ignore Ctrl-C, and for a polite kill
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, signal.default_int_handler)
         optimizers = optimizers_for(self.model, self.learning_rate, self.muon)
         start = self._resume(optimizers)
         bar = tqdm(range(start, self.num_steps), initial=start, total=self.num_steps, desc=self.name, mininterval=5)
