@@ -7,6 +7,7 @@ they leave in the work folder is not needed once the pipeline is written to `tin
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from tiny_training import data, flow, judge, text, vae
 
 FOLDER = Path(__file__).parent
+WORK = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ertacache" / "train-tiny-flux"
 SIZE = 64
 NUM_SCENES = 40_000
 SEED = 2027
@@ -183,7 +185,7 @@ def _wrap(prompt: str, width: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=FOLDER / "training-cache", help="checkpoints and data")
+    parser.add_argument("--work", type=Path, default=WORK, help=f"checkpoints and data (default: {WORK})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--flow-steps", type=int, default=FLOW_STEPS)
     parser.add_argument("--distil-steps", type=int, default=DISTIL_STEPS)
