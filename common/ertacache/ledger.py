@@ -28,8 +28,5 @@ class Ledger:
         write_atomically(path, json.dumps(result))
         return result
 
-    def has(self, name: str) -> bool:
-        return self.path(name, ".json").exists()
-
     def path(self, name: str, suffix: str) -> Path:
         return self.folder / (hashlib.sha256(name.encode()).hexdigest()[:16] + suffix)
