@@ -28,8 +28,8 @@ LATENT_CHANNELS = 8
 VAE_FACTOR = 4
 MAX_TEXT_LENGTH = 40
 TOKEN_SIDE = SIZE // VAE_FACTOR // 2  # the pipeline packs 2x2 latents into a token
-FLOW_STEPS = 10_000
-DISTIL_STEPS = 700
+FLOW_STEPS = 24_000
+DISTIL_STEPS = 1_000
 
 
 def build_vae() -> AutoencoderKL:
@@ -198,7 +198,7 @@ def main() -> None:
         pixels,
         LATENT_CHANNELS,
         VAE_FACTOR,
-        num_steps=4400,
+        num_steps=5400,
         batch_size=32,
         crop=32,
         learning_rate=1.5e-3,

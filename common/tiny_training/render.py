@@ -30,12 +30,15 @@ def _background(scene: Scene, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     u = np.pi * cycles * (np.cos(angle) * x + np.sin(angle) * y) + phase
     v = np.pi * cycles * (-np.sin(angle) * x + np.cos(angle) * y)
     if scene.backdrop == "waves":
-        shade = shade + amount * np.sin(u + 1.5 * np.sin(0.35 * v))
+        share = 0.5 + 0.5 * np.sin(u + 1.5 * np.sin(0.35 * v))
     elif scene.backdrop == "weave":
-        shade = shade + amount * np.sign(np.sin(u) * np.sin(v)) * np.sqrt(np.abs(np.sin(u) * np.sin(v)))
-    elif scene.backdrop == "speckle":
-        shade = shade + 1.6 * amount * np.clip(2.5 * np.sin(u) * np.sin(v + np.sin(0.6 * u)) - 1, -0.3, 1)
-    return np.asarray(BACKGROUNDS[scene.background], np.float32) * shade[..., None]
+        product = np.sin(u) * np.sin(v)
+        share = 0.5 + 0.5 * np.sign(product) * np.sqrt(np.abs(product))
+    else:  # speckle
+        share = np.clip(2.5 * np.sin(u) * np.sin(v + np.sin(0.6 * u)) - 0.6, 0, 1)
+    share = (amount * share)[..., None]
+    mixed = (1 - share) * np.asarray(BACKGROUNDS[scene.background]) + share * np.asarray(scene.backdrop_tint)
+    return mixed.astype(np.float32) * shade[..., None]
 
 
 def _paint(
@@ -53,7 +56,7 @@ def _paint(
     alpha = _coverage(_distance(obj.shape, qx, qy) * radius, pixel)
     lit = ((x - centre[0]) * light[0] + (y - centre[1]) * light[1]) / radius
     shade = 1 + 0.22 * np.clip(lit, -1.2, 1.2)
-    shade = shade * (1 - 0.5 * _texture(obj, qx, qy))
+    shade = shade * (1 - 0.65 * _texture(obj, qx, qy))
     colour = np.asarray(COLOURS[obj.colour], np.float32) * shade[..., None]
     return image * (1 - alpha[..., None]) + np.clip(colour, 0, 1) * alpha[..., None]
 

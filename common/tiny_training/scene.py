@@ -83,6 +83,7 @@ class Scene:
     gradient: tuple[float, float]  # direction in radians, strength
     backdrop: str
     backdrop_wave: tuple[float, float, float, float]  # direction, cycles, phase, strength
+    backdrop_tint: tuple[float, float, float]  # colour that the pattern mixes into the background
     light: float  # direction in radians
     camera: tuple[float, float] = (0.0, 0.0)  # drift over the clip
 
@@ -91,16 +92,27 @@ def sample_scene(rng: np.random.Generator, moving: bool = False) -> Scene:
     """Draw a random scene; `moving` gives the objects velocities, spin and growth, and the camera a drift."""
     count = int(rng.choice(3, p=(0.45, 0.40, 0.15))) + 1
     places = rng.choice(list(PLACES), size=count, replace=False)
-    wave = (rng.uniform(0, np.pi), rng.uniform(5, 9), rng.uniform(0, 2 * np.pi), rng.uniform(0.16, 0.36))
+    wave = (rng.uniform(0, np.pi), rng.uniform(4, 8), rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 1.0))
+    objects = tuple(_sample_object(rng, str(place), moving) for place in places)
+    background = str(rng.choice(list(BACKGROUNDS)))
     return Scene(
-        objects=tuple(_sample_object(rng, str(place), moving) for place in places),
-        background=str(rng.choice(list(BACKGROUNDS))),
+        objects=objects,
+        background=background,
         gradient=(rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.25)),
         backdrop=str(rng.choice(BACKDROPS)),
         backdrop_wave=tuple(map(float, wave)),
         light=rng.uniform(0, 2 * np.pi),
         camera=tuple(rng.uniform(-0.15, 0.15, 2)) if moving else (0.0, 0.0),
+        backdrop_tint=_sample_tint(rng, BACKGROUNDS[background]),
     )
+
+
+def _sample_tint(rng: np.random.Generator, background: tuple[float, float, float]) -> tuple[float, float, float]:
+    """A muted colour clearly lighter or darker than the background; no caption tells which."""
+    level = float(np.mean(background))
+    choices = [v for v in (level - rng.uniform(0.32, 0.5), level + rng.uniform(0.32, 0.5)) if 0 <= v <= 1]
+    tint = rng.choice(choices) + rng.uniform(-0.12, 0.12, 3)
+    return tuple(np.clip(tint, 0, 1).tolist())
 
 
 def _sample_object(rng: np.random.Generator, place: str, moving: bool) -> SceneObject:
