@@ -22,13 +22,28 @@ def test_least_squares_recovers_planted_coefficients(planted, seed):
 
 
 def test_ridge_shrinks_towards_the_plain_solution():
-    columns = [noise(0, 100), noise(1, 100)]
+    columns = [noise(0, 1, 100), noise(1, 1, 100)]
     fitted = rectification.fit_rectification(columns, 3 * columns[1], ridge=1e12)
     assert fitted == pytest.approx([1.0, 0.0], abs=1e-6)
 
 
+def test_one_hard_prompt_does_not_decide_for_the_others():
+    column = noise(0, 9, 200)
+    length = torch.full((9, 1), 1.1)
+    length[4] = 3.0  # by plain least squares, one prompt in nine would pull the coefficient to 1.31
+    target = length * column + 1e-3 * noise(1, 9, 200)
+    assert rectification.fit_rectification([column], target) == pytest.approx([1.1], abs=5e-3)
+
+
+def test_equal_prompts_weigh_alike():
+    column, target = noise(0, 1, 80), noise(1, 1, 80)
+    alone = rectification.fit_rectification([column], target)
+    together = rectification.fit_rectification([column.repeat(5, 1)], target.repeat(5, 1))
+    assert together == pytest.approx(alone, rel=1e-6)
+
+
 def test_identical_columns_stay_solvable():
-    column = noise(0, 50)
+    column = noise(0, 1, 50)
     fitted = rectification.fit_rectification([column, column, column], 2 * column)
     assert np.isfinite(fitted).all() and sum(fitted) == pytest.approx(2.0, abs=1e-3)
 

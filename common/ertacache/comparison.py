@@ -63,8 +63,10 @@ class Comparison:
         seeds: Sequence[int],
         ledger: Ledger,
         perceptual: Lpips | None,
+        keep: Callable[[Contender, str, int, Tensor], None] | None = None,
     ):
-        self.pipe, self.arguments = pipe, arguments
+        """`keep` is given every result that is measured, with its contender, prompt and seed."""
+        self.pipe, self.arguments, self.keep = pipe, arguments, keep
         self.pairs = [(prompt, seed) for seed in seeds for prompt in prompts]
         self.ledger, self.perceptual = ledger, perceptual
         self.reference: Tensor | None = None
@@ -102,6 +104,9 @@ class Comparison:
         def measure() -> dict[str, Any]:
             pictures = self._pictures(contender)
             np.save(self._example_path(contender), to_uint8(pictures[:NUM_EXAMPLES]))
+            if self.keep:
+                for (prompt, seed), picture in zip(self.pairs, pictures, strict=True):
+                    self.keep(contender, prompt, seed, picture)
             return self._metrics(pictures)
 
         self.ledger.folder.mkdir(parents=True, exist_ok=True)

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ertacache.rectification import DEFAULT_RIDGE, combine, drift_target, normal_equations, solve_towards_plain
+from ertacache.rectification import DEFAULT_RIDGE, combine, drift_target, fit_rectification
 from ertacache.solver import StepCall, affine_step
 
-HISTORY_LENGTH = 3
+HISTORY_LENGTH = 4  # computed outputs that a step combines: what an uncached run holds, and three more
 
 
 class Fitter:
@@ -65,7 +65,7 @@ class Fitter:
         reference_next = self.reference[step + 1].to(offset.device).float()
         target = drift_target(reference_next, offset, gain)
         rows = slice(None) if self.rows is None else self.rows
-        return solve_towards_plain(*normal_equations([h[rows] for h in self.history], target[rows]), self.ridge)
+        return fit_rectification([h[rows] for h in self.history], target[rows], self.ridge)
 
     def after_step(self, step: int, sample: Tensor) -> None:
         self.final = sample.detach()

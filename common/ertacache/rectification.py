@@ -1,7 +1,8 @@
 """Closed-form rectification: on-policy combinations of cached outputs, and the paper's error model.
 
 Ours: at every step the scheduler gets a combination of the last computed outputs, whose scalar coefficients
-solve a small least-squares problem towards the output that puts the state back on the reference.
+solve a small least-squares problem towards the output that puts the state back on the reference; prompts weigh
+in it by how well they do, since quality is counted in decibels.
 Paper: the additive error of a reused output is modelled as sigma(K o + B), linearised, and subtracted.
 """
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 DEFAULT_RIDGE = 1e-6
+REWEIGHTINGS = 3  # rounds of least squares; the weights hardly move after the second
+ERROR_FLOOR = 0.1  # q: share of the median error below which a prompt gains no more weight
 
 
 def combine(outputs: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
@@ -35,12 +38,19 @@ def drift_target(reference_next: Tensor, step_offset: Tensor, gain: float) -> Te
     return (reference_next - step_offset) / gain
 
 
-def normal_equations(columns: Sequence[Tensor], target: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """H^T H (m, m) and H^T o* (m,) in float64, pooled over all elements of all prompts."""
-    stacked = torch.stack([c.double().flatten() for c in columns])
-    matrix = stacked @ stacked.T
-    vector = stacked @ target.double().flatten()
-    return matrix.cpu().numpy(), vector.cpu().numpy()
+def normal_equations(columns: Sequence[Tensor], target: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """H^T H (P, m, m), H^T o* (P, m) and o*^T o* (P,) of each of P prompts, in float64.
+
+    Args:
+        columns: m tensors (P, ...).
+        target: (P, ...).
+    """
+    products = []
+    for prompt in range(len(target)):  # one at a time, since the float64 copies of videos are large
+        stacked = torch.stack([t[prompt].double().flatten() for t in (*columns, target)])
+        products.append((stacked @ stacked.T).cpu().numpy())
+    grams = np.stack(products)
+    return grams[:, :-1, :-1], grams[:, :-1, -1], grams[:, -1, -1]
 
 
 def solve_towards_plain(matrix: np.ndarray, vector: np.ndarray, ridge: float = DEFAULT_RIDGE) -> list[float]:
@@ -58,8 +68,24 @@ def solve_towards_plain(matrix: np.ndarray, vector: np.ndarray, ridge: float = D
 
 
 def fit_rectification(columns: Sequence[Tensor], target: Tensor, ridge: float = DEFAULT_RIDGE) -> list[float]:
-    """Least-squares coefficients of `columns`, newest computed output first, for the output `target`."""
-    return solve_towards_plain(*normal_equations(columns, target), ridge)
+    """Coefficients of `columns`, newest computed output first, for the output `target`; tensors are (P, ...).
+
+    Quality is the mean over prompts of a logarithm (PSNR), which plain least squares serves badly: it follows the
+    few prompts with the largest errors. So prompt p weighs 1 / (E_p + q median E), E_p its squared error under
+    the coefficients of the round before: iteratively reweighted least squares for sum_p log(E_p + q median E).
+    """
+    matrices, vectors, squares = normal_equations(columns, target)
+    weights = np.ones(len(squares))
+    for _ in range(REWEIGHTINGS if len(squares) > 1 else 1):
+        fitted = solve_towards_plain(np.tensordot(weights, matrices, 1), np.tensordot(weights, vectors, 1), ridge=ridge)
+        a = np.asarray(fitted)
+        errors = np.maximum(squares - 2 * vectors @ a + np.einsum("i,pij,j->p", a, matrices, a), 0)
+        softened = errors + ERROR_FLOOR * np.median(errors)
+        if not softened.min() > 0:  # a prompt without any error needs no more weight than it has
+            break
+        weights = 1 / softened
+        weights /= weights.mean()
+    return fitted
 
 
 def fit_error_model(reused: Tensor, output: Tensor) -> tuple[float, float]:

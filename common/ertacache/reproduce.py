@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import ertacache
 from ertacache import ablation, provenance, settings
@@ -19,7 +20,7 @@ from ertacache.baselines import NotApplicable, Rival, Tuner, all_rivals
 from ertacache.calibration import Calibration
 from ertacache.comparison import Comparison, Contender
 from ertacache.errors import ERTACacheError
-from ertacache.generation import ModelFolder, latents_run
+from ertacache.generation import ModelFolder, latents_run, slug
 from ertacache.ledger import Ledger
 from ertacache.lpips import Lpips, LpipsUnavailableError, load_lpips
 from ertacache.metrics import worst_decile
@@ -28,6 +29,7 @@ from ertacache.results import Curve, Row, write_results
 from ertacache.runs import Runs, recorded_runs
 from ertacache.settings import Settings, UsageError
 from ertacache.table import table_markdown
+from ertacache.videos import vbench_name
 
 OUR_METHODS = ("none", "ertacache", "paper", "ablation")
 TIMING_REPEATS = 5
@@ -48,6 +50,14 @@ FLAGS = (
     ("--computed-steps", {"type": _numbers, "default": None, "metavar": "K1,K2", "help": "default: N/2, 2N/5, N/3"}),
     ("--prompts", {"default": None, "metavar": "FILE", "help": "prompts to measure on (default: held out)"}),
     ("--num-prompts", {"type": int, "default": 24, "metavar": "INT", "help": "use the first ones of the file"}),
+    (
+        "--layout",
+        {
+            "default": "plain",
+            "choices": ["plain", "vbench"],
+            "help": "vbench: also write every result, named for VBench",
+        },
+    ),
     ("--out", {"default": "reproduced", "metavar": "DIR", "help": "default: ./reproduced"}),
 )
 
@@ -117,13 +127,20 @@ class Study:
             "calibration_prompts": self.calibration_prompts,
             "seeds": self.chosen.seeds,
             "search_budget": self.chosen.search_budget,
+            "layout": self.chosen.layout,
             "versions": provenance.library_versions(),
         }
 
     def run(self) -> Path:
         """All of it; a run that was interrupted goes on from what is in the ledger."""
         comparison = Comparison(
-            self.pipe, self.arguments, self.prompts, self.chosen.seeds, self.ledger, self.perceptual
+            self.pipe,
+            self.arguments,
+            self.prompts,
+            self.chosen.seeds,
+            self.ledger,
+            self.perceptual,
+            self._save_for_vbench if self.chosen.layout == "vbench" else None,
         )
         comparison.prepare()
         contenders = [*self._ours(), *self._tuned_rivals()]
@@ -138,6 +155,13 @@ class Study:
         rows = [self._row(c, comparison, times) for c in [reference, *contenders]]
         self._write(rows, contenders, reference, comparison)
         return self.out
+
+    def _save_for_vbench(self, contender: Contender, prompt: str, seed: int, result: Tensor) -> None:
+        """vbench/<method>/<prompt>-<index>, the index counting the seeds from 0, as VBench counts its samples."""
+        name = vbench_name(prompt, self.chosen.seeds.index(seed)).removesuffix(".mp4")
+        folder = self.out / "vbench" / slug(contender.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save(result, folder / name, self.chosen)
 
     # -- who competes ------------------------------------------------------------------------------------
 

@@ -1,0 +1,122 @@
+"""Videos: pixels to MP4, contact strips, and the file names that VBench's evaluator looks for.
+
+F: frames; H, W: height and width in pixels. Frames are float (F, 3, H, W) in [0, 1] everywhere.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ertacache.errors import ERTACacheError
+from ertacache.pictures import difference, to_uint8
+
+MP4_QUALITY = 8  # of imageio's scale from 0 to 10, where 10 is the best
+GAP = 2  # pixels between the frames of a strip
+# What cannot stand in a file name somewhere; VBench itself uses the prompt as it is.
+SEPARATORS = str.maketrans({"/": "_", "\\": "_", "\0": "_", "\n": " ", "\r": " "})
+MAX_NAME_BYTES = 240
+
+
+class VideoError(ERTACacheError, RuntimeError):
+    """A video cannot be written or read."""
+
+
+def write_mp4(path: str | Path, frames: Tensor, fps: float, quality: float = MP4_QUALITY) -> Path:
+    """Write frames as H.264 in an MP4 of exactly their size; the file appears whole or not at all.
+
+    The usual yuv420p, which every player knows, halves the colour planes and so needs even sides. A video with an
+    odd side is written as yuv444p instead of being scaled: it keeps its size, but some browsers do not play it.
+
+    Args:
+        path: where to; its suffix should be .mp4.
+        frames: (F, 3, H, W) in [0, 1].
+        fps: frames per second.
+        quality: 0 to 10, the best.
+
+    Raises:
+        VideoError: the frames are no video, or the encoder failed.
+    """
+    if frames.ndim != 4 or frames.shape[1] != 3 or min(frames.shape) < 1:
+        raise VideoError(f"a video needs frames (F, 3, H, W), not {tuple(frames.shape)}")
+    import imageio.v2 as imageio  # brings an encoder along, and takes a moment to import
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")
+    even = frames.shape[-1] % 2 == 0 and frames.shape[-2] % 2 == 0
+    try:
+        with imageio.get_writer(
+            temporary,
+            format="FFMPEG",
+            mode="I",
+            fps=fps,
+            codec="libx264",
+            quality=quality,
+            macro_block_size=1,  # imageio would scale to multiples of 16
+            pixelformat="yuv420p" if even else "yuv444p",
+            ffmpeg_log_level="error",
+        ) as writer:
+            for frame in frames:  # one at a time: a long video in 8 bits beside the float one is memory for nothing
+                writer.append_data(to_uint8(frame))
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise VideoError(f"{path} cannot be written as MP4 ({first})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
+    """All frames of a video as uint8 (F, H, W, 3), and its frames per second.
+
+    Raises:
+        VideoError: it cannot be decoded.
+    """
+    import imageio.v2 as imageio
+
+    try:
+        with imageio.get_reader(path, format="FFMPEG") as reader:
+            fps = float(reader.get_meta_data()["fps"])
+            return np.stack([np.asarray(frame) for frame in reader]), fps
+    except (OSError, RuntimeError, ValueError, IndexError) as error:
+        raise VideoError(f"{path} cannot be read as a video ({error})") from error
+
+
+def vbench_name(prompt: str, index: int) -> str:
+    """<prompt>-<index>.mp4, the name under which VBench's evaluator looks for a video.
+
+    Path separators, which no file name can hold, become underscores; a prompt too long for a file name is cut.
+    """
+    tail = f"-{index}.mp4"
+    name = prompt.translate(SEPARATORS).encode()[: MAX_NAME_BYTES - len(tail)].decode(errors="ignore")
+    return name + tail
+
+
+def pick_frames(num_frames: int, count: int) -> list[int]:
+    """`count` frame indices spread evenly from the first to the last one; all of them where there are fewer."""
+    if count >= num_frames:
+        return list(range(num_frames))
+    return np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
+
+
+def contact_strip(video: Tensor, count: int = 8) -> Tensor:
+    """`count` frames side by side with white gaps: (F, 3, H, W) -> (3, H, count (W + gap) - gap)."""
+    frames = video[pick_frames(len(video), count)]
+    padded = torch.nn.functional.pad(frames, (0, GAP), value=1.0)
+    return torch.cat(list(padded), dim=2)[..., :-GAP]
+
+
+def comparison_strips(video: Tensor, reference: Tensor, count: int = 8) -> Tensor:
+    """Three contact strips below each other: uncached, cached, and their difference times `DIFFERENCE_GAIN`."""
+    return stacked([contact_strip(v, count) for v in (reference, video, difference(video, reference))])
+
+
+def stacked(strips: Sequence[Tensor]) -> Tensor:
+    """Strips of one width below each other with white gaps: (3, H_i, W) each -> (3, sum of (H_i + gap) - gap, W)."""
+    padded = [torch.nn.functional.pad(strip, (0, 0, 0, GAP), value=1.0) for strip in strips]
+    return torch.cat(padded, dim=1)[:, :-GAP]

@@ -1,0 +1,97 @@
+"""The comparison end to end on the embedded FLUX pipeline at few steps: interrupted, resumed, laid out for VBench."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from ertacache import reproduce
+from ertacache.comparison import Comparison
+from ertacache.files import write_atomically
+from ertacache.generation import ModelFolder
+from ertacache.pictures import png_bytes
+from ertacache.settings import UsageError
+
+FOLDER = Path(__file__).parents[1] / "ERTACache4FLUX"
+PROMPTS = ["a red circle at the left", "a large blue star at the top"]
+TIMED = ("denoise_seconds", "speedup")
+
+
+def arguments(chosen) -> dict:
+    return {
+        "height": 64,
+        "width": 64,
+        "num_inference_steps": chosen.num_inference_steps,
+        "guidance_scale": 3.5,
+        "max_sequence_length": 40,
+    }
+
+
+def save(picture, path, _) -> Path:
+    return write_atomically(path.with_name(path.name + ".png"), png_bytes(picture))
+
+
+@pytest.fixture(scope="module")
+def pipe() -> FluxPipeline:
+    pipe = FluxPipeline.from_pretrained(FOLDER / "tiny", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe, out: Path, *argv: str) -> Path:
+    prompts = out.parent / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS) + "\n")
+    fast = ["--model", "tiny", "--num-inference-steps", "6", "--num-calibration-prompts", "2", "--seeds", "3,4"]
+    fast += ["--methods", "none,ertacache,fewer-steps", "--computed-steps", "4,3", "--prompts", str(prompts)]
+    model = ModelFolder("FLUX", arguments, save)
+    return reproduce.main(FOLDER, lambda _: pipe, model, [*fast, "--out", str(out), *argv])
+
+
+def rows(out: Path) -> list[dict]:
+    found = json.loads((out / "results.json").read_text())
+    found = found["rows"] if isinstance(found, dict) else found
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in found]
+
+
+def test_an_interrupted_comparison_goes_on_and_ends_the_same(pipe, tmp_path, monkeypatch):
+    measured = []
+    original = Comparison._metrics
+
+    def interrupted(self, pictures):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(1)
+        return original(self, pictures)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Comparison, "_metrics", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(pipe, tmp_path / "a")
+    assert not (tmp_path / "a" / "results.json").exists()
+
+    again = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Comparison, "_metrics", lambda self, p: again.append(1) or original(self, p))
+        patch.setattr(reproduce.ertacache, "calibrate", lambda *_, **__: pytest.fail("calibrated once more"))
+        run(pipe, tmp_path / "a")
+    # the reference, ours and fewer steps at two costs: two of the five were done
+    assert len(again) == 3
+    run(pipe, tmp_path / "b")
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    assert len(rows(tmp_path / "a")) == 5
+
+
+def test_vbench_layout(pipe, tmp_path):
+    run(pipe, tmp_path / "o", "--layout", "vbench", "--computed-steps", "3", "--methods", "ertacache")
+    written = {str(p.relative_to(tmp_path / "o" / "vbench")) for p in (tmp_path / "o" / "vbench").rglob("*.*")}
+    names = {f"{prompt}-{index}.png" for prompt in PROMPTS for index in (0, 1)}
+    assert written == {f"{method}/{name}" for method in ("none-uncached", "ertacache-k-3-of-3") for name in names}
+
+
+def test_a_calibration_prompt_is_not_measured_on(pipe, tmp_path):
+    seen = (FOLDER / "prompts" / "calibration.txt").read_text().splitlines()[0]
+    (tmp_path / "p.txt").write_text(seen + "\n")
+    with pytest.raises(UsageError, match="calibration prompt"):
+        run(pipe, tmp_path / "o", "--prompts", str(tmp_path / "p.txt"))
