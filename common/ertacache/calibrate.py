@@ -209,7 +209,8 @@ def _provenance(runs: Runs, model_id: str | None) -> dict[str, Any]:
         "scheduler": solver.identity(pipe.scheduler),
         "model": provenance.model_identity(pipe.transformer, model_id),
         "dtype": provenance.model_dtype(pipe.transformer),
-        "guidance_scale": getattr(pipe, "guidance_scale", None),
+        # as asked: where guidance is dynamic, the pipeline's own is the last step's by now
+        "guidance_scale": runs.kwargs.get("guidance_scale", getattr(pipe, "guidance_scale", None)),
         "prompts": {"sha256": provenance.prompts_hash(runs.prompts, runs.seeds), "count": len(runs)},
         "settings": dict(sorted(plain.items())),
         "versions": provenance.library_versions(),

@@ -27,8 +27,9 @@ class Calibration:
         computed_steps: indices of the steps at which the transformer runs, increasing, from 0.
         timesteps, sigmas: the grid that was calibrated on, N and N + 1 values (no sigmas: empty).
         coefficients: for each step the weights of the last computed outputs, newest first (ertacache).
-        threshold, adjusted_sigmas, step_factors, error_model: the published method's lambda, adjusted grid,
-            phi per step, and (K, B) per reused step (paper).
+        threshold, step_factors, error_model: the published method's lambda, phi per step, and (K, B) per reused
+            step (paper).
+        adjusted_sigmas, adjusted_timesteps: its adjusted grid, in the one or the other (N + 1 or N values).
         guidance_scale, latent_shape, dtype: of the calibrated runs; latent_shape without the batch.
         model, scheduler: what identifies them; see identity.py and solver.py.
         prompts: sha256 and count of the calibration prompts and seeds.
@@ -49,6 +50,7 @@ class Calibration:
     coefficients: list[list[float]] | None = None
     threshold: float | None = None
     adjusted_sigmas: list[float] | None = None
+    adjusted_timesteps: list[float] | None = None
     step_factors: list[float] | None = None
     error_model: list[list[float] | None] | None = None
     guidance_scale: float | None = None
@@ -221,6 +223,10 @@ def _validate_method(c: Calibration, require: Any) -> None:
         adjusted is None or (_is_list(adjusted, _is_number) and len(adjusted) == n + 1),
         "adjusted_sigmas",
         f"null or {n + 1} numbers",
+    )
+    times = c.adjusted_timesteps
+    require(
+        times is None or (_is_list(times, _is_number) and len(times) == n), "adjusted_timesteps", f"null or {n} numbers"
     )
     pair = lambda row: row is None or (_is_list(row, _is_number) and len(row) == 2)  # noqa: E731
     require(model is None or (_is_list(model, pair) and len(model) == n), "error_model", f"{n} pairs or nulls")

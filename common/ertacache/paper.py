@@ -10,6 +10,7 @@ from torch import Tensor
 from ertacache.policy import threshold_for, threshold_schedule
 from ertacache.recording import Recorder, residual_distances, residuals
 from ertacache.rectification import fit_error_model
+from ertacache.solver import END_TIMESTEP
 from ertacache.timesteps import adjust_timesteps, adjustment_factor
 
 PUBLISHED_THRESHOLDS = {
@@ -29,6 +30,7 @@ class PaperFit:
     threshold: float | None
     step_factors: list[float]
     adjusted_sigmas: list[float] | None
+    adjusted_timesteps: list[float] | None
     error_model: list[list[float] | None]
 
 
@@ -70,8 +72,19 @@ def fit_paper(
         reused = latents[step] + residual[kept]
         factors.append(adjustment_factor(_l1(reused - outputs[step]), _l1(_denominator(outputs, step, fraction))))
         models.append(list(fit_error_model(reused, outputs[step])) if error_model else None)
-    adjusted = adjust_timesteps(recorded.sigmas, factors) if adjust and recorded.sigmas else None
-    return PaperFit(schedule, threshold, factors if adjust else [1.0] * len(factors), adjusted, models)
+    sigmas, timesteps = _adjusted_grid(recorded, factors) if adjust else (None, None)
+    if sigmas is None and timesteps is None:
+        factors = [1.0] * len(factors)
+    return PaperFit(schedule, threshold, factors, sigmas, timesteps, models)
+
+
+def _adjusted_grid(recorded: Recorder, factors: list[float]) -> tuple[list[float] | None, list[float] | None]:
+    """The adjusted sigmas (N + 1), or timesteps (N) where the solver has only these; neither if its grid is fixed."""
+    if recorded.sigmas:
+        return adjust_timesteps(recorded.sigmas, factors), None
+    if recorded.takes_timesteps:
+        return None, adjust_timesteps([*recorded.timesteps, END_TIMESTEP], factors)[:-1]
+    return None, None
 
 
 def _denominator(outputs: list[Tensor], step: int, fraction: str) -> Tensor:

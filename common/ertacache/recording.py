@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ertacache.solver import StepCall, affine_step, host_grid
+from ertacache.solver import StepCall, affine_step, host_grid, takes_timesteps
 
 
 class Recorder:
     """Controller that computes every step and keeps what it sees.
 
     After the run: `latents` x_0 .. x_N and `outputs` o_0 .. o_{N-1}, each (prompts, ...) on the host in the
-    run's own dtype, `gains` c_0 .. c_{N-1}, and the grid.
+    run's own dtype, `gains` c_0 .. c_{N-1}, the grid, and whether it can be changed in its timesteps.
     """
 
     def __init__(self) -> None:
@@ -21,10 +21,12 @@ class Recorder:
         self.gains: list[float] = []
         self.timesteps: list[float] = []
         self.sigmas: list[float] = []
+        self.takes_timesteps = False
 
     def begin(self, scheduler: Any) -> None:
         self.latents, self.outputs, self.gains = [], [], []
         self.timesteps, self.sigmas = host_grid(scheduler)
+        self.takes_timesteps = takes_timesteps(scheduler)
 
     def should_compute(self, step: int) -> bool:
         return True

@@ -36,6 +36,8 @@ class Replay:
             _warn(f"guidance scale is {guidance:g}, the calibration is for {calibrated:g}: quality may be lower")
         if self.calibration.adjusted_sigmas is not None:
             set_grid(scheduler, self.calibration.adjusted_sigmas, self.calibration)
+        elif self.calibration.adjusted_timesteps is not None:
+            solver.put_on_timesteps(scheduler, self.calibration.adjusted_timesteps)
 
     def should_compute(self, step: int) -> bool:
         return step in self.computed
@@ -72,7 +74,13 @@ class Replay:
 
 def check_pipeline(calibration: Calibration, pipe: Any) -> None:
     """Raise MismatchError for another model or scheduler; warn for other weights or dtype."""
-    transformer = pipe.transformer
+    check_model(calibration, pipe.transformer)
+    _check_scheduler(calibration, pipe.scheduler)
+    check_weights(calibration, pipe.transformer)
+
+
+def check_model(calibration: Calibration, transformer: Any) -> None:
+    """Raise MismatchError for a transformer of another class or configuration."""
     present = provenance.class_name(transformer)
     if present != calibration.model["class"]:
         raise MismatchError(f"the calibration is for {calibration.model['class']}, the pipeline has {present}: {AGAIN}")
@@ -81,7 +89,10 @@ def check_pipeline(calibration: Calibration, pipe: Any) -> None:
         raise MismatchError(
             f"the {present} has another configuration than the calibrated one ({calibration.model.get('id')}): {AGAIN}"
         )
-    _check_scheduler(calibration, pipe.scheduler)
+
+
+def check_weights(calibration: Calibration, transformer: Any) -> None:
+    """Warn for a transformer in another dtype or with other weights."""
     dtype = provenance.model_dtype(transformer)
     if dtype != calibration.dtype:
         _warn(f"the transformer runs in {dtype}, the calibration was made in {calibration.dtype}: quality may be lower")

@@ -6,6 +6,7 @@ c_i = sigma_{i+1} - sigma_i; for any other deterministic solver F_i and c_i come
 
 import copy
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import Tensor
 
 SAMPLE_NAMES = ("sample", "latents")
 OUTPUT_NAMES = ("model_output", "noise_pred")
+# where the axis of a scheduler without sigmas ends: one before the first training timestep, the index of the
+# empty product, at which alpha-bar is 1
+END_TIMESTEP = -1.0
 # instance attributes by which attach.py follows a scheduler; a copy must not carry them
 FOLLOWED_METHODS = ("step", "set_timesteps")
 
@@ -52,10 +56,15 @@ class StepCall:
         return bound.args, bound.kwargs
 
     def trial(self, model_output: Tensor) -> "StepCall":
-        """The same call in float32 with cloned random generators, for a copy of the scheduler."""
+        """The same call in float32 with cloned random generators, for a copy of the scheduler.
+
+        A step that takes a generator keeps the dtype of its sample: noise is drawn in it, and another dtype draws
+        other numbers.
+        """
         bound = copy.copy(self.bound)
         bound.arguments = {name: _clone_generators(value) for name, value in self.bound.arguments.items()}
-        bound.arguments[self.sample_name] = self.sample.float()
+        if "generator" not in self.bound.arguments:
+            bound.arguments[self.sample_name] = self.sample.float()
         bound.arguments[self.output_name] = model_output
         return StepCall(bound, self.output_name, self.sample_name)
 
@@ -81,8 +90,8 @@ def bare_copy(scheduler: Any) -> Any:
 def affine_step(scheduler: Any, call: StepCall) -> tuple[Tensor, float]:
     """F (shape of the sample, float32) and c of the step that `call` is about to make: x' = F + c o.
 
-    Both come from copies of the scheduler, which is left as it is; random generators are cloned, so that a
-    stochastic solver draws the same noise in both.
+    Both come from copies of the scheduler, which is left as it is; random generators are cloned and the global
+    ones put back, so that a stochastic solver draws the same noise in both copies and in the step itself.
     """
     zero = torch.zeros_like(call.sample, dtype=torch.float32)
     at_zero = _step_of_copy(scheduler, call.trial(zero))
@@ -92,7 +101,9 @@ def affine_step(scheduler: Any, call: StepCall) -> tuple[Tensor, float]:
 
 
 def _step_of_copy(scheduler: Any, call: StepCall) -> Tensor:
-    result = bare_copy(scheduler).step(*call.bound.args, **call.bound.kwargs)
+    device = call.sample.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        result = bare_copy(scheduler).step(*call.bound.args, **call.bound.kwargs)
     return first_output(result).float()
 
 
@@ -112,6 +123,18 @@ def host_grid(scheduler: Any) -> tuple[list[float], list[float]]:
         return timesteps, []
     sigmas = [float(s) for s in torch.as_tensor(sigmas).tolist()]
     return timesteps, sigmas if len(sigmas) == len(timesteps) + 1 else []
+
+
+def takes_timesteps(scheduler: Any) -> bool:
+    """Whether the grid of the scheduler can be changed in its timesteps: alpha-bars, no sigmas, any timesteps."""
+    takes = "timesteps" in inspect.signature(scheduler.set_timesteps).parameters
+    return takes and hasattr(scheduler, "alphas_cumprod") and getattr(scheduler, "sigmas", None) is None
+
+
+def put_on_timesteps(scheduler: Any, timesteps: Sequence[float]) -> None:
+    """Begin the scheduler's run on other timesteps; past what is attached to `set_timesteps`, which follows runs."""
+    device = torch.as_tensor(scheduler.timesteps).device
+    type(scheduler).set_timesteps(scheduler, device=device, timesteps=list(timesteps))
 
 
 def identity(scheduler: Any) -> dict[str, Any]:

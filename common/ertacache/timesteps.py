@@ -1,8 +1,8 @@
 """Trajectory-aware timestep adjustment of the paper: shorter steps where an output is reused.
 
-Works on the sigmas that the solver integrates, after its shift. Our sign convention is diffusers': the noise
-grid falls from sigma_0 to sigma_N (0 for flow matching), so increments are negative; only their size is
-changed here.
+Works on the sigmas that the solver integrates, after its shift, or on its timesteps where it has no sigmas. Our
+sign convention is diffusers': the noise grid falls from sigma_0 to sigma_N (0 for flow matching), so increments
+are negative; only their size is changed here.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def adjust_timesteps(sigmas: Sequence[float], factors: Sequence[float]) -> list[
     takes all that is left, so that the run ends where the original grid does.
 
     Args:
-        sigmas: the original grid, N + 1 values.
+        sigmas: the original grid, N + 1 falling values.
         factors: phi_i for each of the N steps.
     """
     adjusted = [float(sigmas[0])]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import CogVideoXDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from ertacache.baselines.base import NotApplicable, Rival, Setting, replaced
@@ -63,7 +63,7 @@ def make_solver(scheduler: Any, name: str, order: int) -> Any:
         NotApplicable: `scheduler` is a multistep solver itself, stochastic, or of an unknown kind.
     """
     config = scheduler.config
-    if hasattr(scheduler, "model_outputs"):
+    if hasattr(scheduler, "model_outputs") or isinstance(scheduler, CogVideoXDPMScheduler):
         raise NotApplicable(f"{type(scheduler).__name__} is a multistep solver already: see fewer-steps")
     if config.get("stochastic_sampling", False) or config.get("invert_sigmas", False):
         raise NotApplicable(f"{type(scheduler).__name__} samples stochastically or with inverted sigmas")

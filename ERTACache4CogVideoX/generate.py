@@ -1,0 +1,108 @@
+"""Generate videos with CogVideoX and ERTACache: `sh run.sh`, or `python generate.py --prompt "..."`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+from scheduler import SCHEDULERS, any_grid_scheduler
+from torch import Tensor
+from transformer import modulated_input
+
+from ertacache import command, models, settings
+from ertacache.generation import COMPARE_FLAG, ModelFolder, generate
+from ertacache.settings import Settings, UsageError
+from ertacache.videos import write_mp4
+
+FOLDER = Path(__file__).resolve().parent
+FRAMES_PER_CHUNK = 8  # the VAE decodes two latent frames at a time, of four frames each, after a first frame
+
+
+def load(chosen: Settings) -> CogVideoXPipeline:
+    """The pipeline that the settings name, on a scheduler that takes any grid."""
+    source = models.choose(chosen)
+    check(chosen)
+    pipe = models.load_pipeline(CogVideoXPipeline, source, chosen)
+    check_shapes(chosen, pipe)
+    pipe.scheduler = any_grid_scheduler(chosen.solver, pipe.scheduler.config)
+    if chosen.vae_tiling:
+        enable_tiling(pipe.vae)
+    return pipe
+
+
+def enable_tiling(vae: AutoencoderKLCogVideoX) -> None:
+    """Decode in tiles. Raises UsageError where their overlap is no whole latent, which would change the size."""
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    for latents, pixels, overlap in (
+        (vae.tile_latent_min_height, vae.tile_sample_min_height, vae.tile_overlap_factor_height),
+        (vae.tile_latent_min_width, vae.tile_sample_min_width, vae.tile_overlap_factor_width),
+    ):
+        if int(latents * (1 - overlap)) * scale != pixels - int(pixels * overlap):
+            raise UsageError("--vae-tiling does not fit this model's VAE: use --vae-tiling false")
+    vae.enable_tiling()
+
+
+def check(chosen: Settings) -> None:
+    """Raise UsageError for what cannot be, whatever the weights."""
+    settings.check(chosen)
+    if chosen.solver not in SCHEDULERS:
+        raise UsageError(f"--solver must be one of {', '.join(SCHEDULERS)}, not {chosen.solver!r}")
+    if chosen.num_frames <= 1 or chosen.num_frames % FRAMES_PER_CHUNK != 1:
+        raise UsageError(
+            f"--num-frames must be 8k + 1 (9, 17, ... 49), not {chosen.num_frames}: the VAE drops the frames between"
+        )
+    if not chosen.fps > 0:
+        raise UsageError(f"--fps must be above 0, not {chosen.fps}")
+    if not 0 <= chosen.video_quality <= 10:
+        raise UsageError(f"--video-quality must lie between 0 and 10, not {chosen.video_quality:g}")
+
+
+def check_shapes(chosen: Settings, pipe: CogVideoXPipeline) -> None:
+    """Raise UsageError for sizes that this pipeline would round or fail on."""
+    config = pipe.transformer.config
+    multiple = pipe.vae_scale_factor_spatial * config.patch_size
+    for name in ("height", "width"):
+        if getattr(chosen, name) % multiple:
+            raise UsageError(f"--{name} must be a multiple of {multiple}, not {getattr(chosen, name)}")
+    fixed = not config.use_rotary_positional_embeddings  # its positions are laid out for one text length
+    if fixed and chosen.max_sequence_length != config.max_text_seq_length:
+        raise UsageError(
+            f"--max-sequence-length must be {config.max_text_seq_length} for this model, not "
+            f"{chosen.max_sequence_length}"
+        )
+
+
+def arguments(chosen: Settings) -> dict[str, Any]:
+    """Keyword arguments of CogVideoXPipeline. Sizes are always given: its defaults are the big model's."""
+    return {
+        "height": chosen.height,
+        "width": chosen.width,
+        "num_frames": chosen.num_frames,
+        "num_inference_steps": chosen.num_inference_steps,
+        "guidance_scale": chosen.guidance_scale,
+        "use_dynamic_cfg": chosen.dynamic_guidance,
+        "max_sequence_length": chosen.max_sequence_length,
+    }
+
+
+def save(video: Tensor, path: Path, chosen: Settings) -> Path:
+    """Write pixels (F, 3, H, W) in [0, 1] as MP4."""
+    return write_mp4(path.with_name(path.name + ".mp4"), video, chosen.fps, chosen.video_quality)
+
+
+def variant(chosen: Settings) -> str:
+    """What a calibration depends on beside size, steps and guidance scale, for its name."""
+    return f"{chosen.solver}-dynamic" if chosen.dynamic_guidance else chosen.solver
+
+
+def main(argv: list[str] | None = None) -> None:
+    chosen = settings.parse(FOLDER, argv, __doc__, extra=[COMPARE_FLAG])
+    settings.prompts_of(chosen)  # a missing prompt file is said before a model loads
+    pipe = load(chosen)
+    generate(pipe, chosen, MODEL_FOLDER)
+
+
+MODEL_FOLDER = ModelFolder("CogVideoX", arguments, save, modulated_input, variant)
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))
