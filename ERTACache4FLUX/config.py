@@ -28,6 +28,7 @@ CALIBRATION: str | None = None  # a calibration file to use; None: the one in CA
 CALIBRATION_FOLDER = "calibration"
 CALIBRATION_PROMPTS = "prompts/calibration.txt"  # a prompt a line; never used to measure quality
 NUM_CALIBRATION_PROMPTS = 8  # the first ones of that file
+MICRO_BATCH = 1  # samples that the transformer sees at a time while calibrations and comparisons are made
 SEARCH_BUDGET = 0  # schedules that the swap search may try; each costs COMPUTED_STEPS calls per prompt
 
 # where results go

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from ertacache import reproduce
+from ertacache import reproduce, study
 from ertacache.comparison import Comparison
 from ertacache.files import write_atomically
 from ertacache.generation import ModelFolder
@@ -74,7 +74,7 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(pipe, tmp_path, mon
     again = []
     with monkeypatch.context() as patch:
         patch.setattr(Comparison, "_metrics", lambda self, p: again.append(1) or original(self, p))
-        patch.setattr(reproduce.ertacache, "calibrate", lambda *_, **__: pytest.fail("calibrated once more"))
+        patch.setattr(study.ertacache, "calibrate", lambda *_, **__: pytest.fail("calibrated once more"))
         run(pipe, tmp_path / "a")
     # the reference, ours and fewer steps at two costs: two of the five were done
     assert len(again) == 3

@@ -24,7 +24,6 @@ from ertacache.timing import DenoiseTimer
 
 NUM_EXAMPLES = 6
 NUM_COST_RUNS = 3
-BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,11 @@ class Comparison:
         seeds: Sequence[int],
         ledger: Ledger,
         perceptual: Lpips | None,
+        batch: int = 1,
         keep: Callable[[Contender, str, int, Tensor], None] | None = None,
     ):
-        """`keep` is given every result that is measured, with its contender, prompt and seed."""
-        self.pipe, self.arguments, self.keep = pipe, arguments, keep
+        """`batch` prompts share a run where a method allows it; `keep` is given every result that is measured."""
+        self.pipe, self.arguments, self.batch, self.keep = pipe, arguments, batch, keep
         self.pairs = [(prompt, seed) for seed in seeds for prompt in prompts]
         self.ledger, self.perceptual = ledger, perceptual
         self.reference: Tensor | None = None
@@ -89,7 +89,7 @@ class Comparison:
         return torch.as_tensor(result[0]).float().cpu()
 
     def _pictures(self, contender: Contender) -> Tensor:
-        size = BATCH if contender.static else 1
+        size = self.batch if contender.static else 1
         parts = []
         with contender.attach() as overrides:
             for start in tqdm(range(0, len(self.pairs), size), desc=contender.name[:40], leave=False, mininterval=1):

@@ -1,0 +1,206 @@
+"""One comparison from calibration to report: who competes, at which setting, and in which order things are done.
+
+Ours and the rivals are calibrated and tuned on the calibration prompts, and measured on held-out ones.
+"""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import ertacache
+from ertacache import ablation, provenance, settings
+from ertacache.baselines import NotApplicable, Rival, Tuner
+from ertacache.calibration import Calibration
+from ertacache.comparison import Comparison, Contender
+from ertacache.errors import ERTACacheError
+from ertacache.generation import ModelFolder, latents_run, slug
+from ertacache.ledger import Ledger
+from ertacache.lpips import Lpips, LpipsUnavailableError, load_lpips
+from ertacache.runs import Runs, recorded_runs
+from ertacache.settings import Settings, UsageError
+from ertacache.study_output import row_of, write_outcome
+from ertacache.videos import vbench_name
+
+OUR_METHODS = ("none", "ertacache", "paper", "ablation")
+TIMING_REPEATS = 5
+NUM_TUNING_PROMPTS = 2
+STATIC_RIVALS = ("fewer-steps", "multistep")
+
+
+class Study:
+    """One comparison from calibration to report."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        chosen: Settings,
+        model: ModelFolder,
+        prompts: list[str],
+        counts: list[int],
+        rivals: list[Rival],
+    ):
+        self.pipe, self.chosen, self.model, self.prompts = pipe, chosen, model, prompts
+        self.counts, self.rivals = counts, rivals
+        self.arguments = model.arguments(chosen)
+        self.out = Path(chosen.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.calibration_prompts = settings.read_prompts(chosen.path("calibration_prompts"))
+        self.calibration_prompts = self.calibration_prompts[: chosen.num_calibration_prompts]
+        both = set(self.calibration_prompts) & set(prompts)
+        if both:
+            raise UsageError(f"prompt {sorted(both)[0]!r} is a calibration prompt: held-out prompts must be others")
+        self.ledger = Ledger(self.out / ".progress", self._subject())
+        self.not_applicable: dict[str, str] = {}
+        self.perceptual, self.no_lpips = _lpips()
+
+    def _subject(self) -> dict[str, Any]:
+        return {
+            "model": provenance.model_identity(self.pipe.transformer),
+            "arguments": self.arguments,
+            "prompts": self.prompts,
+            "calibration_prompts": self.calibration_prompts,
+            "seeds": self.chosen.seeds,
+            "search_budget": self.chosen.search_budget,
+            "layout": self.chosen.layout,
+            "versions": provenance.library_versions(),
+        }
+
+    def run(self) -> Path:
+        """All of it; a run that was interrupted goes on from what is in the ledger."""
+        comparison = Comparison(
+            self.pipe,
+            self.arguments,
+            self.prompts,
+            self.chosen.seeds,
+            self.ledger,
+            self.perceptual,
+            self.chosen.micro_batch,
+            self._save_for_vbench if self.chosen.layout == "vbench" else None,
+        )
+        comparison.prepare()
+        contenders = [*self._ours(), *self._tuned_rivals()]
+        seconds = comparison.estimate(sum(not c.static for c in contenders))
+        print(
+            f"comparison: {len(contenders)} settings on {len(comparison.pairs)} pairs of prompt and seed, "
+            f"about {seconds / 60:.0f} min if none is done yet",
+            file=sys.stderr,
+        )
+        reference = Contender("none", "reference", None, "uncached", nullcontext, static=True)
+        times = comparison.times([reference, *contenders], TIMING_REPEATS)
+        rows = [row_of(self, c, comparison, times) for c in [reference, *contenders]]
+        write_outcome(self, rows, contenders, reference, comparison)
+        return self.out
+
+    def _save_for_vbench(self, contender: Contender, prompt: str, seed: int, result: Tensor) -> None:
+        """vbench/<method>/<prompt>-<index>, the index counting the seeds from 0, as VBench counts its samples."""
+        name = vbench_name(prompt, self.chosen.seeds.index(seed)).removesuffix(".mp4")
+        folder = self.out / "vbench" / slug(contender.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save(result, folder / name, self.chosen)
+
+    # -- who competes ------------------------------------------------------------------------------------
+
+    def _ours(self) -> list[Contender]:
+        asked = self.chosen.methods.split(",") if self.chosen.methods != "all" else OUR_METHODS
+        runs = None
+        contenders = []
+        for count in self.counts:
+            ours = self._calibration("ertacache", count)
+            if "ertacache" in asked:
+                contenders.append(self._static("ertacache", "ours", count, ours))
+            if "paper" in asked:
+                contenders.append(self._static("paper", "rival", count, self._calibration("paper", count)))
+            if "ablation" in asked:
+                kept = self.ledger.path(f"ablation {count}", ".json")
+                if runs is None and not kept.exists():
+                    runs = self._recorded()
+                plain = self.ledger.get(f"ablation {count}", lambda r=runs, k=count, o=ours: self._ablation(r, k, o))
+                contenders += [
+                    self._static(name, "ablation", count, Calibration.from_dict(c)) for name, c in plain.items()
+                ]
+        return contenders
+
+    def _static(self, method: str, role: str, count: int, calibration: Calibration) -> Contender:
+        reached = len(calibration.computed_steps)
+        return Contender(
+            method,
+            role,
+            count,
+            f"K={reached} of {count}",
+            lambda: ertacache.apply(self.pipe, calibration),
+            static=True,
+            computed_steps=calibration.computed_steps,
+            comparable=role == "rival" and reached >= count,
+        )
+
+    def _calibration(self, method: str, count: int) -> Calibration:
+        def make() -> dict[str, Any]:
+            prompts = self.calibration_prompts
+            budget = self.chosen.search_budget if method == "ertacache" else 0
+            made = ertacache.calibrate(
+                self.pipe,
+                prompts,
+                seeds=range(len(prompts)),
+                computed_steps=count,
+                method=method,
+                search_budget=budget,
+                micro_batch=self.chosen.micro_batch,
+                **self.arguments,
+            )
+            return made.to_dict()
+
+        return Calibration.from_dict(self.ledger.get(f"calibration {method} {count}", make))
+
+    def _recorded(self) -> Runs:
+        prompts = self.calibration_prompts
+        return recorded_runs(
+            self.pipe, prompts, seeds=range(len(prompts)), micro_batch=self.chosen.micro_batch, **self.arguments
+        )
+
+    def _ablation(self, runs: Runs, count: int, ours: Calibration) -> dict[str, Any]:
+        parts = ablation.ablations(runs, count, ours.computed_steps, self.chosen.search_budget)
+        return {name: calibration.to_dict() for name, calibration in parts.items()}
+
+    def _tuned_rivals(self) -> list[Contender]:
+        runs = [
+            latents_run(self.pipe, prompt, seed, self.arguments) for seed, prompt in enumerate(self.calibration_prompts)
+        ]
+        tuner = Tuner(self.pipe, runs[:NUM_TUNING_PROMPTS], self.chosen.num_inference_steps)
+        contenders = []
+        for rival in self.rivals:
+            try:
+                tuner.prepare(rival, runs)
+                contenders += [self._tuned(rival, tuner, count) for count in self.counts]
+            except NotApplicable as reason:
+                self.not_applicable[rival.name] = str(reason)
+        return contenders
+
+    def _tuned(self, rival: Rival, tuner: Tuner, count: int) -> Contender:
+        def make() -> dict[str, Any]:
+            tuned = tuner.tune(rival, count / self.chosen.num_inference_steps)
+            if tuned.fraction > 0.999:
+                raise ERTACacheError(f"rival {rival.name} skipped nothing at any setting: it is not attached right")
+            return {"setting": tuned.setting, "comparable": tuned.comparable}
+
+        tuned = self.ledger.get(f"tuned {rival.name} {count}", make)
+        setting = tuned["setting"]
+        return Contender(
+            rival.name,
+            "rival",
+            count,
+            ", ".join(f"{name}={value}" for name, value in setting.items()),
+            lambda: rival.attach(self.pipe, setting),
+            static=rival.name in STATIC_RIVALS,
+            knob=setting,
+            comparable=tuned["comparable"],
+        )
+
+
+def _lpips() -> tuple[Lpips | None, str]:
+    try:
+        return load_lpips(), ""
+    except LpipsUnavailableError as reason:
+        return None, str(reason)

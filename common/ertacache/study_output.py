@@ -1,0 +1,92 @@
+"""What a comparison leaves behind: its rows, results.json, table.md and report.html."""
+
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ertacache import provenance
+from ertacache.comparison import Comparison, Contender
+from ertacache.files import write_atomically
+from ertacache.metrics import worst_decile
+from ertacache.report import write_report
+from ertacache.results import Curve, Row, write_results
+from ertacache.table import table_markdown
+
+if TYPE_CHECKING:
+    from ertacache.study import Study
+
+
+def row_of(study: "Study", contender: Contender, comparison: Comparison, times: dict[str, float]) -> Row:
+    """The row of results.json for one contender; `times` holds seconds by contender name."""
+    measured = comparison.quality(contender)
+    seconds, uncached = times[contender.name], times["none uncached"]
+    values: dict[str, Any] = {}
+    for name, higher in (("psnr", True), ("ssim", True), ("lpips", False)):
+        items = measured[name]
+        values[name] = sum(items) / len(items) if items else None
+        values[name + "_p10"] = float(worst_decile(items, higher)) if items else None
+    temporal = measured.get("temporal_error")
+    return Row(
+        model=f"{study.model.name} {study.chosen.model}",
+        method=contender.method,
+        role=contender.role,
+        setting=contender.setting,
+        num_inference_steps=study.chosen.num_inference_steps,
+        computed_steps=contender.computed_steps,
+        compute_fraction=comparison.fraction(contender) if contender.role != "reference" else 1.0,
+        denoise_seconds=seconds,
+        speedup=uncached / seconds,
+        **values,
+        n=len(comparison.pairs),
+        prompts_sha256=provenance.prompts_hash(study.prompts),
+        seeds=list(study.chosen.seeds),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        dtype=study.chosen.dtype,
+        versions=provenance.library_versions(),
+        temporal_error=sum(temporal) / len(temporal) if temporal else None,
+        asked_steps=contender.asked_steps,
+        knob=contender.knob,
+        comparable=contender.comparable,
+        reasons={} if study.perceptual else {"lpips": study.no_lpips},
+    )
+
+
+def write_outcome(
+    study: "Study", rows: list[Row], contenders: list[Contender], reference: Contender, comparison: Comparison
+) -> None:
+    """Write results.json, table.md and report.html into the study's folder."""
+    meta = {
+        "title": f"ERTACache and its rivals on {rows[0].model}",
+        "date": date.today().isoformat(),
+        "prompts": f"{len(study.prompts)} held-out prompts, seeds {', '.join(map(str, study.chosen.seeds))}",
+        "calibration": f"{len(study.calibration_prompts)} other prompts, swap search of {study.chosen.search_budget}",
+        "settings": {k: v for k, v in study.arguments.items() if isinstance(v, (int, float, str))},
+        "not applicable": study.not_applicable,
+    }
+    write_results(study.out / "results.json", rows, meta)
+    write_atomically(study.out / "table.md", table_markdown(rows))
+    shown = [c for c in contenders if c.role != "ablation"]
+    curves: dict[str, list[Curve]] = {}
+    for contender in shown:
+        error = comparison.error_per_step(contender)
+        if error is not None:
+            curves.setdefault(contender.method, []).append(
+                Curve(error, contender.computed_steps, contender.asked_steps)
+            )
+    examples = [example for c in [reference, *shown] for example in _examples(c, comparison)]
+    write_report(study.out / "report.html", rows, examples, curves, meta)
+    print(f"results.json, table.md and report.html are in {study.out}")
+
+
+def _examples(contender: Contender, comparison: Comparison) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": prompt,
+            "seed": seed,
+            "method": contender.method,
+            "computed_steps": contender.asked_steps,
+            "image": image,
+        }
+        for (prompt, seed), image in zip(comparison.pairs, comparison.examples(contender), strict=False)
+    ]
