@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ertacache.lpips import TRUNK_VARIABLE, LpipsUnavailableError, alexnet_features, load_lpips
-from ertacache.metrics import psnr, ssim, temporal_error, worst_decile
+from ertacache.metrics import frame_psnr, psnr, ssim, temporal_error, worst_decile
 
 LPIPS_FOLDER = Path(__file__).parents[2] / "shared" / "lpips"
 needs_trunk = pytest.mark.skipif(not LPIPS_FOLDER.is_dir(), reason=f"no AlexNet trunk in {LPIPS_FOLDER}")
@@ -71,6 +71,33 @@ def test_temporal_error_sees_flicker_and_no_still_offset():
     flicker[:, 1::2] += 0.1
     assert temporal_error(reference + 0.25, reference).item() == pytest.approx(0, abs=1e-7)
     assert temporal_error(flicker, reference).item() == pytest.approx(0.1)
+
+
+def test_temporal_error_is_the_difference_of_the_frame_differences():
+    """A bright frame that comes and goes is counted at both of its ends; three frames have two differences."""
+    reference = torch.zeros(2, 3, 3, 4, 4)
+    video = reference.clone()
+    video[0, 1] = 0.3
+    video[1, 2] = 0.3
+    assert temporal_error(video, reference).tolist() == pytest.approx([0.3, 0.15])
+
+
+def test_psnr_of_each_frame():
+    reference = torch.zeros(1, 3, 3, 8, 8)
+    video = reference.clone()
+    video[:, 1], video[:, 2] = 0.1, 0.01
+    assert frame_psnr(video, reference)[0].tolist() == pytest.approx([120.0, 20.0, 40.0], abs=1e-4)
+    with pytest.raises(ValueError, match="frame_psnr needs"):
+        frame_psnr(video[0], reference[0])
+
+
+def test_a_video_is_worth_what_its_frames_are():
+    """The loop over frames gives what one mean over all pixels gives."""
+    video, reference = random_batch(4, 5, 3, 12, 12)[:2], random_batch(4, 5, 3, 12, 12)[2:]
+    error = (video.double() - reference.double()).square().flatten(1).mean(dim=1)
+    change = (video.double().diff(dim=1) - reference.double().diff(dim=1)).abs().flatten(1).mean(dim=1)
+    assert torch.allclose(psnr(video, reference), -10 * error.log10())
+    assert torch.allclose(temporal_error(video, reference), change)
 
 
 def test_worst_decile_is_the_low_or_the_high_percentile():

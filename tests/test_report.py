@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def test_choices_change_what_is_shown(browser: Browser, tmp_path: Path) -> None:
     browser.open(report(tmp_path))
     picture_of = "cached.style.backgroundImage"
     visible = "[...document.querySelectorAll('figure')].filter(f => !f.hidden).map(f => ({...f.dataset}))"
-    assert browser.evaluate(visible) == [{"metric": "psnr", "axis": "speedup"}, {"asked": "14"}]
+    chosen = {"metric": "psnr", "label": "PSNR", "axis": "speedup"}
+    assert browser.evaluate(visible) == [chosen, {"asked": "14"}]
     first = browser.evaluate(picture_of)
     browser.evaluate("[...methods.children].find(t => t.textContent.includes('teacache')).click()")
     second = browser.evaluate(picture_of)
@@ -96,7 +98,7 @@ def test_choices_change_what_is_shown(browser: Browser, tmp_path: Path) -> None:
     assert browser.evaluate("tag.textContent") == "teacache"
     assert browser.evaluate("caption.textContent").startswith('two discs </script><b>& a "fish" 🐟')
     browser.evaluate("document.querySelectorAll('[data-choice=metric] button')[2].click()")
-    assert browser.evaluate(visible) == [{"metric": "lpips", "axis": "speedup"}, {"asked": "9"}]
+    assert browser.evaluate(visible) == [chosen | {"metric": "lpips", "label": "LPIPS"}, {"asked": "9"}]
     browser.evaluate("document.querySelectorAll('[data-choice=view] button')[1].click()")
     assert browser.evaluate("getComputedStyle(uncached).mixBlendMode") == "difference"
     assert browser.problems == [] and not [url for url in browser.requests if url.startswith("http")]
@@ -114,6 +116,34 @@ def test_a_video_has_strips_and_plays(browser: Browser, tmp_path: Path) -> None:
     assert browser.evaluate("uncached.style.backgroundPosition") == "75% 0px"
     assert browser.evaluate("find('frame-number').textContent") == "4 of 5"
     assert before == "0% 0px" and browser.problems == []
+
+
+def test_a_video_report_shows_the_temporal_error(browser: Browser, tmp_path: Path) -> None:
+    browser.problems.clear()
+    moving = [replace(one, temporal_error=0.0 if one.role == "reference" else 1 / one.psnr) for one in rows()]
+    browser.open(report(tmp_path, frames=3, rows=moving))
+    names = "[...document.querySelectorAll('[data-choice=metric] button')].map(b => b.textContent)"
+    assert browser.evaluate(names) == ["PSNR", "SSIM", "LPIPS", "Temporal error"]
+    browser.evaluate("document.querySelectorAll('[data-choice=metric] button')[3].click()")
+    shown = "[...document.querySelectorAll('figure[data-metric]')].filter(f => !f.hidden).map(f => f.textContent)"
+    (text,) = browser.evaluate(shown)
+    assert "Temporal error, up is better" in text and "teacache" in text
+    browser.open(report(tmp_path))
+    assert browser.evaluate(names) == ["PSNR", "SSIM", "LPIPS"]
+    assert browser.problems == []
+
+
+def test_a_video_is_shown_with_all_of_its_frames_or_evenly_picked_ones(tmp_path: Path) -> None:
+    for frames, shown in ((17, 17), (81, 24)):
+        text = report(tmp_path, examples=examples(frames)[:2]).read_text()
+        assert f'"frames": {shown}, "width": 64' in text
+
+
+def test_a_report_stays_small_enough_to_send(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = report(tmp_path).read_text()
+    monkeypatch.setattr("ertacache.report._MAX_BYTES", len(both) // 2)
+    one = report(tmp_path).read_text()
+    assert (both.count('"seed": '), one.count('"seed": ')) == (2, 1) and len(one) < 0.7 * len(both)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -1,22 +1,25 @@
-"""Attach a calibration to a pipeline and take it off again."""
+"""Attach a calibration to a pipeline, or to a transformer alone, and take it off again."""
 
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import nn
+
 from ertacache.attach import Attachment
+from ertacache.attach_model import ModelAttachment, check_bare_model
 from ertacache.calibration import Calibration
-from ertacache.errors import MismatchError
+from ertacache.errors import MismatchError, StateError
 from ertacache.replay import Replay, check_pipeline
 
 
 class Applied:
-    """A calibration attached to a pipeline; a context manager whose end removes it."""
+    """A calibration attached to a pipeline or a transformer; a context manager whose end removes it."""
 
-    def __init__(self, pipe: Any, calibration: Calibration):
+    def __init__(self, pipe: Any, calibration: Calibration, attachment: Attachment | ModelAttachment):
         self.pipe = pipe
         self.calibration = calibration
-        self._attachment = Attachment(pipe, Replay(calibration, pipe)).attach()
+        self._attachment = attachment.attach()
 
     @property
     def computed_calls(self) -> int:
@@ -37,32 +40,61 @@ class Applied:
         remove(self.pipe)
 
 
-def apply(pipe: Any, calibration: Calibration | str | Path) -> Applied:
+def apply(pipe: Any, calibration: Calibration | str | Path, *, converted: bool = False) -> Applied:
     """Attach `calibration` (or the file of that name) to a pipeline that has a transformer and a scheduler.
 
     Works at once; `remove(pipe)`, or leaving a `with` block, takes it off. A calibration that is already
     attached is replaced.
 
+    Args:
+        pipe: the pipeline; or a transformer alone, for a sampling loop whose scheduler is out of reach, as in the
+            official packages. Then the guidance scale cannot be compared with the calibrated one.
+        converted: for a transformer alone: it holds the calibrated weights in the class of another package, so that
+            class, configuration and weights are not compared.
+
     Raises:
         CalibrationError: the file is not a valid calibration.
         MismatchError: the calibration is for another model or scheduler.
+        StateError: the transformer is attached already through something else.
     Warns:
         MismatchWarning: other weights or dtype than calibrated.
     """
+    if isinstance(pipe, nn.Module) and getattr(pipe, "scheduler", None) is None:
+        calibration = _loaded(calibration)
+        if isinstance(pipe.__dict__.get("_ertacache"), ModelAttachment):
+            remove(pipe)
+        _check_free(pipe)
+        check_bare_model(calibration, pipe, converted)
+        return Applied(pipe, calibration, ModelAttachment(pipe, calibration))
     for part in ("transformer", "scheduler"):
         if getattr(pipe, part, None) is None:
             raise MismatchError(
                 f"{type(pipe).__name__} has no {part}: ERTACache attaches to a transformer and a scheduler"
             )
-    if not isinstance(calibration, Calibration):
-        calibration = Calibration.load(calibration)
+    if converted:
+        raise MismatchError("converted=True is for a transformer alone, not for a pipeline")
+    calibration = _loaded(calibration)
     remove(pipe)
+    _check_free(pipe.transformer)
     check_pipeline(calibration, pipe)
-    return Applied(pipe, calibration)
+    return Applied(pipe, calibration, Attachment(pipe, Replay(calibration, pipe)))
+
+
+def _check_free(transformer: nn.Module) -> None:
+    """Two attachments at once would answer each other's calls."""
+    if "_ertacache" in transformer.__dict__:
+        raise StateError(
+            f"this {type(transformer).__name__} is attached already, alone or as part of another pipeline: "
+            "ertacache.remove it there first"
+        )
+
+
+def _loaded(calibration: Calibration | str | Path) -> Calibration:
+    return calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
 
 
 def remove(pipe: Any) -> None:
-    """Take ERTACache off a pipeline, which is then as before; does nothing where none is attached."""
+    """Take ERTACache off a pipeline or transformer, which is then as before; does nothing where none is attached."""
     attachment = pipe.__dict__.get("_ertacache")
     if attachment is not None:
         attachment.detach()

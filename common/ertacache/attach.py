@@ -48,12 +48,10 @@ class CachedTransformer:
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        attachment: Attachment | None = self.__dict__.get("_ertacache")
+        attachment = self.__dict__.get("_ertacache")
         if attachment is None:
             return super().__call__(*args, **kwargs)
-        if attachment.should_compute():
-            return attachment.compute(super().__call__, self, args, kwargs)
-        return attachment.placeholder()
+        return attachment.call(super().__call__, self, args, kwargs)
 
 
 @functools.cache
@@ -61,6 +59,21 @@ def cached_class(transformer_class: type) -> type:
     """`transformer_class` with `CachedTransformer` in front; it holds no state and keeps the name."""
     namespace = {"__module__": transformer_class.__module__, "__qualname__": transformer_class.__qualname__}
     return type(transformer_class.__name__, (CachedTransformer, transformer_class), namespace)
+
+
+def put_in_front(transformer: nn.Module, attachment: Any) -> None:
+    """From now on `attachment.call(call, module, args, kwargs)` answers the transformer's calls."""
+    if not isinstance(transformer, CachedTransformer):
+        transformer.__class__ = cached_class(type(transformer))
+    transformer.__dict__["_ertacache"] = attachment
+
+
+def take_off(transformer: nn.Module) -> None:
+    """Undo `put_in_front`; a class that was written with the mixin stays."""
+    transformer.__dict__.pop("_ertacache", None)
+    original = type(transformer).__mro__[2]
+    if type(transformer) is cached_class(original):
+        transformer.__class__ = original
 
 
 class Attachment:
@@ -83,9 +96,7 @@ class Attachment:
 
     def attach(self) -> "Attachment":
         for transformer in self.transformers:
-            if not isinstance(transformer, CachedTransformer):
-                transformer.__class__ = cached_class(type(transformer))
-            transformer.__dict__["_ertacache"] = self
+            put_in_front(transformer, self)
         self._signature = inspect.signature(self.scheduler.step)
         self._original_step = self.scheduler.step
         self._original_set_timesteps = self.scheduler.set_timesteps
@@ -101,15 +112,16 @@ class Attachment:
         """Leave the pipeline as it was before `attach`."""
         self._finish()
         for transformer in self.transformers:
-            transformer.__dict__.pop("_ertacache", None)
-            original = type(transformer).__mro__[2]
-            if type(transformer) is cached_class(original):  # a class written with the mixin stays
-                transformer.__class__ = original
+            take_off(transformer)
         self.scheduler.__dict__.pop("step", None)
         self.scheduler.__dict__.pop("set_timesteps", None)
         self.pipe.__dict__.pop("_ertacache", None)
 
     # -- the transformer's side --------------------------------------------------------------------------
+
+    def call(self, call: Any, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run the transformer, or return an expanded zero in its place."""
+        return self.compute(call, module, args, kwargs) if self.should_compute() else self.placeholder()
 
     def should_compute(self) -> bool:
         if self.pipe.scheduler is not self.scheduler:

@@ -4,13 +4,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ertacache.results import Curve, Row
+from ertacache.results import METRICS, TEMPORAL_ERROR, Curve, Metric, Row
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart. Ours has vermilion for itself.
 OUR_COLOUR = "#D55E00"
 RIVAL_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#8C6D31", "#7F7F7F")
 # 6 colours against 5 markers: thirty rivals differ in at least one of the two
 MARKERS = ("circle", "square", "triangle", "diamond", "cross")
+
+# what can be drawn against speed-up; of videos also the error of the changes from frame to frame
+CHARTED: dict[str, Metric] = {**METRICS, "temporal_error": TEMPORAL_ERROR}
 
 AXES = {"speedup": "Speed-up, measured (×)", "flops": "Speed-up by FLOPs counted (×)"}
 
@@ -40,7 +43,7 @@ def rival_styles(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def quality_series(rows: Sequence[Row], metric: str, axis: str = "speedup") -> list[Series]:
-    """`metric` (psnr, ssim, lpips) against speed-up, one series a method, ours last so that it is drawn on top."""
+    """`metric` (a key of CHARTED) against speed-up, one series a method, ours last so that it is drawn on top."""
     series = []
     for method, style in rival_styles(rows).items():
         points = {

@@ -18,7 +18,7 @@ from ertacache.baselines import TeaCache, Tuner
 from ertacache.calibration import Calibration, to_json
 from ertacache.errors import CalibrationError
 from ertacache.files import write_atomically
-from ertacache.metrics import psnr, ssim
+from ertacache.metrics import psnr, ssim, temporal_error
 from ertacache.settings import Settings, UsageError, prompts_of, read_prompts
 
 SLUG_LENGTH = 48
@@ -34,12 +34,14 @@ class ModelFolder:
         save: writes decoded pixels, float (3, H, W) or (F, 3, H, W) in [0, 1], to a path without extension and
             returns the path written.
         teacache_signal: the tensor that TeaCache watches; see the folder's transformer.py.
+        variant: settings -> what else moves the noise grid (solver, shift, ...), as part of a calibration's name.
     """
 
     name: str
     arguments: Callable[[Settings], dict[str, Any]]
     save: Callable[[Tensor, Path, Settings], Path]
     teacache_signal: Callable[..., Tensor] | None = None
+    variant: Callable[[Settings], str] | None = None
 
 
 def generate(pipe: Any, settings: Settings, model: ModelFolder) -> Path:
@@ -59,7 +61,7 @@ def generate(pipe: Any, settings: Settings, model: ModelFolder) -> Path:
         model.save(picture, out / f"{i:03d}-{slug(prompt)}", settings)
         for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True))
     ]
-    record = _record(settings, pipe, prompts, files, seconds, calibration, path)
+    record = _record(settings, arguments, prompts, files, seconds, calibration, path)
     if twins is not None:
         record["compare"] = _compare(pictures, twins)
     write_atomically(out / "run.json", to_json(record))
@@ -140,7 +142,7 @@ def obtain_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> tup
         if not path.is_absolute() and "calibration" not in settings.given:
             path = settings.folder / path
         return _checked(Calibration.load(path), settings, path), path
-    path = settings.path("calibration_folder") / calibration_name(settings)
+    path = settings.path("calibration_folder") / calibration_name(settings, model)
     if path.exists():
         return _checked(Calibration.load(path), settings, path), path
     print(f"no calibration for this setting yet: making {path.name}", file=sys.stderr)
@@ -152,6 +154,7 @@ def obtain_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> tup
         seeds=range(len(prompts)),
         method=settings.method,
         search_budget=settings.search_budget,
+        micro_batch=settings.micro_batch,
         **{goal: value},
         **model.arguments(settings),
     )
@@ -169,8 +172,8 @@ def _calibration_prompts(settings: Settings) -> list[str]:
     return read_prompts(settings.path("calibration_prompts"))[: settings.num_calibration_prompts]
 
 
-def calibration_name(settings: Settings) -> str:
-    """File name of the calibration for a setting: model, size, steps, guidance, method and goal."""
+def calibration_name(settings: Settings, model: ModelFolder) -> str:
+    """File name of the calibration for a setting: model, size, steps, guidance, noise grid, method and goal."""
     name = "tiny" if settings.model == "tiny" else settings.model.rstrip("/").split("/")[-1]
     goal, value = settings.goal()
     goal_part = f"k{_computed_steps(settings)}" if goal in ("speedup", "computed_steps") else f"{goal}{value:g}"
@@ -183,6 +186,7 @@ def calibration_name(settings: Settings) -> str:
         size,
         f"n{settings.num_inference_steps}",
         f"g{settings.guidance_scale:g}",
+        *([model.variant(settings)] if model.variant else []),
         settings.method,
         goal_part,
     ]
@@ -201,7 +205,7 @@ def slug(text: str) -> str:
 
 def _record(
     settings: Settings,
-    pipe: Any,
+    arguments: dict[str, Any],
     prompts: list[str],
     files: list[Path],
     seconds: list[float],
@@ -215,6 +219,7 @@ def _record(
         "seeds": [settings.seed] * len(prompts),
         "files": [file.name for file in files],
         "num_inference_steps": settings.num_inference_steps,
+        "arguments": {k: v for k, v in arguments.items() if isinstance(v, (int, float, str, type(None)))},
         "computed_steps": calibration.computed_steps if calibration else None,
         "denoise_seconds": sum(seconds),
         "seconds_per_prompt": seconds,
@@ -228,9 +233,15 @@ def _record(
     }
 
 
-def _compare(pictures: list[Tensor], twins: list[Tensor]) -> dict[str, Any]:
-    made, reference = torch.stack(pictures), torch.stack(twins)
-    return {"psnr": [float(v) for v in psnr(made, reference)], "ssim": [float(v) for v in ssim(made, reference)]}
+def _compare(results: list[Tensor], twins: list[Tensor]) -> dict[str, Any]:
+    """Each metric, a number for each result: pictures (3, H, W) or videos (F, 3, H, W) against their twins."""
+    named = {"psnr": psnr, "ssim": ssim}
+    if results[0].ndim == 4 and len(results[0]) > 1:
+        named["temporal_error"] = temporal_error
+    return {
+        name: [float(metric(made[None], twin[None])) for made, twin in zip(results, twins, strict=True)]
+        for name, metric in named.items()
+    }
 
 
 def _report(settings: Settings, record: dict[str, Any], calibration: Calibration | None, out: Path) -> None:
@@ -241,7 +252,10 @@ def _report(settings: Settings, record: dict[str, Any], calibration: Calibration
         print(f"transformer steps: {computed} of {total} computed, {total - computed} saved")
     if "compare" in record:
         psnrs, ssims = record["compare"]["psnr"], record["compare"]["ssim"]
-        print(f"measured against the uncached twins: PSNR {sum(psnrs) / count:.2f} dB, SSIM {sum(ssims) / count:.4f}")
+        line = f"measured against the uncached twins: PSNR {sum(psnrs) / count:.2f} dB, SSIM {sum(ssims) / count:.4f}"
+        if "temporal_error" in record["compare"]:
+            line += f", temporal error {sum(record['compare']['temporal_error']) / count:.4f}"
+        print(line)
     elif calibration and calibration.predicted:
         print(
             f"predicted PSNR to the uncached result: {calibration.predicted['psnr']:.1f} dB "

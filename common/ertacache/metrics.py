@@ -4,7 +4,8 @@ n: items of a batch; F: frames; H, W: height and width in pixels. Every metric g
 LPIPS, which needs weights, is in `lpips.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -30,8 +31,7 @@ def psnr(image: Tensor, reference: Tensor) -> Tensor:
         ValueError: the shapes differ.
     """
     _check(image, reference)
-    difference = image.double() - reference.double()
-    error = difference.square().flatten(1).mean(dim=1)
+    error = torch.stack([_squared_error(a, b) for a, b in zip(image, reference, strict=True)])
     return -10 * error.clamp_min(10 ** (-IDENTICAL_DB / 10)).log10()
 
 
@@ -57,8 +57,31 @@ def ssim(image: Tensor, reference: Tensor) -> Tensor:
     return torch.tensor(frames, dtype=torch.float64).unflatten(0, (len(image), -1)).mean(dim=1)
 
 
+def frame_psnr(video: Tensor, reference: Tensor) -> Tensor:
+    """PSNR of each frame by itself, in dB: where in a video the two drift apart.
+
+    Args:
+        video: (n, F, 3, H, W) in [0, 1].
+        reference: the same shape.
+
+    Returns:
+        (n, F) dB, float64. Its mean is not `psnr`, which averages the squared error before the logarithm.
+
+    Raises:
+        ValueError: the shapes differ or they are no videos.
+    """
+    _check(video, reference)
+    if video.ndim != 5:
+        raise ValueError(f"frame_psnr needs (n, F, 3, H, W), not {tuple(video.shape)}")
+    return torch.stack([psnr(a, b) for a, b in zip(video, reference, strict=True)])
+
+
 def temporal_error(video: Tensor, reference: Tensor) -> Tensor:
     """Mean absolute difference between the changes from frame to frame: flicker that the reference has not.
+
+    E = mean over frames f, colours and pixels of |(v_{f+1} - v_f) - (r_{f+1} - r_f)|, v the video and r the
+    reference. A still offset, however large, gives 0, which PSNR and SSIM, taken frame by frame, do punish; what
+    appears and disappears from one frame to the next is counted at both.
 
     Args:
         video: (n, F, 3, H, W) in [0, 1], F of 2 and more.
@@ -73,8 +96,7 @@ def temporal_error(video: Tensor, reference: Tensor) -> Tensor:
     _check(video, reference)
     if video.ndim != 5 or video.shape[1] < 2:
         raise ValueError(f"temporal_error needs (n, F, 3, H, W) with F > 1, not {tuple(video.shape)}")
-    change = video.double().diff(dim=1) - reference.double().diff(dim=1)
-    return change.abs().flatten(1).mean(dim=1)
+    return torch.stack([_change_error(a, b) for a, b in zip(video, reference, strict=True)])
 
 
 def worst_decile(values: Tensor | Sequence[float], higher_is_better: bool) -> float:
@@ -93,9 +115,25 @@ def _check(image: Tensor, reference: Tensor) -> None:
         raise ValueError(f"shapes differ: {tuple(image.shape)} and {tuple(reference.shape)}")
 
 
-def _frames(batch: Tensor) -> np.ndarray:
-    """(n, 3, H, W) or (n, F, 3, H, W) -> (frames, 3, H, W) in float64 on the host."""
-    return batch.reshape(-1, *batch.shape[-3:]).double().cpu().numpy()
+# A video of 81 frames of 832 x 480 has a hundred million values, so no copy of a whole batch, and none in float64.
+
+
+def _squared_error(image: Tensor, reference: Tensor) -> Tensor:
+    """Mean squared error of one item (...), float64; of a video frame by frame, which are all of one size."""
+    if image.ndim == 4:
+        return torch.stack([_squared_error(a, b) for a, b in zip(image, reference, strict=True)]).mean()
+    return (image.double() - reference.double()).square().mean()
+
+
+def _change_error(video: Tensor, reference: Tensor) -> Tensor:
+    """`temporal_error` of one video (F, 3, H, W), from the error e_f = v_f - r_f of two frames at a time."""
+    errors = (a.double() - b.double() for a, b in zip(video, reference, strict=True))
+    return torch.stack([(after - before).abs().mean() for before, after in pairwise(errors)]).mean()
+
+
+def _frames(batch: Tensor) -> Iterator[np.ndarray]:
+    """The frames of (n, 3, H, W) or (n, F, 3, H, W) one after the other, (3, H, W) in float64 on the host."""
+    return (frame.double().cpu().numpy() for frame in batch.reshape(-1, *batch.shape[-3:]))
 
 
 def _ssim_of_frame(image: np.ndarray, reference: np.ndarray) -> float:

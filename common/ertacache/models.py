@@ -1,6 +1,7 @@
 """Which model runs: the embedded tiny pipeline, a named one, or the real one where it can."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,11 @@ def why_not_real(settings: Settings) -> str | None:
     return None
 
 
-def load_pipeline(pipeline_class: Any, source: str, settings: Settings) -> Any:
+def load_pipeline(pipeline_class: Any, source: str, settings: Settings, float32_parts: Sequence[str] = ()) -> Any:
     """`pipeline_class.from_pretrained(source)` in the configured dtype, on the device, offloaded as configured.
+
+    Args:
+        float32_parts: components that stay in float32 whatever the dtype, such as a VAE that needs it.
 
     Raises:
         ModelError: nothing to load there, or no access; says what to do.
@@ -64,7 +68,9 @@ def load_pipeline(pipeline_class: Any, source: str, settings: Settings) -> Any:
         raise ModelError(f"model folder {source} does not exist: give a folder with a model_index.json or a hub id")
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise ModelError(f"{source} holds no model_index.json: it is not a diffusers pipeline folder")
-    dtype = getattr(torch, settings.dtype)
+    dtype: Any = getattr(torch, settings.dtype)
+    if float32_parts:
+        dtype = {"default": dtype, **dict.fromkeys(float32_parts, torch.float32)}
     try:
         pipe = pipeline_class.from_pretrained(source, dtype=dtype)
     except Exception as error:  # diffusers and the hub client raise many kinds here; all mean: not loaded

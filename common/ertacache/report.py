@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ertacache.chart_data import curve_at, rival_styles
+from ertacache.chart_data import CHARTED, curve_at, rival_styles
 from ertacache.report_svg import error_svg, quality_svg, schedule_svg
 from ertacache.results import METRICS, Curve, Row
 from ertacache.table import Table, all_tables, load_published, margins
@@ -23,8 +23,9 @@ from ertacache.table import Table, all_tables, load_published, margins
 _DATA = Path(__file__).with_name("data")
 _WIDE, _NARROW = 820, 380
 # Larger pictures and longer videos are shown smaller and with fewer frames: a report is to be mailed around.
-_MAX_SIDE, _MAX_FRAMES = 640, 16
+_MAX_SIDE, _MAX_VIDEO_SIDE, _MAX_FRAMES = 640, 416, 24
 _LOSSLESS_SIDE = 256
+_MAX_BYTES = 24 << 20  # of all pictures; examples beyond it are left out, from the last one on
 
 
 def write_report(
@@ -122,7 +123,13 @@ def _pairs(examples: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[d
         )
     for pair in pairs.values():
         pair["shots"].sort(key=lambda shot: (-shot["asked"], not shot["ours"], -shot["psnr"]))
-    return list(pairs.values())
+    return _within(_MAX_BYTES, list(pairs.values()))
+
+
+def _within(limit: int, pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first pairs whose data URIs together stay below `limit` bytes, at least one of them."""
+    sizes = [len(pair["uri"]) + sum(len(shot["uri"]) for shot in pair["shots"]) for pair in pairs]
+    return [pair for index, pair in enumerate(pairs) if index == 0 or sum(sizes[: index + 1]) <= limit]
 
 
 def _frames(example: Mapping[str, Any]) -> NDArray[np.uint8]:
@@ -142,7 +149,7 @@ def _sprite(frames: NDArray[np.uint8]) -> tuple[str, dict[str, Any]]:
         frames = frames[np.linspace(0, len(frames) - 1, _MAX_FRAMES).round().astype(int)]
     count, height, width, _ = frames.shape
     small = max(height, width) <= _LOSSLESS_SIDE
-    side = min(1.0, _MAX_SIDE / max(height, width))
+    side = min(1.0, (_MAX_SIDE if count == 1 else _MAX_VIDEO_SIDE) / max(height, width))
     size = (max(1, round(width * side)), max(1, round(height * side)))
     sheet = Image.new("RGB", (size[0] * count, size[1]))
     for index, frame in enumerate(frames):
@@ -162,13 +169,15 @@ def _psnr(image: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
 def _charts(rows: Sequence[Row]) -> str:
     """Quality against speed-up, one figure for each metric and axis; report.js shows one of them."""
     figures = []
-    for metric, facts in METRICS.items():
+    measured = [m for m in CHARTED if m in METRICS or any(getattr(row, m) is not None for row in rows)]
+    for metric, facts in ((m, CHARTED[m]) for m in measured):
         for axis in ("speedup", "flops"):
             wide, narrow = (quality_svg(rows, metric, axis, width) for width in (_WIDE, _NARROW))
             empty = f'<p class="quiet">{facts.label} was not measured.</p>'
             body = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>' if wide else empty
             hidden = "" if (metric, axis) == ("psnr", "speedup") else " hidden"
-            figures.append(f'<figure data-metric="{metric}" data-axis="{axis}"{hidden}>{body}</figure>')
+            names = f'data-metric="{metric}" data-label="{facts.label}" data-axis="{axis}"'
+            figures.append(f"<figure {names}{hidden}>{body}</figure>")
     return "".join(figures)
 
 

@@ -9,6 +9,7 @@ from html import escape
 
 from ertacache.chart_data import (
     AXES,
+    CHARTED,
     MARKERS,
     RIVAL_COLOURS,
     Series,
@@ -19,7 +20,7 @@ from ertacache.chart_data import (
     spread_labels,
     tick_texts,
 )
-from ertacache.results import METRICS, Curve, Row
+from ertacache.results import Curve, Row
 
 _LABEL_GAP = 14
 _LEFT, _TOP, _BOTTOM = 68, 14, 44
@@ -91,7 +92,7 @@ def quality_svg(rows: Sequence[Row], metric: str, axis: str, width: int, height:
     series = quality_series(rows, metric, axis)
     if not series:
         return ""
-    facts = METRICS[metric]
+    facts = CHARTED[metric]
     frame = _Frame(width, height, f"{facts.label} against speed-up", [one.method for one in series])
     x_low, x_high = padded([x for one in series for x, _ in one.points])
     y_low, y_high = padded([y for one in series for _, y in one.points])

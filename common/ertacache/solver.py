@@ -6,6 +6,7 @@ c_i = sigma_{i+1} - sigma_i; for any other deterministic solver F_i and c_i come
 
 import copy
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,9 +139,9 @@ def put_on_timesteps(scheduler: Any, timesteps: Sequence[float]) -> None:
 
 
 def identity(scheduler: Any) -> dict[str, Any]:
-    """Class name and configuration of a scheduler, plain JSON values only."""
+    """Class name and configuration of a scheduler, plain JSON values only; numbers JSON has not (-inf) as text."""
     config = {
-        key: value
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in dict(scheduler.config).items()
         if not key.startswith("_") and isinstance(value, (bool, int, float, str, type(None)))
     }

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 import ertacache
-from ertacache import ablation, provenance, settings
+from ertacache import ablation, provenance, settings, solver
 from ertacache.baselines import NotApplicable, Rival, Tuner
 from ertacache.calibration import Calibration
 from ertacache.comparison import Comparison, Contender
@@ -59,6 +59,7 @@ class Study:
     def _subject(self) -> dict[str, Any]:
         return {
             "model": provenance.model_identity(self.pipe.transformer),
+            "scheduler": solver.identity(self.pipe.scheduler),
             "arguments": self.arguments,
             "prompts": self.prompts,
             "calibration_prompts": self.calibration_prompts,

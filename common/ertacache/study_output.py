@@ -61,7 +61,8 @@ def write_outcome(
         "date": date.today().isoformat(),
         "prompts": f"{len(study.prompts)} held-out prompts, seeds {', '.join(map(str, study.chosen.seeds))}",
         "calibration": f"{len(study.calibration_prompts)} other prompts, swap search of {study.chosen.search_budget}",
-        "settings": {k: v for k, v in study.arguments.items() if isinstance(v, (int, float, str))},
+        "settings": {k: v for k, v in study.arguments.items() if isinstance(v, (int, float, str))}
+        | ({"variant": study.model.variant(study.chosen)} if study.model.variant else {}),
         "not applicable": study.not_applicable,
     }
     write_results(study.out / "results.json", rows, meta)

@@ -7,7 +7,7 @@ const choices = {
   asked: [...new Set([...fromFigures("asked"), ...pairs.flatMap((pair) => pair.shots.map((shot) => String(shot.asked)))])]
     .map((k) => [k, `${k} steps computed`]),
   view: [["slider", "Slider"], ["4", "Difference ×4"], ["32", "×32"]],  // a number is the gain of the difference
-  metric: [["psnr", "PSNR"], ["ssim", "SSIM"], ["lpips", "LPIPS"]],
+  metric: [...document.querySelectorAll("figure[data-metric][data-axis=speedup]")].map((f) => [f.dataset.metric, f.dataset.label]),
   axis: [["speedup", "Measured"], ["flops", "FLOPs counted"]],
 };
 const state = { pair: 0, method: null, frame: 0, split: 50, playing: 0 };

@@ -1,0 +1,91 @@
+"""Generate videos with Wan2.1 and ERTACache: `sh run.sh`, or `python generate.py --prompt "..."`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from diffusers import WanPipeline
+from scheduler import GRIDS, SOLVERS, make_scheduler
+from torch import Tensor
+from transformer import modulated_input
+
+from ertacache import command, models, settings
+from ertacache.generation import COMPARE_FLAG, ModelFolder, generate
+from ertacache.models import ModelError
+from ertacache.settings import Settings, UsageError
+from ertacache.videos import write_mp4
+
+FOLDER = Path(__file__).resolve().parent
+SIDE_MULTIPLE = 16  # pixels: the VAE takes 8, the transformer patches of 2 of them
+
+
+def load(chosen: Settings) -> WanPipeline:
+    """The pipeline that the settings name, the tiny one of this folder or a real one, with the chosen sampler."""
+    source = models.choose(chosen)
+    check(chosen)
+    try:
+        pipe = models.load_pipeline(WanPipeline, source, chosen, float32_parts=["vae"])
+    except ModelError as error:
+        raise ModelError(
+            f"{error}. To download the real one: `hf download {chosen.real_model}` (the repository without -Diffusers "
+            "in its name has another format)"
+        ) from error
+    pipe.scheduler = make_scheduler(chosen.solver, chosen.grid, chosen.flow_shift)
+    return pipe
+
+
+def check(chosen: Settings) -> None:
+    """Raise UsageError for settings that the pipeline would refuse late, or round without a word."""
+    settings.check(chosen)
+    for name, allowed in (("solver", SOLVERS), ("grid", GRIDS)):
+        if getattr(chosen, name) not in allowed:
+            raise UsageError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(chosen, name)!r}")
+    for name in ("height", "width"):
+        if getattr(chosen, name) % SIDE_MULTIPLE:
+            raise UsageError(f"--{name} must be a multiple of {SIDE_MULTIPLE}, not {getattr(chosen, name)}")
+    if chosen.num_frames < 1 or chosen.num_frames % 4 != 1:
+        raise UsageError(f"--num-frames must be 1, 5, 9, ... (4 n + 1), not {chosen.num_frames}")
+    for name in ("flow_shift", "fps"):
+        if not getattr(chosen, name) > 0:
+            raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {getattr(chosen, name):g}")
+    if not 0 <= chosen.video_quality <= 10:
+        raise UsageError(f"--video-quality must lie between 0 and 10, not {chosen.video_quality:g}")
+
+
+def arguments(chosen: Settings) -> dict[str, Any]:
+    """Keyword arguments of WanPipeline. All are always given: its defaults are the big model's, less one.
+
+    That one is the negative prompt, which the official code has a text for and the pipeline leaves empty.
+    """
+    return {
+        "negative_prompt": chosen.negative_prompt,
+        "height": chosen.height,
+        "width": chosen.width,
+        "num_frames": chosen.num_frames,
+        "num_inference_steps": chosen.num_inference_steps,
+        "guidance_scale": chosen.guidance_scale,
+        "max_sequence_length": chosen.max_sequence_length,
+    }
+
+
+def save(video: Tensor, path: Path, chosen: Settings) -> Path:
+    """Write pixels (F, 3, H, W) in [0, 1] as MP4."""
+    return write_mp4(path.with_name(path.name + ".mp4"), video, chosen.fps, chosen.video_quality)
+
+
+def variant(chosen: Settings) -> str:
+    """What moves the noise grid beside the number of steps, for the names of calibrations."""
+    return f"{chosen.solver}-{chosen.grid}-shift{chosen.flow_shift:g}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    chosen = settings.parse(FOLDER, argv, __doc__, extra=[COMPARE_FLAG])
+    settings.prompts_of(chosen)  # a missing prompt file is said before a model loads
+    pipe = load(chosen)
+    generate(pipe, chosen, MODEL_FOLDER)
+
+
+MODEL_FOLDER = ModelFolder("Wan2.1", arguments, save, modulated_input, variant)
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))

@@ -1,0 +1,11 @@
+"""What the embedded tiny pipeline overrides in ../config.py."""
+
+DTYPE = "float32"
+PROMPTS = "prompts/tiny_examples.txt"
+NEGATIVE_PROMPT = ""  # it was trained with empty captions, not with the official text
+HEIGHT = 64
+WIDTH = 64
+NUM_FRAMES = 17
+MAX_SEQUENCE_LENGTH = 48
+NUM_CALIBRATION_PROMPTS = 24
+MICRO_BATCH = 8

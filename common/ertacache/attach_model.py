@@ -1,0 +1,164 @@
+"""Attaches to a transformer alone, for sampling loops whose scheduler nobody can reach.
+
+The official `wan`, `opensora` and `videosys` code keeps its scheduler in a local variable, so guided outputs are
+not to be had; here each guidance branch keeps its own history, and the same coefficients act on each. With linear
+guidance that is exactly the guided prediction: u' + g (c' - u') is the same combination of cached guided outputs.
+
+    with ertacache.apply(model, calibration, converted=True):
+        video = wan_t2v.generate(prompt)          # the model is called with (x, t, context, seq_len)
+
+Branches are told apart by what conditions the call, never by counting calls; see model_run.py.
+"""
+
+import inspect
+import warnings
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ertacache.attach import put_in_front, take_off
+from ertacache.calibration import Calibration
+from ertacache.errors import MismatchError, MismatchWarning, StateError
+from ertacache.model_run import Branch, Run
+from ertacache.rectification import combine
+from ertacache.replay import check_model, check_weights
+
+# Names that models give to the timestep and to what conditions them (the text), the first one that they have.
+TIMESTEP_NAMES = ("t", "timestep", "timesteps")
+CONDITION_NAMES = ("context", "encoder_hidden_states", "prompt_embeds", "y")
+WRAPPED_NAMES = ("module", "_orig_mod")  # of torch's parallel wrappers and of compiled modules
+
+
+class ModelAttachment:
+    """Runs a calibration on a model whose calls are all that is seen of the sampling loop."""
+
+    def __init__(self, model: nn.Module, calibration: Calibration):
+        self.model, self.calibration = model, calibration
+        self.signature = inspect.signature(type(unwrapped(model)).forward)
+        names = list(self.signature.parameters)
+        self.timestep_name = _first_of(TIMESTEP_NAMES, names, model)
+        self.condition_name = _first_of(CONDITION_NAMES, names, model)
+        self.input_name = names[1]
+        self.computed = frozenset(calibration.computed_steps)
+        self.run = Run(calibration.timesteps, max(len(row) for row in calibration.coefficients))
+        self.computed_calls = 0
+        self.reused_calls = 0
+
+    def attach(self) -> "ModelAttachment":
+        put_in_front(self.model, self)
+        return self
+
+    def detach(self) -> None:
+        """Leave the model as it was before `attach`."""
+        self.run.reset()
+        take_off(self.model)
+
+    def call(self, call: Any, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What the loop gets instead of the model's output, in the model's own dtype and container."""
+        arguments = self.signature.bind(model, *args, **kwargs).arguments
+        condition, inputs = tensors_of(arguments[self.condition_name]), tensors_of(arguments[self.input_name])
+        branch = self.run.place((_key(condition), _shapes(inputs)), condition, arguments[self.timestep_name])
+        step = self.run.step
+        if step == 0:
+            self._warn_of_shape(inputs[0])
+        result = self._computed(call, branch, args, kwargs) if step in self.computed else None
+        row = self.calibration.coefficients[step]
+        if result is None or row != [1.0]:
+            result = rebuilt(branch.container, [combine(same, row) for same in zip(*branch.history, strict=True)])
+        self.reused_calls += step not in self.computed
+        self.run.finish_if_over()
+        return result
+
+    def _computed(self, call: Any, branch: Branch, args: tuple, kwargs: dict[str, Any]) -> Any:
+        try:
+            output = call(*args, **kwargs)
+        except BaseException:  # an interruption too: this run will not go on
+            self.run.reset()
+            raise
+        # copies, since the loop may write into what it is given
+        branch.history.appendleft([tensor.detach().clone() for tensor in tensors_of(output)])
+        branch.container = type(output)
+        self.computed_calls += 1
+        return output
+
+    def _warn_of_shape(self, tensor: Tensor) -> None:
+        wanted = self.calibration.latent_shape
+        if wanted not in (list(tensor.shape), list(tensor.shape[1:])):
+            warnings.warn(
+                f"latents are {list(tensor.shape)}, the calibration is for {wanted}: quality may be lower",
+                MismatchWarning,
+                stacklevel=2,
+            )
+
+
+def check_bare_model(calibration: Calibration, model: nn.Module, converted: bool) -> None:
+    """Raise MismatchError where the calibration cannot run on a model without its scheduler, or is for another one.
+
+    Args:
+        converted: the model holds the calibrated weights in the class of another package, so that neither class nor
+            configuration nor a fingerprint of the weights can be compared.
+    """
+    if calibration.method == "paper":
+        raise MismatchError(
+            "the published method adjusts the scheduler's timesteps, and a transformer alone has no scheduler: use a "
+            "calibration of method ertacache"
+        )
+    if not converted:
+        check_model(calibration, model)
+        check_weights(calibration, model)
+
+
+# -- what a call is made of ------------------------------------------------------------------------------
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch's wrappers, whose forward names its arguments."""
+    for name in WRAPPED_NAMES:
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module) and "forward" in vars(type(model)):
+            names = inspect.signature(type(model).forward).parameters.values()
+            if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in names):
+                return unwrapped(inner)
+    return model
+
+
+def _first_of(wanted: Sequence[str], present: Sequence[str], model: nn.Module) -> str:
+    for name in wanted:
+        if name in present:
+            return name
+    raise MismatchError(
+        f"{type(model).__name__} takes none of the arguments {', '.join(wanted)}, by which ERTACache follows a "
+        "transformer without its scheduler"
+    )
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors of an argument or an output: itself, those of a list or tuple, or an output object's first."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, Tensor) for item in value):
+        return list(value)
+    try:
+        first = value[0]
+    except (TypeError, KeyError, IndexError):
+        first = None
+    if isinstance(first, Tensor) and not isinstance(value, (list, tuple)):
+        return [first]
+    raise StateError(f"expected a tensor or a list of tensors, got {type(value).__name__}")
+
+
+def rebuilt(container: type, tensors: list[Tensor]) -> Any:
+    """An output of the type `container` around tensors; the opposite of `tensors_of`."""
+    if issubclass(container, Tensor):
+        return tensors[0]
+    return container(tensors) if issubclass(container, (list, tuple)) else container(tensors[0])
+
+
+def _key(tensors: list[Tensor]) -> Hashable:
+    """Identity of conditioning tensors: place in memory and shape, the same for a new view of the same numbers."""
+    return tuple((t.data_ptr() if t.numel() and not t.is_meta else id(t), tuple(t.shape)) for t in tensors)
+
+
+def _shapes(tensors: list[Tensor]) -> Hashable:
+    return tuple(tuple(t.shape) for t in tensors)
