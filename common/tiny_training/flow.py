@@ -1,6 +1,7 @@
-"""Flow matching on cached latents, with classifier-free guidance, and its distillation into an embedding.
+"""Denoising on cached latents, with classifier-free guidance, and its distillation into an embedding.
 
-Convention of FLUX and Wan: x_sigma = (1 - sigma) x_0 + sigma noise, velocity = noise - x_0.
+FLUX and Wan: x = (1 - sigma) x_0 + sigma noise, the model says the velocity noise - x_0. CogVideoX: x =
+sqrt(a) x_0 + sqrt(1 - a) noise, the model says v = sqrt(a) noise - sqrt(1 - a) x_0. Both are a `NoisePath`.
 """
 
 from collections.abc import Callable
@@ -14,19 +15,67 @@ from tiny_training.loop import Stage
 CAPTION_DROPOUT = 0.12
 GUIDANCE_RANGE = (1.0, 6.0)
 
-# velocity(model, latents, sigma, token ids, guidance or None) -> velocity: the one thing that models differ in
+# velocity(model, latents, level, token ids, guidance or None) -> model output: the one thing that models differ in
 Velocity = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+# path(clean latents, noise, level (B,) in [0, 1]) -> (noisy latents, what the model should say)
+NoisePath = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# levels(count, generator) -> noise levels (count,) in [0, 1] to train at
+Levels = Callable[[int, torch.Generator], Tensor]
+
+
+def logit_normal_levels(count: int, generator: torch.Generator, mean: float = 0.2) -> Tensor:
+    """Levels whose logit is normal around `mean`; adding log(s) to the mean is a shift by s of the noise grid."""
+    levels = torch.sigmoid(torch.randn(count, generator=generator) + mean)
+    uniform = torch.rand(count, generator=generator)
+    # a tenth uniform, so that both ends of the range are trained too
+    return torch.where(uniform < 0.1, uniform * 10, levels)
+
+
+def uniform_levels(count: int, generator: torch.Generator) -> Tensor:
+    """Levels spread evenly over [0, 1)."""
+    return torch.rand(count, generator=generator)
+
+
+def straight_path(latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """Flow matching: (1 - sigma) x_0 + sigma noise, and the velocity noise - x_0."""
+    level = level.view(-1, *[1] * (latents.ndim - 1))
+    return (1 - level) * latents + level * noise, noise - latents
+
+
+def diffusion_path(alphas_cumprod: Tensor) -> NoisePath:
+    """v-prediction (Salimans and Ho 2022) on a noise schedule (T,); a level u stands for timestep floor(u T)."""
+
+    def path(latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = alphas_cumprod.float().to(level.device)[timesteps_of(level, len(alphas_cumprod))]
+        alpha = alpha.view(-1, *[1] * (latents.ndim - 1))
+        keep, add = alpha.sqrt(), (1 - alpha).sqrt()
+        return keep * latents + add * noise, keep * noise - add * latents
+
+    return path
+
+
+def timesteps_of(level: Tensor, count: int) -> Tensor:
+    """Levels in [0, 1] as int64 timesteps 0 to count - 1."""
+    return (level * count).long().clamp(max=count - 1)
 
 
 class Batches:
     """Latents (n, ...) with token ids (n, captions, T); `draw` is a function of the step alone."""
 
-    def __init__(self, latents: Tensor, tokens: Tensor, empty: Tensor, batch_size: int, device: str):
+    def __init__(
+        self,
+        latents: Tensor,
+        tokens: Tensor,
+        empty: Tensor,
+        batch_size: int,
+        device: str,
+        levels: Levels = logit_normal_levels,
+    ):
         self.latents, self.tokens, self.empty = latents, tokens, empty
-        self.batch_size, self.device = batch_size, device
+        self.batch_size, self.device, self.levels = batch_size, device, levels
 
     def draw(self, step: int, drop_captions: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Latents, token ids, noise and sigma of one batch."""
+        """Latents, token ids, noise and noise level of one batch."""
         generator = torch.Generator().manual_seed(step)
         chosen = torch.randint(len(self.latents), (self.batch_size,), generator=generator)
         which = torch.randint(self.tokens.shape[1], (self.batch_size,), generator=generator)
@@ -36,32 +85,35 @@ class Batches:
             dropped = torch.rand(self.batch_size, generator=generator) < CAPTION_DROPOUT
             tokens = torch.where(dropped[:, None], self.empty, tokens)
         noise = torch.randn(latents.shape, generator=generator)
-        sigma = torch.sigmoid(torch.randn(self.batch_size, generator=generator) + 0.2)
-        uniform = torch.rand(self.batch_size, generator=generator)
-        # a tenth uniform, so that both ends of the range are trained too
-        sigma = torch.where(uniform < 0.1, uniform * 10, sigma)
-        return tuple(t.to(self.device) for t in (latents, tokens, noise, sigma))
-
-
-def _mix(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    sigma = sigma.view(-1, *[1] * (latents.ndim - 1))
-    return (1 - sigma) * latents + sigma * noise
+        level = self.levels(self.batch_size, generator)
+        return tuple(t.to(self.device) for t in (latents, tokens, noise, level))
 
 
 def train_flow(
-    model: nn.Module, velocity: Velocity, batches: Batches, *, num_steps: int, learning_rate: float, folder: Path
+    model: nn.Module,
+    velocity: Velocity,
+    batches: Batches,
+    *,
+    num_steps: int,
+    learning_rate: float,
+    folder: Path,
+    name: str = "flow",
+    path: NoisePath = straight_path,
+    compiled: bool = True,
 ) -> nn.Module:
-    """Train `model` to predict the velocity, some captions dropped, and return it with averaged weights."""
+    """Train `model` to say what `path` asks for, some captions dropped, and return it with averaged weights."""
     model.to(batches.device)
-    compiled = torch.compile(model)
+    # static shapes: a later stage with more frames would otherwise be compiled for any number of them, and slower
+    ask = torch.compile(model, dynamic=False) if compiled else model
 
     def loss(step: int) -> Tensor:
-        latents, tokens, noise, sigma = batches.draw(step, drop_captions=True)
+        latents, tokens, noise, level = batches.draw(step, drop_captions=True)
+        mixed, target = path(latents, noise, level)
         with torch.autocast(batches.device, torch.bfloat16):
-            predicted = velocity(compiled, _mix(latents, noise, sigma), sigma, tokens, None)
-        return (predicted.float() - (noise - latents)).square().mean()
+            predicted = velocity(ask, mixed, level, tokens, None)
+        return (predicted.float() - target).square().mean()
 
-    return Stage("flow", model, loss, num_steps, learning_rate, folder, muon=True).run()
+    return Stage(name, model, loss, num_steps, learning_rate, folder, muon=True).run()
 
 
 def distil_guidance(
@@ -73,8 +125,9 @@ def distil_guidance(
     num_steps: int,
     learning_rate: float,
     folder: Path,
+    strength: float = 1.0,
 ) -> nn.Module:
-    """Teach `student`, which takes the guidance scale, the teacher's guided velocity u + w (c - u)."""
+    """Teach `student`, which takes a guidance scale g, the teacher's u + w (c - u) with w = 1 + strength (g - 1)."""
     teacher.to(batches.device).requires_grad_(False)
     student.to(batches.device)
     ask, answer = torch.compile(teacher), torch.compile(student)
@@ -84,7 +137,7 @@ def distil_guidance(
         generator = torch.Generator().manual_seed(step)
         low, high = GUIDANCE_RANGE
         guidance = (low + (high - low) * torch.rand(len(latents), generator=generator)).to(batches.device)
-        mixed = _mix(latents, noise, sigma)
+        mixed, _ = straight_path(latents, noise, sigma)
         with torch.autocast(batches.device, torch.bfloat16):
             with torch.no_grad():
                 empty = batches.empty.to(batches.device).expand_as(tokens)
@@ -92,7 +145,7 @@ def distil_guidance(
                     ask, mixed.repeat(2, *[1] * (mixed.ndim - 1)), sigma.repeat(2), torch.cat([empty, tokens]), None
                 ).float()
                 without, conditional = both.chunk(2)
-                weight = guidance.view(-1, *[1] * (mixed.ndim - 1))
+                weight = (1 + strength * (guidance - 1)).view(-1, *[1] * (mixed.ndim - 1))
                 target = without + weight * (conditional - without)
             predicted = velocity(answer, mixed, sigma, tokens, guidance)
         return (predicted.float() - target).square().mean()

@@ -40,21 +40,23 @@ class Judge(nn.Module):
         return logits[..., : len(SHAPES) + 1], logits[..., len(SHAPES) + 1 :]
 
 
-def _labels(count: int, seed: int) -> Tensor:
+def _labels(count: int, seed: int, moving: bool) -> Tensor:
     """(count, places, 2) class indices of shape and colour in the training scenes; 0 where nothing stands."""
     places, shapes, colours = list(PLACES), list(SHAPES), list(COLOURS)
     labels = torch.zeros(count, len(places), 2, dtype=torch.long)
     for index in range(count):
-        for obj in scene_for(index, seed).objects:
+        for obj in scene_for(index, seed, moving).objects:
             labels[index, places.index(obj.place)] = torch.tensor(
                 (shapes.index(obj.shape) + 1, colours.index(obj.colour) + 1)
             )
     return labels
 
 
-def train_judge(pixels: np.ndarray, seed: int, *, num_steps: int, folder: Path, device: str = "cpu") -> Judge:
+def train_judge(
+    pixels: np.ndarray, seed: int, *, num_steps: int, folder: Path, device: str = "cpu", moving: bool = False
+) -> Judge:
     """Train on rendered stills `pixels`, uint8 (n, 64, 64, 3), of the scene set `seed`."""
-    labels = _labels(len(pixels), seed).to(device)
+    labels = _labels(len(pixels), seed, moving).to(device)
     judge = Judge().to(device)
 
     def loss(step: int) -> Tensor:
@@ -70,8 +72,8 @@ def train_judge(pixels: np.ndarray, seed: int, *, num_steps: int, folder: Path, 
 
 
 @torch.no_grad()
-def adherence(judge: Judge, pixels: Tensor, prompts: list[str]) -> float:
-    """Share of the objects named in `prompts` whose shape and colour the judge sees at their place.
+def followed_objects(judge: Judge, pixels: Tensor, prompts: list[str]) -> list[list[bool]]:
+    """For every prompt and every object named in it: does the judge see its shape and colour at its place?
 
     Args:
         pixels: (n, 3, 64, 64) in [0, 1], one picture a prompt.
@@ -80,9 +82,20 @@ def adherence(judge: Judge, pixels: Tensor, prompts: list[str]) -> float:
     shape_logits, colour_logits = judge(pixels)
     followed = []
     for row, prompt in enumerate(prompts):
+        answers = []
         for obj in parse_caption(prompt)[0]:
             place = places.index(obj.place)
             right_shape = int(shape_logits[row, place].argmax()) == shapes.index(obj.shape) + 1
             right_colour = int(colour_logits[row, place].argmax()) == colours.index(obj.colour) + 1
-            followed.append(right_shape and right_colour)
-    return float(np.mean(followed))
+            answers.append(right_shape and right_colour)
+        followed.append(answers)
+    return followed
+
+
+def adherence(judge: Judge, pixels: Tensor, prompts: list[str]) -> float:
+    """Share of the objects named in `prompts` whose shape and colour the judge sees at their place.
+
+    Args:
+        pixels: (n, 3, 64, 64) in [0, 1], one picture a prompt.
+    """
+    return float(np.mean([each for answers in followed_objects(judge, pixels, prompts) for each in answers]))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tiny_training.muon import ConvMuon
+
 CHECKPOINT_EVERY_STEPS = 500
 WARMUP_STEPS = 200
 DECAY_FRACTION = 0.3
@@ -17,17 +19,24 @@ MAX_GRADIENT_NORM = 1.0
 
 
 def optimizers_for(model: nn.Module, learning_rate: float, muon: bool = False) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices inside the transformer blocks and AdamW for the rest."""
-    matrices, others = [], []
+    """AdamW for everything, or Muon for the matrices and kernels inside the blocks and AdamW for the rest."""
+    matrices, kernels, others = [], [], []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            inside_block = "blocks." in name and parameter.ndim == 2
-            (matrices if muon and inside_block else others).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if muon and "blocks." in name and parameter.ndim == 2:
+            matrices.append(parameter)
+        elif muon and "block" in name and parameter.ndim >= 4:
+            kernels.append(parameter)
+        else:
+            others.append(parameter)
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.01)]
     if matrices:
         optimizers.append(
             torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         )
+    if kernels:
+        optimizers.append(ConvMuon(kernels, lr=learning_rate, weight_decay=0.01))
     return optimizers
 
 

@@ -87,6 +87,14 @@ def reading_loss(answers: tuple[Tensor, Tensor], targets: Tensor, backgrounds: T
     return loss
 
 
+def sequence_states(encoder: nn.Module, tokens: Tensor, masked: bool) -> Tensor:
+    """States (B, T, D) of token ids (B, T); `masked`: padding is hidden and its states are zero."""
+    if not masked:
+        return encoder(tokens).last_hidden_state
+    mask = tokens != encoder.config.pad_token_id
+    return encoder(tokens, attention_mask=mask).last_hidden_state * mask[..., None]
+
+
 def train_text_encoders(
     sequence: nn.Module,
     pooled: nn.Module | None,
@@ -98,8 +106,13 @@ def train_text_encoders(
     learning_rate: float,
     folder: Path,
     device: str = "cpu",
+    masked: bool = False,
 ) -> None:
-    """Train a T5-type encoder on its states and, if given, a CLIP-type one on its pooled output, in place."""
+    """Train a T5-type encoder on its states and, if given, a CLIP-type one on its pooled output, in place.
+
+    Args:
+        masked: hide the padding from the T5-type encoder and zero its states there, as WanPipeline does.
+    """
     modules = nn.ModuleDict({"sequence": sequence, "read_sequence": _Reader(sequence.config.d_model)})
     if pooled is not None:
         modules["pooled"] = pooled
@@ -111,7 +124,7 @@ def train_text_encoders(
     def loss(step: int) -> Tensor:
         chosen = torch.randint(len(tokens), (batch_size,), generator=torch.Generator().manual_seed(step)).to(device)
         ids, target, background = tokens[chosen], targets[chosen], backgrounds[chosen]
-        states = modules["sequence"](ids).last_hidden_state
+        states = sequence_states(modules["sequence"], ids, masked)
         total = reading_loss(modules["read_sequence"](states), target, background)
         if pooled is not None:
             summary = modules["pooled"](ids).pooler_output.unsqueeze(1)

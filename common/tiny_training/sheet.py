@@ -1,0 +1,34 @@
+"""Contact sheets: what a pipeline makes of its prompts, at a glance."""
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+GAP = 4  # pixels between frames
+TEXT_WIDTH = 236  # pixels for the prompt
+CHARACTERS = 36  # of the prompt in a line
+
+
+def clip_sheet(clips: Tensor, prompts: list[str], frames: list[int], path: Path, scale: int = 2) -> None:
+    """One row a prompt with the named frames of its clip.
+
+    Args:
+        clips: (n, 3, F, H, W) in [0, 1].
+        frames: indices of the frames to show.
+        scale: how much larger than life.
+    """
+    height, width = clips.shape[3] * scale, clips.shape[4] * scale
+    size = (TEXT_WIDTH + len(frames) * (width + GAP), len(prompts) * (height + GAP))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (clip, prompt) in enumerate(zip(clips, prompts, strict=True)):
+        top = row * (height + GAP)
+        draw.multiline_text((2, top + 2), textwrap.fill(prompt, CHARACTERS), fill="black", spacing=1)
+        for column, frame in enumerate(frames):
+            pixels = (clip[:, frame].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+            tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(tile, (TEXT_WIDTH + column * (width + GAP), top))
+    sheet.save(path)
