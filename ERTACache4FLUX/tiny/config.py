@@ -7,3 +7,4 @@ WIDTH = 64
 MAX_SEQUENCE_LENGTH = 40
 NUM_CALIBRATION_PROMPTS = 32
 MICRO_BATCH = 16
+SEARCH_BUDGET = 20  # schedules of the swap search: a few seconds each here
