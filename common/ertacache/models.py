@@ -15,15 +15,18 @@ class ModelError(ERTACacheError, RuntimeError):
     """A model cannot be loaded."""
 
 
-def choose(settings: Settings) -> str:
+def choose(settings: Settings, needed_files: Sequence[tuple[str, str]] = ()) -> str:
     """Resolve `settings.model` to a folder or hub id, put the tiny pipeline's overrides in place, and say so.
 
     `auto` takes the real model if a CUDA device has the memory for it and its weights lie in the local cache;
     it never downloads.
+
+    Args:
+        needed_files: (hub id, file) that stand for the weights; by default the real model's model_index.json.
     """
     tiny = settings.folder / "tiny"
     if settings.model == "auto":
-        reason = why_not_real(settings)
+        reason = why_not_real(settings, needed_files)
         settings.model = "tiny" if reason else settings.real_model
         if reason:
             print(
@@ -40,7 +43,7 @@ def choose(settings: Settings) -> str:
     return settings.model
 
 
-def why_not_real(settings: Settings) -> str | None:
+def why_not_real(settings: Settings, needed_files: Sequence[tuple[str, str]] = ()) -> str | None:
     """Why the real model cannot run here without a download, in a few words; None if it can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
@@ -49,8 +52,9 @@ def why_not_real(settings: Settings) -> str | None:
         return f"the GPU has {memory:.0f} of the {settings.real_model_gib} GiB needed"
     from huggingface_hub import try_to_load_from_cache
 
-    if not isinstance(try_to_load_from_cache(settings.real_model, "model_index.json"), str):
-        return f"{settings.real_model} is not in the local cache"
+    for repository, file in needed_files or [(settings.real_model, "model_index.json")]:
+        if not isinstance(try_to_load_from_cache(repository, file), str):
+            return f"{repository} is not in the local cache"
     return None
 
 

@@ -81,6 +81,11 @@ def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
 
 
+def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The latents of a transformer's call: the first argument of its own forward, whatever the model calls it."""
+    return next(value for name, value in bound_arguments(module, args, kwargs).items() if name != "self")
+
+
 @dataclass
 class Clock:
     """Where a run is. All of it is host state; no device tensor is read."""

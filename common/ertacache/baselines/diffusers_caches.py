@@ -19,6 +19,7 @@ from ertacache.baselines.base import (
     Run,
     Setting,
     bound_arguments,
+    first_input,
     geometric,
     replaced,
     watch,
@@ -198,7 +199,7 @@ def _sigma(pipe: Any, clock: Clock) -> float:
 def visual_latents(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The latents of a transformer call, each (C, T, H, W), out of a video's or out of FLUX's 2x2-packed tokens."""
     arguments = bound_arguments(transformer, args, kwargs)
-    hidden = arguments["hidden_states"]
+    hidden = first_input(transformer, args, kwargs)
     if hidden.ndim == 5:  # (n, C, T, H, W), or with frames first as CogVideoX has them
         frames_first = hidden.shape[1] != transformer.config.in_channels
         return list(hidden.transpose(1, 2) if frames_first else hidden)

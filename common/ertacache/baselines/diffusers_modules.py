@@ -8,12 +8,13 @@ from typing import Any
 
 from diffusers import FasterCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.hooks import TaylorSeerCacheConfig
+from diffusers.hooks._common import _ATTENTION_CLASSES
 from torch import nn
 
 from ertacache.baselines.base import Clock, NotApplicable, Rival, Setting, replaced
 from ertacache.baselines.diffusers_caches import enabled
 
-WORKING_MODULES = re.compile(r"attn\d?|ff|ffn|ff_context|mlp|proj_mlp|proj_out")  # children of a block
+WORKING_MODULES = re.compile(r"(cross_)?attn\d?|ff|ffn|ff_context|mlp|proj_mlp|proj_out")  # children of a block
 ALL_TIMESTEPS = (-1, 1001)
 
 
@@ -21,8 +22,9 @@ class TaylorSeer(Rival):
     """Extrapolates module outputs over the steps between two computed ones, `max_order` terms of a Taylor series.
 
     lite: only the transformer's output projection is extrapolated and all blocks are skipped, as diffusers'
-    lite mode does. Otherwise attention and feed-forward of each block, as the authors do; diffusers' default
-    patterns would leave the feed-forward computed on FLUX and match nothing on Wan and CogVideoX.
+    lite mode does; that looks for a `proj_out`, and would put out zeros of models that call theirs otherwise, so for
+    these the modules are named here. Otherwise attention and feed-forward of each block, as the authors do; diffusers'
+    default patterns would leave the feed-forward computed on FLUX and match nothing on Wan and CogVideoX.
     """
 
     knob = "cache_interval"
@@ -46,13 +48,30 @@ class TaylorSeer(Rival):
     @contextmanager
     def attach(self, pipe: Any, setting: Setting) -> Iterator[dict[str, Any]]:
         dtype = next(pipe.transformer.parameters()).dtype  # its default, bfloat16, would handicap it in float32
-        modules = {} if self.lite else {"cache_identifiers": _working_modules(pipe.transformer)}
-        config = TaylorSeerCacheConfig(**setting, taylor_factors_dtype=dtype, use_lite_mode=self.lite, **modules)
+        modules = _lite_modules(pipe.transformer) if self.lite else _all_modules(pipe.transformer)
+        config = TaylorSeerCacheConfig(**setting, taylor_factors_dtype=dtype, **modules)
         with enabled(pipe, config):
             yield {}
 
 
-def _working_modules(transformer: nn.Module) -> list[str]:
+def _lite_modules(transformer: nn.Module) -> dict[str, Any]:
+    """What lite mode skips and extrapolates: its own choice where that exists, else the same parts by name."""
+    children = dict(transformer.named_children())
+    if "proj_out" in children:
+        return {"use_lite_mode": True}
+    lists = [name for name, child in children.items() if isinstance(child, nn.ModuleList)]
+    outside = [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and name.partition(".")[0] not in lists
+    ]
+    if not lists or not outside:
+        raise NotApplicable("TaylorSeer lite finds no blocks or no output projection")
+    blocks = [rf"{re.escape(name)}\.\d+" for name in lists]
+    return {"skip_predict_identifiers": blocks, "cache_identifiers": [re.escape(outside[-1])]}
+
+
+def _all_modules(transformer: nn.Module) -> dict[str, Any]:
     """Patterns that match the attention and feed-forward modules of every block, and nothing else."""
     names = []
     for list_name, blocks in transformer.named_children():
@@ -61,7 +80,7 @@ def _working_modules(transformer: nn.Module) -> list[str]:
             names += [rf"{list_name}\.\d+\.{name}" for name in sorted(children) if WORKING_MODULES.fullmatch(name)]
     if not names:
         raise NotApplicable("TaylorSeer finds no attention or feed-forward module in the blocks")
-    return names
+    return {"cache_identifiers": names}
 
 
 class PyramidAttentionBroadcast(Rival):
@@ -83,6 +102,7 @@ class PyramidAttentionBroadcast(Rival):
 
     @contextmanager
     def attach(self, pipe: Any, setting: Setting) -> Iterator[dict[str, Any]]:
+        _check_attention(pipe.transformer, self.name)
         timesteps = (int(setting["lowest_timestep"]), int(setting["highest_timestep"]))
         kinds = ["spatial", "cross"]
         if hasattr(pipe.transformer, "temporal_transformer_blocks"):
@@ -111,6 +131,7 @@ class FasterCache(Rival):
 
     @contextmanager
     def attach(self, pipe: Any, setting: Setting) -> Iterator[dict[str, Any]]:
+        _check_attention(pipe.transformer, self.name)
         distilled = bool(pipe.transformer.config.get("guidance_embeds", False))
         timesteps = (-1, int(setting["highest_timestep"]))
         config = FasterCacheConfig(
@@ -133,6 +154,13 @@ class FasterCache(Rival):
         log = logging.getLogger("diffusers.hooks.faster_cache")
         with replaced(log, "disabled", True), enabled(pipe, config, check_branch):
             yield {}
+
+
+def _check_attention(transformer: nn.Module, name: str) -> None:
+    """Raise NotApplicable for models with attention of their own: diffusers' caches would find none of it."""
+    if not any(isinstance(module, _ATTENTION_CLASSES) for module in transformer.modules()):
+        kind = type(transformer).__name__
+        raise NotApplicable(f"{name} caches the outputs of diffusers' attention classes, and {kind} has none of them")
 
 
 def _one_branch_only(clock: Clock) -> None:

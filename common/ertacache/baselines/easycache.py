@@ -2,7 +2,8 @@
 
 d = v - x is the residual of the whole transformer, k = |v - v'| / |x - x'| its rate of change between the last
 two computed steps. A reused step returns x + d. Steps are reused while the predicted relative change
-E = sum of k |x_t - x_{t-1}| / |v_{t-1}| stays below the threshold; |.| is the mean absolute value.
+E = sum of k |x_t - x_{t-1}| / |v_{t-1}| stays below the threshold; |.| is the mean absolute value, over both guidance
+branches where one call holds both. Channels that a model puts out beside v (variances) keep their last values.
 """
 
 from collections.abc import Iterator
@@ -10,14 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from ertacache.baselines.base import Clock, NotApplicable, Rival, Setting, bound_arguments, geometric, watch
+from ertacache.baselines.base import Clock, NotApplicable, Rival, Setting, first_input, geometric, watch
 
 HOOK_NAME = "ertacache_rival_easycache"
 WARM_UP = 0.2  # fraction of the steps: the authors' 10 of 50
-BATCHED_GUIDANCE = "cond_uncond"  # one call for both branches, the conditional one in the second half
 
 
 @dataclass
@@ -30,6 +31,7 @@ class _Branch:
     rate: float | None = None  # k
     last_input: Tensor | None = None  # x and v of the last step, computed or not
     last_output: Tensor | None = None
+    beside: Tensor | None = None  # channels beside v of the last computed step
     structure: type = tuple
 
 
@@ -48,7 +50,7 @@ class _RootHook(ModelHook):
         self.decision: tuple[int, bool] = (-1, True)  # step, and whether it is computed
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        hidden = bound_arguments(module, args, kwargs)["hidden_states"]
+        hidden = first_input(module, args, kwargs)
         branch = self.branches.setdefault(self.clock.branch, _Branch())
         if self.decision[0] != self.clock.step:  # the conditional branch comes first and decides for both
             self.decision = (self.clock.step, self._should_compute(branch, hidden))
@@ -57,14 +59,14 @@ class _RootHook(ModelHook):
         else:
             output = (hidden + branch.residual).to(branch.last_output.dtype)
         branch.last_input, branch.last_output = hidden, output
-        return (output,) if branch.structure is tuple else branch.structure(sample=output)
+        return self._packed(branch, output)
 
     def _should_compute(self, branch: _Branch, hidden: Tensor) -> bool:
         warm_up = max(1, round(WARM_UP * self.clock.num_steps))
         if self.clock.step < warm_up or self.clock.step >= self.clock.num_steps - 1 or branch.rate is None:
             return True
-        change = self._size(hidden - branch.last_input)
-        self.accumulated += branch.rate * change / max(self._size(branch.last_output), 1e-12)
+        change = _size(hidden - branch.last_input)
+        self.accumulated += branch.rate * change / max(_size(branch.last_output), 1e-12)
         if self.accumulated < self.threshold:
             return False
         self.accumulated = 0.0
@@ -73,21 +75,32 @@ class _RootHook(ModelHook):
     def _compute(self, branch: _Branch, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         result = self.fn_ref.original_forward(*args, **kwargs)
         branch.structure = type(result)
-        output = result[0]
+        whole = result if isinstance(result, Tensor) else result[0]
+        output, branch.beside = whole[:, : hidden.shape[1]], whole[:, hidden.shape[1] :]
         if output.shape != hidden.shape:
             raise NotApplicable(
-                f"EasyCache reuses output - input, and {tuple(output.shape)} is not the shape of "
+                f"EasyCache reuses output - input, and {tuple(whole.shape)} is not the shape of "
                 f"the input {tuple(hidden.shape)}"
             )
         if branch.full_input is not None:
-            change = self._size(hidden - branch.full_input)
-            branch.rate = self._size(output - branch.full_output) / max(change, 1e-12)
+            change = _size(hidden - branch.full_input)
+            branch.rate = _size(output - branch.full_output) / max(change, 1e-12)
         branch.residual, branch.full_input, branch.full_output = output - hidden, hidden, output
         return output
 
-    def _size(self, values: Tensor) -> float:
-        """Mean absolute value, of the conditional half where one call holds both branches."""
-        return (values.chunk(2)[-1] if self.clock.branch == BATCHED_GUIDANCE else values).abs().mean().item()
+    @staticmethod
+    def _packed(branch: _Branch, output: Tensor) -> Any:
+        """The output as the transformer returns it."""
+        if branch.beside.shape[1]:
+            output = torch.cat([output, branch.beside], dim=1)
+        if issubclass(branch.structure, Tensor):
+            return output
+        return (output,) if branch.structure is tuple else branch.structure(sample=output)
+
+
+def _size(values: Tensor) -> float:
+    """Mean absolute value."""
+    return values.abs().mean().item()
 
 
 class EasyCache(Rival):

@@ -1,0 +1,10 @@
+"""Compare ERTACache with its rivals on Open-Sora 1.2: `sh reproduce.sh`."""
+
+import sys
+
+from generate import FOLDER, MODEL_FOLDER, load
+
+from ertacache import command, reproduce
+
+if __name__ == "__main__":
+    sys.exit(command.run(lambda: reproduce.main(FOLDER, load, MODEL_FOLDER)))
