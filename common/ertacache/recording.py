@@ -1,11 +1,17 @@
 """Records an uncached reference run: latents and model outputs of all prompts in lockstep."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ertacache.solver import StepCall, affine_step, host_grid, takes_timesteps
+from ertacache.trajectory import TrajectoryStore
+
+GRAM_VALUES = 2**23  # float64 values that the Gram matrix works on at a time: 64 MiB, whatever the trajectories
 
 
 class Recorder:
@@ -13,9 +19,17 @@ class Recorder:
 
     After the run: `latents` x_0 .. x_N and `outputs` o_0 .. o_{N-1}, each (prompts, ...) on the host in the
     run's own dtype, `gains` c_0 .. c_{N-1}, the grid, and whether it can be changed in its timesteps.
+
+    Args:
+        memory_limit: bytes of latents and outputs, 2 N + 1 tensors, that may stay in memory; above it all of them go
+            to files. None for no limit.
+        folder: where such files go; None for the system's temporary folder.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory_limit: int | None = None, folder: str | Path | None = None) -> None:
+        self.memory_limit, self.folder = memory_limit, folder
+        self.on_first_step: Callable[[Recorder], None] = lambda _: None  # its cost and sizes are known by then
+        self.store = TrajectoryStore(memory_limit, folder)
         self.latents: list[Tensor] = []
         self.outputs: list[Tensor] = []
         self.gains: list[float] = []
@@ -24,6 +38,7 @@ class Recorder:
         self.takes_timesteps = False
 
     def begin(self, scheduler: Any) -> None:
+        self.store = TrajectoryStore(self.memory_limit, self.folder)
         self.latents, self.outputs, self.gains = [], [], []
         self.timesteps, self.sigmas = host_grid(scheduler)
         self.takes_timesteps = takes_timesteps(scheduler)
@@ -33,13 +48,17 @@ class Recorder:
 
     def model_output(self, step: int, call: StepCall, scheduler: Any) -> Tensor:
         if step == 0:
-            self.latents.append(call.sample.detach().cpu())
-        self.outputs.append(call.model_output.detach().cpu())
+            steps = len(self.timesteps)
+            self.store.plan((steps + 1) * _num_bytes(call.sample) + steps * _num_bytes(call.model_output))
+            self.latents.append(self.store.keep(call.sample))
+        self.outputs.append(self.store.keep(call.model_output))
         self.gains.append(affine_step(scheduler, call)[1])
         return call.model_output
 
     def after_step(self, step: int, sample: Tensor) -> None:
-        self.latents.append(sample.detach().cpu())
+        self.latents.append(self.store.keep(sample))
+        if step == 0:
+            self.on_first_step(self)
 
     def end(self) -> None:
         """What was recorded stays."""
@@ -49,15 +68,24 @@ class Recorder:
         return len(self.outputs)
 
 
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 def gram_matrix(outputs: list[Tensor]) -> np.ndarray:
-    """G[i, j] = <o_i, o_j> / numel, pooled over prompts, (N, N) float64."""
+    """G[i, j] = <o_i, o_j> / numel, pooled over prompts, (N, N) float64.
+
+    In pieces of GRAM_VALUES values, so that its memory does not grow with the trajectories.
+    """
     num_steps = len(outputs)
-    gram = np.zeros((num_steps, num_steps))
-    for i in range(num_steps):
-        row = outputs[i].double().flatten()
-        for j in range(i, num_steps):
-            gram[i, j] = gram[j, i] = float(row @ outputs[j].double().flatten()) / row.numel()
-    return gram
+    flat = [output.flatten() for output in outputs]
+    size = flat[0].numel()
+    gram = torch.zeros(num_steps, num_steps, dtype=torch.float64)
+    width = max(1, GRAM_VALUES // num_steps)
+    for start in range(0, size, width):
+        piece = torch.stack([values[start : start + width].double() for values in flat])  # (N, width)
+        gram += piece @ piece.T
+    return ((gram + gram.T) / (2 * size)).numpy()
 
 
 def residuals(recorded: Recorder, rows: list[int] | None = None) -> list[Tensor]:
@@ -73,7 +101,8 @@ def residual_distances(residual: list[Tensor]) -> np.ndarray:
     distances = np.zeros((num_steps, num_steps))
     norms = [float(r.abs().double().mean()) for r in residual]
     for j in range(num_steps):
-        for i in range(num_steps):
-            if i != j:
-                distances[j, i] = float((residual[j] - residual[i]).abs().double().mean()) / max(norms[i], 1e-12)
+        for i in range(j + 1, num_steps):
+            difference = float((residual[j] - residual[i]).abs().double().mean())
+            distances[j, i] = difference / max(norms[i], 1e-12)
+            distances[i, j] = difference / max(norms[j], 1e-12)
     return distances

@@ -27,9 +27,10 @@ def combine(outputs: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     newest = outputs[0]
     if len(coefficients) == 1 and coefficients[0] == 1.0:
         return newest
-    total = newest.float() * coefficients[0]
+    # one float32 tensor in all: what .float() returns may be the cached output itself and must not be written to
+    total = newest * coefficients[0] if newest.dtype == torch.float32 else newest.float().mul_(coefficients[0])
     for index in range(1, min(len(outputs), len(coefficients))):
-        total = total.add_(outputs[index].float(), alpha=coefficients[index])
+        total.add_(outputs[index], alpha=coefficients[index])
     return total.to(newest.dtype)
 
 

@@ -66,8 +66,13 @@ def make_runs(
     kwargs: dict[str, Any],
     micro_batch: int,
     progress: bool,
+    memory_limit: int | None = None,
 ) -> Runs:
-    """Runs of a pipeline; prompt i with seed i, the shorter list repeated. Raises CalibrationError for none."""
+    """Runs of a pipeline; prompt i with seed i, the shorter list repeated. Raises CalibrationError for none.
+
+    Args:
+        memory_limit: bytes of recorded trajectories that may stay in memory; see `Recorder`.
+    """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = list(seeds)
     if not prompts or not seeds:
@@ -82,6 +87,7 @@ def make_runs(
         kwargs,
         micro_batch,
         bar,
+        Recorder(memory_limit),
     )
 
 

@@ -1,0 +1,125 @@
+"""What a LoRA or int8 weights cost with the base model's calibration: `python bench/changed_weights.py`.
+
+On the embedded FLUX pipeline: PSNR to the uncached result of the same changed weights, with the calibration of the
+base model and with one made for the changed weights. Needs peft and torchao; what is missing is left out and said.
+Writes bench/results/changed_weights.json.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+
+import ertacache
+from ertacache.files import write_atomically
+from ertacache.metrics import psnr
+from ertacache.provenance import library_versions
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "ERTACache4FLUX"
+RESULT = ROOT / "bench" / "results" / "changed_weights.json"
+ARGUMENTS = {"height": 64, "width": 64, "num_inference_steps": 28, "guidance_scale": 3.5, "max_sequence_length": 40}
+STEPS = 14
+
+
+def prompts_in(name: str, count: int) -> list[str]:
+    return (FOLDER / "prompts" / name).read_text().splitlines()[:count]
+
+
+def quality(pipe: Any, calibration: Any, prompts: list[str]) -> float:
+    """Mean PSNR in dB on held-out prompts, to the uncached result of the same weights."""
+
+    def sample() -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(500 + i) for i in range(len(prompts))]
+        return pipe(prompts, generator=generators, output_type="pt", **ARGUMENTS).images
+
+    reference = sample()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ertacache.MismatchWarning)
+        with ertacache.apply(pipe, calibration):
+            return float(psnr(sample(), reference).mean())
+
+
+def calibrated(pipe: Any, count: int) -> Any:
+    prompts = prompts_in("calibration.txt", count)
+    return ertacache.calibrate(pipe, prompts, seeds=range(count), computed_steps=STEPS, folds=0, **ARGUMENTS)
+
+
+def with_lora(strength: float) -> Callable[[Any], None]:
+    """Random low-rank changes of the attention, of `strength` times the size of the weights that they change."""
+
+    def change(pipe: Any) -> None:
+        import peft
+
+        targets = ["to_q", "to_k", "to_v"]
+        pipe.transformer.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=targets))
+        generator = torch.Generator().manual_seed(0)
+        for module in pipe.transformer.modules():
+            if hasattr(module, "lora_A"):
+                down, up = module.lora_A["default"].weight.data, module.lora_B["default"].weight.data
+                up.copy_(torch.randn(up.shape, generator=generator))
+                up.mul_(strength * module.base_layer.weight.norm() / (up @ down).norm())
+
+    return change
+
+
+def to_int8(pipe: Any) -> None:
+    from diffusers import FluxTransformer2DModel, TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    pipe.transformer = FluxTransformer2DModel.from_pretrained(
+        FOLDER / "tiny" / "transformer",
+        quantization_config=TorchAoConfig(Int8WeightOnlyConfig()),
+        torch_dtype=torch.float32,
+    )
+
+
+CHANGES = {
+    "LoRA of 3 %": with_lora(0.03),
+    "LoRA of 10 %": with_lora(0.1),
+    "LoRA of 30 %": with_lora(0.3),
+    "int8 weights": to_int8,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure what changed weights cost.")
+    parser.add_argument("--prompts", type=int, default=12, help="held-out prompts")
+    parser.add_argument("--calibration-prompts", type=int, default=16)
+    chosen = parser.parse_args()
+    prompts = prompts_in("held_out.txt", chosen.prompts)
+    base = FluxPipeline.from_pretrained(FOLDER / "tiny", dtype=torch.float32)
+    base.set_progress_bar_config(disable=True)
+    calibration = calibrated(base, chosen.calibration_prompts)
+    rows = [{"weights": "unchanged", "base_psnr": quality(base, calibration, prompts), "recalibrated_psnr": None}]
+    for name, change in CHANGES.items():
+        pipe = FluxPipeline(**{**base.components, "transformer": copy.deepcopy(base.transformer)})
+        pipe.set_progress_bar_config(disable=True)
+        try:
+            change(pipe)
+        except ImportError as error:
+            rows.append({"weights": name, "not_measured": str(error)})
+            continue
+        before = quality(pipe, calibration, prompts)
+        after = quality(pipe, calibrated(pipe, chosen.calibration_prompts), prompts)
+        rows.append({"weights": name, "base_psnr": before, "recalibrated_psnr": after})
+        print(rows[-1])
+    record = {
+        "model": "embedded FLUX",
+        "computed_steps": f"{STEPS} of 28",
+        "rows": rows,
+        "versions": library_versions(),
+    }
+    write_atomically(RESULT, json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

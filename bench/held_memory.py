@@ -1,0 +1,112 @@
+"""What caches hold: bytes of live tensors at the end of each step, beyond those of the uncached run.
+
+Counts storages, each once, so it sees what a process keeps on any device and not what an allocator has reserved.
+"""
+
+import gc
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
+
+import torch
+from step_timer import Call
+
+import ertacache
+from ertacache.baselines import (
+    FasterCache,
+    FirstBlockCache,
+    MagCache,
+    NotApplicable,
+    PyramidAttentionBroadcast,
+    SeaCache,
+    TaylorSeer,
+)
+from ertacache.calibration import Calibration
+
+ALWAYS = 1e9  # threshold; memory is that of a run that reuses whenever it may
+
+
+def live_bytes(device: torch.device) -> int:
+    """Bytes of all storages on the device that a Python object refers to; those of `gc.freeze` are left out."""
+    sizes: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == device.type:
+            storage = thing.untyped_storage()
+            with suppress(RuntimeError):  # tensors of torch.compile's that have shapes only
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def held_bytes(call: Call, device: torch.device) -> tuple[int, int | None]:
+    """(most bytes of the run's own tensors at the end of a step, peak allocated on a CUDA device) of one run."""
+    seen: list[int] = []
+
+    def look(*_: Any) -> dict[str, Any]:
+        seen.append(live_bytes(device))
+        return {}
+
+    gc.collect()
+    gc.freeze()  # weights and embeddings are no part of it, and looking through them takes long
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        with torch.no_grad():
+            call(callback_on_step_end=look)
+    finally:
+        gc.unfreeze()
+    return max(seen), torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def compare_memory(
+    pipe: Any, call: Call, calibration: Calibration, output_bytes: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """One entry a cache: bytes beyond the uncached run, and the same in units of one guided output."""
+    call()  # whatever the first run leaves behind is not the cache's
+    plain, plain_peak = held_bytes(call, device)
+    found = [{"method": "none", "held_bytes": plain, "peak_bytes": plain_peak}]
+    for name, attached in _caches(pipe, calibration):
+        try:
+            with attached:
+                held, peak = held_bytes(call, device)
+        except NotApplicable as reason:
+            found.append({"method": name, "not_applicable": str(reason)})
+            continue
+        found.append(
+            {
+                "method": name,
+                "held_bytes": held,
+                "peak_bytes": peak,
+                "beyond_uncached_bytes": held - plain,
+                "beyond_uncached_outputs": (held - plain) / output_bytes,
+                "peak_beyond_uncached_bytes": None if peak is None else peak - plain_peak,
+            }
+        )
+    return found
+
+
+def _caches(pipe: Any, calibration: Calibration) -> list[tuple[str, AbstractContextManager[Any]]]:
+    steps = calibration.num_inference_steps
+    series = {"cache_interval": 2, "max_order": 2, "disable_cache_before_step": 3}
+    settings = [
+        (TaylorSeer(lite=True), series),
+        (TaylorSeer(lite=False), series),
+        (FirstBlockCache(), {"threshold": ALWAYS}),
+        (MagCache([1.0] * steps), {"threshold": ALWAYS, "max_skip_steps": 1, "retention_ratio": 0.1}),
+        (SeaCache(), {"threshold": ALWAYS, "residual_order": 1, "max_consecutive_cached": 1}),
+        (PyramidAttentionBroadcast(), {"skip_range": 2, "lowest_timestep": -1, "highest_timestep": 1001}),
+        (FasterCache(), {"skip_range": 2, "highest_timestep": 901}),
+    ]
+    rivals = [(rival.name, rival.attach(pipe, setting)) for rival, setting in settings]
+    return [("ertacache", _applied(pipe, calibration)), *rivals]
+
+
+def _applied(pipe: Any, calibration: Calibration) -> AbstractContextManager[Any]:
+    """Attaches when the block is entered, not when it is written down."""
+
+    class Applying(nullcontext):
+        def __enter__(self) -> Any:
+            return ertacache.apply(pipe, calibration)
+
+        def __exit__(self, *_: Any) -> None:
+            ertacache.remove(pipe)
+
+    return Applying()

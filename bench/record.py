@@ -1,0 +1,52 @@
+"""What every bench shares: where results go, what they say about the machine, and the command line's short errors."""
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ertacache import provenance
+from ertacache.files import write_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Device, threads, dtype and versions: what a time depends on beside the settings."""
+    return {
+        "device": device_name(device),
+        "device_kind": device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": {**provenance.library_versions(), "python": platform.python_version()},
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the number of its cores that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_processor()} ({cores} cores)"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine() or "CPU"
+
+
+def write(name: str, record: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write `record` as <folder>/<name>.json and say where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = write_atomically(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    print(path, file=sys.stderr)
+    return path

@@ -1,0 +1,228 @@
+"""Puts the measured tables into docs/speed.md, and draws their figures.
+
+    python bench/speed_page.py           write tables and figures from bench/results/*.json
+    python bench/speed_page.py --check   change nothing, exit code 1 when the page says something else
+
+A section whose JSON is not there says which command makes it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from record import RESULTS, ROOT
+
+PAGE = ROOT / "docs" / "speed.md"
+Record = dict[str, Any]
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table; the first `left` columns are text, the others numbers."""
+    rule = ["---" if index < left else "---:" for index in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [list(header), rule, *map(list, lines)])
+
+
+def ran_on(record: Record) -> str:
+    """What a result was measured on, in a line."""
+    versions = record["versions"]
+    threads = f", {record['threads']} threads" if record["device_kind"] == "cpu" else ""
+    libraries = f"torch {versions['torch']}, diffusers {versions['diffusers']}"
+    return f"{record['model']}: {record['device']}{threads}, {record['dtype']}, {libraries}"
+
+
+def size_of(record: Record) -> str:
+    """Size, and how much of the real model it is."""
+    size = record["size"]
+    text = f"{size['width']}x{size['height']}" + (f"x{size['num_frames']}" if "num_frames" in size else "")
+    if record["weights"] == "trained":
+        return text
+    parameters = f"{record['parameters'] / 1e6:.0f} M parameters"
+    if record["full_size"]:
+        return f"{text}, full size, {parameters}"
+    fractions = f"{record['layers_fraction']:g} of the blocks, {record['scale']:g} of each side"
+    return f"{text}, **reduced**: {fractions}, {parameters}"
+
+
+def latency(records: Sequence[Record]) -> str:
+    header = ["Model and size", "Steps", "Uncached, s", "Cached, s", "Speed-up", "Ideal", "Realised / ideal"]
+    header += ["Reused step, % of a computed one"]
+    lines = [
+        [
+            f"{record['model']}, {size_of(record)}",
+            f"{len(row['computed_steps'])} of {row['num_inference_steps']}",
+            f"{row['uncached_seconds']:.3g}",
+            f"{row['cached_seconds']:.3g}",
+            f"{row['speedup']:.2f}x",
+            f"{row['ideal_speedup']:.2f}x",
+            f"{row['realised_over_ideal']:.3f}",
+            f"{row['reused_percent_of_computed']:.3g}",
+        ]
+        for record in records
+        for row in record["rows"]
+    ]
+    return f"{table(header, lines)}\n\n{_machines(records)}"
+
+
+def shares(records: Sequence[Record]) -> str:
+    header = ["Model and size", "Transformer, %", "Scheduler, %", "Rest of the pipeline, %"]
+    header += ["Reused step: scheduler and cache, ms", "Reused step: rest of the pipeline, ms"]
+    lines = []
+    for record in records:
+        row = record["rows"][0]
+        percents = [f"{row[f'{part}_percent']:.3g}" for part in ("transformer", "scheduler", "pipeline")]
+        times = [row["reused_scheduler_and_cache_seconds"], row["reused_pipeline_seconds"]]
+        lines.append([f"{record['model']}, {size_of(record)}", *percents, *(f"{1000 * t:.3g}" for t in times)])
+    return table(header, lines)
+
+
+def memory(records: Sequence[Record]) -> str:
+    header = ["Model and size", "Cache", "MiB beyond uncached", "in guided outputs", "Peak, MiB beyond"]
+    lines = []
+    for record in records:
+        for entry in record.get("memory", []):
+            if entry["method"] == "none":
+                continue
+            name = f"{record['model']}, {size_of(record)}"
+            if "not_applicable" in entry:
+                lines.append([name, entry["method"], "not applicable", "–", "–"])
+                continue
+            peak = entry["peak_beyond_uncached_bytes"]
+            numbers = [f"{entry['beyond_uncached_bytes'] / 2**20:.3g}", f"{entry['beyond_uncached_outputs']:.2f}"]
+            lines.append([name, entry["method"], *numbers, "–" if peak is None else f"{peak / 2**20:.3g}"])
+    return table(header, lines, left=2) if lines else ""
+
+
+def checks(records: Sequence[Record]) -> str:
+    header = ["Model and size", "Host syncs in the loop: uncached, cached, by the cache"]
+    header += ["CUDA graph of a computed step, of a reused one", "Compiled graphs: uncached, cached"]
+    lines = []
+    for record in records:
+        if "checks" in record:
+            syncs, graphs, compiled = (record["checks"][k] for k in ("host_syncs", "cuda_graphs", "compile"))
+            texts = [one.get("skipped") or ", ".join(str(v) for v in one.values()) for one in (syncs, graphs, compiled)]
+            lines.append([f"{record['model']}, {size_of(record)}", *texts])
+    return table(header, lines, left=4) if lines else ""
+
+
+def prompts(records: Sequence[Record]) -> str:
+    header = ["Model", "Steps", "Prompts", "PSNR, dB (lowest, highest draw)", "p10, dB", "Predicted, dB"]
+    header += ["Evaluations", "Seconds"]
+    lines = [
+        [
+            record["model"],
+            f"{row['computed_steps']} of {row['num_inference_steps']}",
+            str(row["prompts"]),
+            f"{row['psnr']:.2f} ({row['psnr_lowest']:.2f}, {row['psnr_highest']:.2f})",
+            f"{row['psnr_p10']:.2f}",
+            "–" if row["predicted_psnr"] is None else f"{row['predicted_psnr']:.2f}",
+            str(row["evaluations"]),
+            f"{row['calibration_seconds']:.3g}",
+        ]
+        for record in records
+        for row in record["rows"]
+    ]
+    figure = "![held-out PSNR over calibration prompts](speed-prompts.png)"
+    held = ", ".join(str(record["held_out_prompts"]) for record in records)
+    return f"{table(header, lines, left=2)}\n\nHeld-out prompts: {held}.\n\n{_machines(records)}\n\n{figure}"
+
+
+def scaling(records: Sequence[Record]) -> str:
+    record = records[0]
+    header = ["Grows", "from .. to", "recording", "Gram matrix", "policy", "fitting", "policy at the largest, s"]
+    lines = [
+        [
+            one["varied"],
+            f"{one['numbers'][0]} .. {one['numbers'][-1]}",
+            *(f"{one['growth'][stage]:.2f}" for stage in ("record", "gram", "policy", "fit")),
+            f"{one['seconds']['policy'][-1]:.3g}",
+        ]
+        for one in record["series"]
+    ]
+    figure = "![seconds of each stage over what grows](speed-scaling.png)"
+    return f"Exponents of growth.\n\n{table(header, lines, left=2)}\n\n{_machines(records)}\n\n{figure}"
+
+
+def few_steps(records: Sequence[Record]) -> str:
+    header = ["Model", "N", "K", "Speed-up", "Ideal", "ERTACache, dB (p10)", "K plain steps, dB (p10)"]
+    lines = [
+        [
+            record["model"],
+            str(row["num_inference_steps"]),
+            str(len(row["computed_steps"])),
+            f"{row['speedup']:.2f}x",
+            f"{row['ideal_speedup']:.2f}x",
+            f"{row['psnr']:.1f} ({row['psnr_p10']:.1f})",
+            f"{row['fewer_steps_psnr']:.1f} ({row['fewer_steps_psnr_p10']:.1f})",
+        ]
+        for record in records
+        for row in record["rows"]
+    ]
+    figure = "![PSNR over speed-up at few steps](speed-few-steps.png)"
+    return f"{table(header, lines)}\n\n{_machines(records)}\n\n{figure}"
+
+
+def _machines(records: Sequence[Record]) -> str:
+    return "Measured on: " + "; ".join(dict.fromkeys(ran_on(record) for record in records)) + "."
+
+
+# section of the page -> (what makes it, JSON files, command that makes those)
+SECTIONS: dict[str, tuple[Callable[[Sequence[Record]], str], str, str]] = {
+    "latency": (latency, "latency_*", "python bench/latency.py"),
+    "shares": (shares, "latency_*", "python bench/latency.py"),
+    "memory": (memory, "latency_*", "python bench/latency.py --memory"),
+    "checks": (checks, "latency_*", "python bench/latency.py --checks"),
+    "prompts": (prompts, "prompts_needed_*", "python bench/prompts_needed.py"),
+    "scaling": (scaling, "scaling", "python bench/scaling.py"),
+    "few-steps": (few_steps, "few_steps_*", "python bench/few_steps.py"),
+}
+
+
+def read(pattern: str, folder: Path) -> list[Record]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{pattern}.json"))]
+
+
+def section(name: str, folder: Path = RESULTS) -> str:
+    """The Markdown of a section, from whatever results there are."""
+    make, pattern, command = SECTIONS[name]
+    records = read(pattern, folder)
+    return (make(records) if records else "") or f"Not measured yet: `{command}`."
+
+
+def filled(text: str, folder: Path = RESULTS) -> str:
+    """The page with every section between its markers; ValueError where a marker is missing."""
+    for name in SECTIONS:
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ValueError(f"expected the markers {begin} and {end}, once each")
+        before, after = text[: text.index(begin)], text[text.index(end) :]
+        text = f"{before}{begin}\n\n{section(name, folder)}\n\n{after}"
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if something would change")
+    options = parser.parse_args(argv)
+    from speed_plots import FIGURES, draw, is_current
+
+    before = PAGE.read_text(encoding="utf-8")
+    after = filled(before)
+    stale = [name for name in FIGURES if not is_current(name)]
+    if options.check:
+        if before != after or stale:
+            names = ", ".join(stale) or PAGE.name
+            print(f"speed_page: {names} differs from bench/results: run python bench/speed_page.py", file=sys.stderr)
+            return 1
+        return 0
+    PAGE.write_text(after, encoding="utf-8")
+    for name in stale:
+        draw(name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Times the denoising loop of a pipeline step by step, on the device's own time line.
+
+On CUDA the marks are events, which nobody waits for before the loop is over; on a CPU they are readings of the clock.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from ertacache.baselines.base import replaced
+
+Call = Callable[..., Any]  # runs the pipeline; takes callback_on_step_end
+
+
+@dataclass
+class Timings:
+    """Seconds of one run.
+
+    Attributes:
+        steps: each step of the loop, with everything that the pipeline does in it.
+        transformer: of each step, inside the transformer's forward.
+        scheduler: of each step, inside scheduler.step and whatever is attached to it.
+    """
+
+    steps: list[float] = field(default_factory=list)
+    transformer: list[float] = field(default_factory=list)
+    scheduler: list[float] = field(default_factory=list)
+
+    @property
+    def loop(self) -> float:
+        return sum(self.steps)
+
+    @property
+    def pipeline(self) -> list[float]:
+        """What each step spends outside the transformer and the scheduler."""
+        return [a - b - c for a, b, c in zip(self.steps, self.transformer, self.scheduler, strict=True)]
+
+
+class Marks:
+    """Points in time of one run."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+
+    def now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two marks; on CUDA only after the device has passed them."""
+        return start.elapsed_time(end) / 1000 if self.cuda else end - start
+
+
+def time_run(pipe: Any, call: Call, device: torch.device) -> Timings:
+    """One run of `call` on `pipe`, with or without something attached to it."""
+    marks = Marks(device)
+    ends: list[Any] = []
+    inside: dict[str, list[list[tuple[Any, Any]]]] = {"transformer": [[]], "scheduler": [[]]}
+
+    def step_ends(*_: Any) -> dict[str, Any]:
+        ends.append(marks.now())
+        for spans in inside.values():
+            spans.append([])
+        return {}
+
+    with (
+        _loop_start(pipe, lambda: ends.append(marks.now())),
+        replaced(pipe.transformer, "forward", _timed(pipe.transformer.forward, marks, inside["transformer"])),
+        replaced(pipe.scheduler, "step", _timed(pipe.scheduler.step, marks, inside["scheduler"])),
+        torch.no_grad(),
+    ):
+        call(callback_on_step_end=step_ends)
+    if marks.cuda:
+        torch.cuda.synchronize(device)
+    steps = [marks.seconds(a, b) for a, b in pairwise(ends)]
+    sums = {
+        name: [sum(marks.seconds(a, b) for a, b in step) for step in spans[: len(steps)]]
+        for name, spans in inside.items()
+    }
+    return Timings(steps, **sums)
+
+
+def _timed(original: Callable[..., Any], marks: Marks, spans: list[list[tuple[Any, Any]]]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = marks.now()
+        result = original(*args, **kwargs)
+        spans[-1].append((start, marks.now()))
+        return result
+
+    return timed
+
+
+@contextmanager
+def _loop_start(pipe: Any, begin: Callable[[], None]) -> Iterator[None]:
+    """Calls `begin` where the pipeline opens its progress bar, which encloses the loop over the steps."""
+    original = pipe.progress_bar
+
+    def opening(*args: Any, **kwargs: Any) -> Any:
+        bar = original(*args, **kwargs)
+        begin()
+        return bar
+
+    with replaced(pipe, "progress_bar", opening):
+        yield
+
+
+def compare(uncached: list[Timings], cached: list[Timings], computed_steps: list[int]) -> dict[str, Any]:
+    """Medians over the repeats, seconds; per step over the repeats' steps of a kind, step 0 left out."""
+    num_steps = len(uncached[0].steps)
+    computed = [i for i in computed_steps if i > 0] or [0]
+    reused = [i for i in range(num_steps) if i not in computed_steps]
+    slow, fast = (statistics.median(run.loop for run in runs) for runs in (uncached, cached))
+    fresh = _median(uncached, "steps", range(1, num_steps))
+    spared = _median(cached, "steps", reused)
+    ideal = num_steps / len(computed_steps)
+    return {
+        "num_inference_steps": num_steps,
+        "computed_steps": computed_steps,
+        "uncached_seconds": slow,
+        "cached_seconds": fast,
+        "speedup": slow / fast,
+        "ideal_speedup": ideal,
+        "realised_over_ideal": slow / fast / ideal,
+        "uncached_step_seconds": fresh,
+        "computed_step_seconds": _median(cached, "steps", computed),
+        "reused_step_seconds": spared,
+        "reused_percent_of_computed": 100 * spared / fresh,
+        "transformer_percent": 100 * _median(uncached, "transformer", range(1, num_steps)) / fresh,
+        "scheduler_percent": 100 * _median(uncached, "scheduler", range(1, num_steps)) / fresh,
+        "pipeline_percent": 100 * _median(uncached, "pipeline", range(1, num_steps)) / fresh,
+        # of a reused step: the scheduler with the cache attached to it, and the rest of the pipeline's loop
+        "reused_scheduler_and_cache_seconds": _median(cached, "scheduler", reused),
+        "reused_pipeline_seconds": _median(cached, "pipeline", reused),
+        "uncached_scheduler_seconds": _median(uncached, "scheduler", range(1, num_steps)),
+        "repeats": len(cached),
+    }
+
+
+def _median(runs: list[Timings], part: str, steps: Any) -> float:
+    values = [getattr(run, part)[i] for run in runs for i in steps]
+    return statistics.median(values) if values else 0.0

@@ -1,0 +1,46 @@
+"""Keeps recorded trajectories on the host: in memory, or in files once they outgrow a limit."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class TrajectoryStore:
+    """Keeps host copies of tensors in their own dtype, so that what comes back is bit for bit what went in.
+
+    Above the limit each tensor lives in a file of its own that is mapped into memory: reading it works as ever, and
+    the operating system drops its pages when memory is short. The files go when the store and its tensors do.
+
+    Args:
+        limit: bytes that may stay in memory; None for no limit.
+        folder: where the files go; None for the system's temporary folder.
+    """
+
+    def __init__(self, limit: int | None = None, folder: str | Path | None = None):
+        self.limit = limit
+        self.folder = folder
+        self.planned = 0
+        self._files: tempfile.TemporaryDirectory | None = None
+        self._count = 0
+
+    @property
+    def on_disk(self) -> bool:
+        return self._files is not None
+
+    def plan(self, total_bytes: int) -> None:
+        """Say how much is going to be kept; decides where all of it goes."""
+        self.planned = total_bytes
+        if self.limit is not None and total_bytes > self.limit:
+            self._files = tempfile.TemporaryDirectory(prefix="ertacache-", dir=self.folder)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A contiguous host copy of `tensor`, in memory or in a file."""
+        if self._files is None:
+            # a copy even of a host tensor: the sampling loop may write into its own
+            return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        path = Path(self._files.name) / f"{self._count:05d}.bin"
+        self._count += 1
+        mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        return mapped.view(tensor.shape).copy_(tensor.detach())
