@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from PIL import Image
 from record import RESULTS, ROOT
 
@@ -23,7 +24,9 @@ def scaling(records: Sequence[dict[str, Any]]) -> Figure:
     for axes, one in zip(panels, series, strict=True):
         for stage, label in STAGES.items():
             axes.loglog(one["numbers"], one["seconds"][stage], marker="o", ms=3, label=label)
-        axes.set(xlabel=one["varied"])
+        axes.set(xlabel=one["varied"], xticks=one["numbers"], xticklabels=map(str, one["numbers"]))
+        axes.tick_params("x", which="both", labelsize=7, rotation=45)
+        axes.xaxis.set_minor_formatter(NullFormatter())  # ticks are what was measured, and no others
         axes.grid(color="#e6e6e6")
     panels[0].set(ylabel="seconds")
     panels[0].legend(fontsize=7)

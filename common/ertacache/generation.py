@@ -190,7 +190,7 @@ def calibration_name(settings: Settings, model: ModelFolder) -> str:
         settings.method,
         goal_part,
     ]
-    if settings.search_budget:
+    if settings.search_budget and settings.method == "ertacache":
         parts.append(f"search{settings.search_budget}")
     return "-".join(parts) + ".json"
 
