@@ -11,7 +11,7 @@ The method follows arXiv 2508.21091 and goes beyond it; see docs/method.md.
 from ertacache.api import Applied, apply, remove
 from ertacache.calibrate import calibrate
 from ertacache.calibration import Calibration
-from ertacache.errors import CalibrationError, ERTACacheError, MismatchError, MismatchWarning, StateError
+from ertacache.errors import CalibrationError, ERTACacheError, MismatchError, MismatchWarning, NumericsError, StateError
 
 __all__ = [
     "Applied",
@@ -20,6 +20,7 @@ __all__ = [
     "ERTACacheError",
     "MismatchError",
     "MismatchWarning",
+    "NumericsError",
     "StateError",
     "apply",
     "calibrate",

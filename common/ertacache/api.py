@@ -40,7 +40,9 @@ class Applied:
         remove(self.pipe)
 
 
-def apply(pipe: Any, calibration: Calibration | str | Path, *, converted: bool = False) -> Applied:
+def apply(
+    pipe: Any, calibration: Calibration | str | Path, *, converted: bool = False, check_finite: bool = True
+) -> Applied:
     """Attach `calibration` (or the file of that name) to a pipeline that has a transformer and a scheduler.
 
     Works at once; `remove(pipe)`, or leaving a `with` block, takes it off. A calibration that is already
@@ -51,6 +53,8 @@ def apply(pipe: Any, calibration: Calibration | str | Path, *, converted: bool =
             official packages. Then the guidance scale cannot be compared with the calibrated one.
         converted: for a transformer alone: it holds the calibrated weights in the class of another package, so that
             class, configuration and weights are not compared.
+        check_finite: at the end of a pipeline's run, raise NumericsError naming the step whose output held NaN or
+            Inf; reads one number per step from the device, all of them after the last step.
 
     Raises:
         CalibrationError: the file is not a valid calibration.
@@ -66,18 +70,23 @@ def apply(pipe: Any, calibration: Calibration | str | Path, *, converted: bool =
         _check_free(pipe)
         check_bare_model(calibration, pipe, converted)
         return Applied(pipe, calibration, ModelAttachment(pipe, calibration))
-    for part in ("transformer", "scheduler"):
-        if getattr(pipe, part, None) is None:
-            raise MismatchError(
-                f"{type(pipe).__name__} has no {part}: ERTACache attaches to a transformer and a scheduler"
-            )
+    _check_parts(pipe)
     if converted:
         raise MismatchError("converted=True is for a transformer alone, not for a pipeline")
     calibration = _loaded(calibration)
     remove(pipe)
     _check_free(pipe.transformer)
     check_pipeline(calibration, pipe)
-    return Applied(pipe, calibration, Attachment(pipe, Replay(calibration, pipe)))
+    attachment = Attachment(pipe, Replay(calibration, pipe), check="end" if check_finite else None)
+    return Applied(pipe, calibration, attachment)
+
+
+def _check_parts(pipe: Any) -> None:
+    for part in ("transformer", "scheduler"):
+        if getattr(pipe, part, None) is None:
+            raise MismatchError(
+                f"{type(pipe).__name__} has no {part}: ERTACache attaches to a transformer and a scheduler"
+            )
 
 
 def _check_free(transformer: nn.Module) -> None:

@@ -7,6 +7,7 @@ trajectory, `replay.Replay` generates with a finished calibration.
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -15,8 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ertacache.errors import StateError
+from ertacache.finite import FiniteCheck
+from ertacache.micro_batches import call_in_micro_batches
+from ertacache.patching import CachedTransformer, follow, put_in_front, take_off, uncompiled
 from ertacache.solver import StepCall, first_output, host_grid
 
+__all__ = ["Attachment", "CachedTransformer", "Controller", "attached"]
 TRANSFORMER_NAMES = ("transformer", "transformer_2")
 TIMESTEP_TOLERANCE = 1.0
 
@@ -40,54 +45,23 @@ class Controller(Protocol):
         """The run is over, or given up: drop what it held."""
 
 
-class CachedTransformer:
-    """Mixin for a transformer class: its call runs the model on computed steps and not on reused ones.
+class Attachment:
+    """Follows the runs of one pipeline; all of its state is on the host.
 
-    On a reused step it returns an expanded zero of the model output's shape and dtype: no memory, no work.
-    The scheduler's step knows that the step is reused and takes the rectified output instead.
+    Args:
+        micro_batch: how many samples the transformer sees at a time; None for all.
+        check: when outputs are checked for NaN and Inf: at every "step", at the "end" of a run, or never (None).
     """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        attachment = self.__dict__.get("_ertacache")
-        if attachment is None:
-            return super().__call__(*args, **kwargs)
-        return attachment.call(super().__call__, self, args, kwargs)
-
-
-@functools.cache
-def cached_class(transformer_class: type) -> type:
-    """`transformer_class` with `CachedTransformer` in front; it holds no state and keeps the name."""
-    namespace = {"__module__": transformer_class.__module__, "__qualname__": transformer_class.__qualname__}
-    return type(transformer_class.__name__, (CachedTransformer, transformer_class), namespace)
-
-
-def put_in_front(transformer: nn.Module, attachment: Any) -> None:
-    """From now on `attachment.call(call, module, args, kwargs)` answers the transformer's calls."""
-    if not isinstance(transformer, CachedTransformer):
-        transformer.__class__ = cached_class(type(transformer))
-    transformer.__dict__["_ertacache"] = attachment
-
-
-def take_off(transformer: nn.Module) -> None:
-    """Undo `put_in_front`; a class that was written with the mixin stays."""
-    transformer.__dict__.pop("_ertacache", None)
-    original = type(transformer).__mro__[2]
-    if type(transformer) is cached_class(original):
-        transformer.__class__ = original
-
-
-class Attachment:
-    """Follows the runs of one pipeline; all of its state is on the host."""
-
-    def __init__(self, pipe: Any, controller: Controller, micro_batch: int | None = None):
-        self.pipe = pipe
-        self.controller = controller
-        self.micro_batch = micro_batch
+    def __init__(self, pipe: Any, controller: Controller, micro_batch: int | None = None, check: str | None = "step"):
+        self.pipe, self.controller = pipe, controller
+        self.micro_batch, self.check = micro_batch, check
         self.scheduler = pipe.scheduler
-        self.transformers = [getattr(pipe, n) for n in TRANSFORMER_NAMES if getattr(pipe, n, None) is not None]
+        self.transformers: dict[str, nn.Module] = {}
         self.step: int | None = None
         self.timesteps: list[float] = []
         self.structure: tuple[type, torch.Size, torch.dtype, torch.device] | None = None
+        self.finite = FiniteCheck()
         self.computed_calls = 0
         self.reused_calls = 0
         self.on_computed: Callable[[], None] = lambda: None
@@ -95,39 +69,60 @@ class Attachment:
     # -- attaching ---------------------------------------------------------------------------------------
 
     def attach(self) -> "Attachment":
-        for transformer in self.transformers:
+        if isinstance(getattr(self.scheduler.__dict__.get("step"), "attachment", None), Attachment):
+            raise StateError("this scheduler is attached already, as part of another pipeline: give each its own")
+        self.transformers = self._present()
+        for transformer in self.transformers.values():
             put_in_front(transformer, self)
         self._signature = inspect.signature(self.scheduler.step)
         self._original_step = self.scheduler.step
         self._original_set_timesteps = self.scheduler.set_timesteps
+        self._replaced = {name: self.scheduler.__dict__.get(name) for name in ("step", "set_timesteps")}
         # functions, not methods, so that they can carry the originals' signatures, which pipelines inspect
         self.scheduler.step = functools.wraps(self._original_step)(lambda *a, **k: self._step(*a, **k))
         self.scheduler.set_timesteps = functools.wraps(self._original_set_timesteps)(
             lambda *a, **k: self._set_timesteps(*a, **k)
         )
-        self.pipe.__dict__["_ertacache"] = self
+        self.scheduler.step.attachment = self
+        follow(self.pipe, self)
         return self
 
     def detach(self) -> None:
         """Leave the pipeline as it was before `attach`."""
-        self._finish()
-        for transformer in self.transformers:
+        self.finish()
+        for transformer in self.transformers.values():
             take_off(transformer)
-        self.scheduler.__dict__.pop("step", None)
-        self.scheduler.__dict__.pop("set_timesteps", None)
-        self.pipe.__dict__.pop("_ertacache", None)
+        for name, own in self._replaced.items():
+            self.scheduler.__dict__.pop(name, None)
+            if own is not None:
+                self.scheduler.__dict__[name] = own
+        take_off(self.pipe)
+
+    def _present(self) -> dict[str, nn.Module]:
+        return {n: getattr(self.pipe, n) for n in TRANSFORMER_NAMES if getattr(self.pipe, n, None) is not None}
+
+    def _follow_compiled(self) -> None:
+        """Move in front of a wrapper that `torch.compile` has put around a transformer since."""
+        for name, transformer in self._present().items():
+            old = self.transformers.get(name)
+            if transformer is old:
+                continue
+            if old is None or uncompiled(transformer) is not uncompiled(old):
+                raise StateError(f"the pipeline's {name} was replaced after ertacache.apply: remove and apply again")
+            take_off(old)
+            put_in_front(transformer, self)
+            self.transformers[name] = transformer
 
     # -- the transformer's side --------------------------------------------------------------------------
 
     def call(self, call: Any, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the transformer, or return an expanded zero in its place."""
-        return self.compute(call, module, args, kwargs) if self.should_compute() else self.placeholder()
-
-    def should_compute(self) -> bool:
         if self.pipe.scheduler is not self.scheduler:
             raise StateError("the pipeline's scheduler was replaced after ertacache.apply: remove and apply again")
-        # outside a run the transformer is somebody else's: it runs as ever
-        return self.step is None or self.controller.should_compute(self.step)
+        if self.step is None or threading.get_ident() != self._thread:
+            return call(*args, **kwargs)  # outside a run the transformer is somebody else's: it runs as ever
+        computes = self.controller.should_compute(self.step)
+        return self.compute(call, module, args, kwargs) if computes else self.placeholder()
 
     def compute(self, call: Any, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         output = call_in_micro_batches(call, module, args, kwargs, self.micro_batch)
@@ -147,25 +142,34 @@ class Attachment:
     # -- the scheduler's side ----------------------------------------------------------------------------
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
-        self._finish()
+        self.finish()
+        self._follow_compiled()
         result = self._original_set_timesteps(*args, **kwargs)
         self.controller.begin(self.scheduler)
         self.timesteps = host_grid(self.scheduler)[0]
-        self.step = 0
+        self.step, self._thread = 0, threading.get_ident()
+        self._calls_before = self.computed_calls + self.reused_calls
         return result
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         call = StepCall.bind(self._signature, args, kwargs)
         step = self._checked_step(call)
         output = self.controller.model_output(step, call, self.scheduler)
+        if self.check is not None:
+            self.finite.see(output)
+        if self.check == "step":
+            self.finite.verify(step, self.controller.should_compute)
         new_args, new_kwargs = call.arguments_with(output)
         result = self._original_step(*new_args, **new_kwargs)
         self.controller.after_step(step, first_output(result))
         if self.controller.should_compute(step):
             self.on_computed()
         self.step = step + 1
+        self._calls_before = self.computed_calls + self.reused_calls
         if self.step == len(self.timesteps):
-            self._finish()
+            if self.check == "end":
+                self.finite.verify(0, self.controller.should_compute)
+            self.finish()
         return result
 
     def _checked_step(self, call: StepCall) -> int:
@@ -175,47 +179,50 @@ class Attachment:
         if self.step == 0 and begin:
             raise StateError(f"the run starts at step {begin} of the grid; ERTACache needs a run from step 0")
         self._check_timestep(call.timestep)
+        if self.computed_calls + self.reused_calls == self._calls_before:
+            raise StateError(
+                f"step {self.step} came without a call of the transformer that ERTACache is attached to: another "
+                "module, another thread, or its forward was called directly; apply to the one that is called"
+            )
         return self.step
 
     def _check_timestep(self, timestep: Any) -> None:
-        """Compare with the host copy of the grid, unless that would read from a device."""
-        if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
+        """Compare with the grid without reading from a device: by its place in the grid's memory, or its value.
+
+        A device is waited for once a run at most, at its first step, for a loop that copies its timesteps.
+        """
+        index = place_in_grid(timestep, self.scheduler.timesteps)
+        if index is not None:
+            if index != self.step:
+                self._refuse_timestep(f"is at step {index} of the grid")
+            return
+        if isinstance(timestep, Tensor) and timestep.device.type != "cpu" and self.step > 0:
             return
         if isinstance(timestep, (int, float, Tensor)) and torch.as_tensor(timestep).numel() == 1:
             expected = self.timesteps[self.step]
             if abs(float(timestep) - expected) > TIMESTEP_TOLERANCE:
-                raise StateError(
-                    f"step {self.step} of the run has timestep {float(timestep):g}, the grid has {expected:g} there; "
-                    "ERTACache needs a run that visits every step of the grid in order"
-                )
+                self._refuse_timestep(f"has timestep {float(timestep):g}, the grid has {expected:g} there")
 
-    def _finish(self) -> None:
+    def _refuse_timestep(self, what: str) -> None:
+        raise StateError(
+            f"step {self.step} of the run {what}; ERTACache needs a run that visits every step of the grid in order"
+        )
+
+    def finish(self) -> None:
+        """The run is over, or was given up: hold nothing of it."""
         self.step = None
         self.structure = None
+        self.finite.forget()
         self.controller.end()
 
 
-def call_in_micro_batches(call: Any, module: nn.Module, args: tuple, kwargs: dict[str, Any], size: int | None) -> Any:
-    """Call a transformer on slices of its batch, so that its peak memory stays that of `size` samples.
-
-    Tensors are sliced whose first dimension is the batch of the first argument; position ids are not.
-    """
-    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
-    names = list(bound.arguments)[1:]
-    batch = bound.arguments[names[0]].shape[0] if names and isinstance(bound.arguments[names[0]], Tensor) else 1
-    if size is None or batch <= size:
-        return call(*args, **kwargs)
-
-    def piece(name: str, value: Any, start: int) -> Any:
-        batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch
-        return value[start : start + size] if batched and not name.endswith("_ids") else value
-
-    outputs = []
-    for start in range(0, batch, size):
-        sliced = {name: piece(name, bound.arguments[name], start) for name in names}
-        outputs.append(call(**sliced))
-    joined = torch.cat([first_output(output) for output in outputs])
-    return (joined,) if isinstance(outputs[0], tuple) else type(outputs[0])(joined)
+def place_in_grid(timestep: Any, grid: Any) -> int | None:
+    """Index in the grid of a timestep that is a view of it; None where it is something of its own."""
+    if not (isinstance(timestep, Tensor) and isinstance(grid, Tensor)) or grid.is_meta or not grid.stride(0):
+        return None
+    if timestep.untyped_storage().data_ptr() != grid.untyped_storage().data_ptr():
+        return None
+    return (timestep.storage_offset() - grid.storage_offset()) // grid.stride(0)
 
 
 @contextmanager

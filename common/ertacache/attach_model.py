@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ertacache.attach import put_in_front, take_off
 from ertacache.calibration import Calibration
 from ertacache.errors import MismatchError, MismatchWarning, StateError
 from ertacache.model_run import Branch, Run
+from ertacache.patching import put_in_front, take_off, uncompiled
 from ertacache.rectification import combine
 from ertacache.replay import check_model, check_weights
 
@@ -114,6 +114,8 @@ def check_bare_model(calibration: Calibration, model: nn.Module, converted: bool
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside torch's wrappers, whose forward names its arguments."""
+    if uncompiled(model) is not model:  # its wrapper has no forward of its own in its class
+        return unwrapped(uncompiled(model))
     for name in WRAPPED_NAMES:
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module) and "forward" in vars(type(model)):

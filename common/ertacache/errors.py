@@ -17,5 +17,9 @@ class StateError(ERTACacheError, RuntimeError):
     """The pipeline's calls do not form a run that the cache can follow."""
 
 
+class NumericsError(ERTACacheError, ArithmeticError):
+    """A model output holds NaN or Inf; says at which step."""
+
+
 class MismatchWarning(UserWarning):
     """The run differs from the calibrated one in something that costs quality but not correctness."""

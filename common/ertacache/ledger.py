@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ class Ledger:
         """The kept result `name`, or what `make` returns, which is then kept."""
         path = self.path(name, ".json")
         if path.exists():
-            return json.loads(path.read_text())
+            try:
+                return json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:  # damaged after it was written: a broken disk, or an editor
+                print(f"{path} is damaged: made again", file=sys.stderr)
         result = make()
         write_atomically(path, json.dumps(result))
         return result

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ertacache.attach import CachedTransformer
+from ertacache.patching import CachedTransformer, uncompiled
 
-FINGERPRINT_TENSORS = 24
-FINGERPRINT_VALUES = 64
+FINGERPRINT_VALUES = 4  # of every parameter: a LoRA or a fine-tuning may change a few of them only
 VERSIONED = ("ertacache", "torch", "diffusers", "transformers")
 
 
@@ -28,7 +27,8 @@ def model_identity(transformer: nn.Module, name: str | None = None) -> dict[str,
 
 
 def class_name(model: nn.Module) -> str:
-    """The model's class, without the mixin that reuses its output."""
+    """The model's class, without the mixin that reuses its output and without torch.compile's wrapper."""
+    model = uncompiled(model)
     return next(kind.__name__ for kind in type(model).__mro__ if not issubclass(kind, CachedTransformer))
 
 
@@ -56,18 +56,56 @@ def config_hash(model: Any) -> str | None:
 
 
 def weights_fingerprint(model: nn.Module) -> str | None:
-    """A cheap hash of a few values of a few parameters; changes with a LoRA, quantisation or fine-tuning."""
+    """A cheap hash of a few values of every parameter; changes with a LoRA, quantisation or fine-tuning.
+
+    The same in memory, offloaded (as accelerate does it) and compiled; None where the weights are out of reach.
+    Reads from each device once.
+    """
+    model = uncompiled(model)
     named = sorted(model.named_parameters(), key=lambda pair: pair[0])
-    stride = max(1, len(named) // FINGERPRINT_TENSORS)
     digest = hashlib.sha256(str(len(named)).encode())
-    for name, parameter in named[::stride]:
-        if parameter.is_meta:
+    samples: list[torch.Tensor] = []
+    for name, parameter in named:
+        values = parameter.detach()
+        if values.is_meta:
+            values = _offloaded(model, name)
+        if values is None:
             return None
-        flat = parameter.detach().flatten()
-        values = flat[:: max(1, flat.numel() // FINGERPRINT_VALUES)][:FINGERPRINT_VALUES]
-        digest.update(name.encode())
-        digest.update(values.to(torch.float32).cpu().numpy().tobytes())
+        digest.update(f"{name} {tuple(values.shape)}".encode())
+        if type(values) is not torch.Tensor and type(values) is not nn.Parameter:
+            digest.update(type(values).__name__.encode())  # quantised: its numbers are packed
+            continue
+        samples.append(_sample(values))
+    for values in _on_host(samples):
+        digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _sample(values: torch.Tensor) -> torch.Tensor:
+    flat = values.reshape(-1)
+    return flat[:: max(1, flat.numel() // FINGERPRINT_VALUES)][:FINGERPRINT_VALUES].to(torch.float32)
+
+
+def _on_host(samples: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies on the host in the same order, with one transfer from each device."""
+    found: list[torch.Tensor] = [torch.empty(0)] * len(samples)
+    for device in {sample.device for sample in samples}:
+        places = [i for i, sample in enumerate(samples) if sample.device == device]
+        joined = torch.cat([samples[i] for i in places]).cpu()
+        for i, piece in zip(places, joined.split([len(samples[i]) for i in places]), strict=True):
+            found[i] = piece
+    return found
+
+
+def _offloaded(model: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter that accelerate keeps on the host while its module holds an empty one."""
+    path, _, leaf = name.rpartition(".")
+    hook = getattr(model.get_submodule(path), "_hf_hook", None)
+    for part in [hook, *getattr(hook, "hooks", ())]:
+        weights = getattr(part, "weights_map", None)
+        if weights is not None and leaf in weights:
+            return weights[leaf]
+    return None
 
 
 def prompts_hash(prompts: Sequence[str], seeds: Sequence[int] = ()) -> str:

@@ -11,6 +11,7 @@ from ertacache import provenance, solver
 from ertacache.calibration import Calibration
 from ertacache.errors import MismatchError, MismatchWarning
 from ertacache.rectification import combine, rectify
+from ertacache.schema import printable, shown
 from ertacache.solver import StepCall
 from ertacache.timesteps import timesteps_on
 
@@ -28,8 +29,10 @@ class Replay:
         longest = max((len(row) for row in calibration.coefficients or [[1.0]]), default=1)
         self.history: deque[Tensor] = deque(maxlen=longest)
         self.residual: Tensor | None = None
+        self.weights = self._weights()
 
     def begin(self, scheduler: Any) -> None:
+        self.begin_weights()
         check_grid(self.calibration, *solver.host_grid(scheduler))
         guidance, calibrated = getattr(self.pipe, "guidance_scale", None), self.calibration.guidance_scale
         if None not in (guidance, calibrated) and abs(guidance - calibrated) > 1e-6:
@@ -38,6 +41,17 @@ class Replay:
             set_grid(scheduler, self.calibration.adjusted_sigmas, self.calibration)
         elif self.calibration.adjusted_timesteps is not None:
             solver.put_on_timesteps(scheduler, self.calibration.adjusted_timesteps)
+
+    def begin_weights(self) -> None:
+        """Warn where a LoRA was loaded or fused, or the weights changed otherwise, since the last run."""
+        present = self._weights()
+        if present != self.weights:
+            self.weights = present
+            check_weights(self.calibration, self.pipe.transformer)
+
+    def _weights(self) -> str | None:
+        known = self.calibration.model.get("weights_fingerprint")
+        return provenance.weights_fingerprint(self.pipe.transformer) if known else None
 
     def should_compute(self, step: int) -> bool:
         return step in self.computed
@@ -75,7 +89,7 @@ class Replay:
 def check_pipeline(calibration: Calibration, pipe: Any) -> None:
     """Raise MismatchError for another model or scheduler; warn for other weights or dtype."""
     check_model(calibration, pipe.transformer)
-    _check_scheduler(calibration, pipe.scheduler)
+    check_scheduler(calibration, pipe.scheduler)
     check_weights(calibration, pipe.transformer)
 
 
@@ -83,11 +97,14 @@ def check_model(calibration: Calibration, transformer: Any) -> None:
     """Raise MismatchError for a transformer of another class or configuration."""
     present = provenance.class_name(transformer)
     if present != calibration.model["class"]:
-        raise MismatchError(f"the calibration is for {calibration.model['class']}, the pipeline has {present}: {AGAIN}")
+        raise MismatchError(
+            f"the calibration is for {printable(calibration.model['class'])}, the pipeline has {present}: {AGAIN}"
+        )
     wanted = calibration.model.get("config_sha256")
     if wanted and provenance.config_hash(transformer) != wanted:
         raise MismatchError(
-            f"the {present} has another configuration than the calibrated one ({calibration.model.get('id')}): {AGAIN}"
+            f"the {present} has another configuration than the calibrated one "
+            f"({printable(calibration.model.get('id'))}): {AGAIN}"
         )
 
 
@@ -95,7 +112,10 @@ def check_weights(calibration: Calibration, transformer: Any) -> None:
     """Warn for a transformer in another dtype or with other weights."""
     dtype = provenance.model_dtype(transformer)
     if dtype != calibration.dtype:
-        _warn(f"the transformer runs in {dtype}, the calibration was made in {calibration.dtype}: quality may be lower")
+        _warn(
+            f"the transformer runs in {dtype}, the calibration was made in {printable(calibration.dtype)}: "
+            "quality may be lower"
+        )
         return
     fingerprint = provenance.weights_fingerprint(transformer)
     wanted = calibration.model.get("weights_fingerprint")
@@ -106,17 +126,18 @@ def check_weights(calibration: Calibration, transformer: Any) -> None:
         )
 
 
-def _check_scheduler(calibration: Calibration, scheduler: Any) -> None:
+def check_scheduler(calibration: Calibration, scheduler: Any) -> None:
+    """Raise MismatchError for a scheduler of another class or with other settings."""
     present = solver.identity(scheduler)
     if present["class"] != calibration.scheduler["class"]:
         raise MismatchError(
-            f"the calibration is for the scheduler {calibration.scheduler['class']}, the pipeline has "
+            f"the calibration is for the scheduler {printable(calibration.scheduler['class'])}, the pipeline has "
             f"{present['class']}: {AGAIN}"
         )
     for key, value in calibration.scheduler["config"].items():
         if key in present["config"] and present["config"][key] != value:
             raise MismatchError(
-                f"the scheduler's {key} is {present['config'][key]!r}, the calibration is for {value!r}: {AGAIN}"
+                f"the scheduler's {key} is {present['config'][key]!r}, the calibration is for {shown(value)}: {AGAIN}"
             )
 
 

@@ -1,0 +1,33 @@
+"""Calls a transformer on slices of its batch, so that many prompts together need the memory of a few."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ertacache.patching import uncompiled
+from ertacache.solver import first_output
+
+
+def call_in_micro_batches(call: Any, module: nn.Module, args: tuple, kwargs: dict[str, Any], size: int | None) -> Any:
+    """Call a transformer on slices of its batch, so that its peak memory stays that of `size` samples.
+
+    Tensors are sliced whose first dimension is the batch of the first argument; position ids are not.
+    """
+    bound = inspect.signature(type(uncompiled(module)).forward).bind(module, *args, **kwargs)
+    names = list(bound.arguments)[1:]
+    batch = bound.arguments[names[0]].shape[0] if names and isinstance(bound.arguments[names[0]], Tensor) else 1
+    if size is None or batch <= size:
+        return call(*args, **kwargs)
+
+    def piece(name: str, value: Any, start: int) -> Any:
+        batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch
+        return value[start : start + size] if batched and not name.endswith("_ids") else value
+
+    outputs = []
+    for start in range(0, batch, size):
+        sliced = {name: piece(name, bound.arguments[name], start) for name in names}
+        outputs.append(call(**sliced))
+    joined = torch.cat([first_output(output) for output in outputs])
+    return (joined,) if isinstance(outputs[0], tuple) else type(outputs[0])(joined)

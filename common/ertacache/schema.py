@@ -1,0 +1,176 @@
+"""Reads and checks calibration files: from anybody, so nothing in one is believed before it is checked."""
+
+import json
+import math
+import os
+import stat
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ertacache.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from ertacache.calibration import Calibration
+
+SCHEMA = 1
+METHODS = ("ertacache", "paper")
+MAX_FILE_BYTES = 4 * 2**20  # a calibration of 1000 steps is a tenth of it; JSON of it takes 0.1 GB at the worst
+MAX_STEPS = 10_000
+MAX_COEFFICIENTS = 16
+SHOWN_CHARACTERS = 80  # of what a file holds, in a message
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a regular file. Raises CalibrationError, in bounded time and memory, for anything else."""
+    try:
+        # not blocking, so that a pipe under that name is seen to be one and not waited for
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise CalibrationError(f"{path}: not a regular file")
+            data = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name, and ours
+        if isinstance(error, CalibrationError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CalibrationError(f"{printable(path)}: cannot be read ({reason})") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise CalibrationError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, not a calibration")
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
+    except (ValueError, RecursionError) as error:  # of bytes, of JSON, of numbers with thousands of digits
+        raise CalibrationError(f"{path}: not valid JSON, perhaps truncated ({str(error)[:SHOWN_CHARACTERS]})") from None
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:SHOWN_CHARACTERS]} is out of range")
+    return value
+
+
+def printable(value: object) -> str:
+    """A text of a file for a terminal: shortened, without control characters and what cannot be encoded."""
+    text = str(value)
+    shown = text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+
+
+def shown(value: object) -> str:
+    """A JSON value for a message: as Python writes it, shortened."""
+    return printable(repr(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__)
+
+
+def check_schema(data: Any, where: str) -> None:
+    """Raise CalibrationError unless `data` is an object of the schema that this version reads; says what to do."""
+    if not isinstance(data, dict):
+        raise CalibrationError(f"{where}: not a calibration (the file holds no JSON object)")
+    found = data.get("schema")
+    if is_int(found) and found == SCHEMA:
+        return
+    newer = is_int(found) and found > SCHEMA
+    advice = (
+        "it was made by a newer ertacache: install that, or calibrate again"
+        if newer
+        else "calibrate again: ertacache.calibrate(pipe, prompts, ...), or run.sh once its file is out of the way"
+    )
+    raise CalibrationError(f"{where}: field 'schema' is {shown(found)}, this version reads {SCHEMA}; {advice}")
+
+
+def validate(c: "Calibration", where: str) -> None:
+    """Raise CalibrationError naming the first field of a calibration that is wrong."""
+
+    def require(condition: bool, name: str, wanted: str) -> None:
+        if not condition:
+            raise CalibrationError(f"{where}: field {name!r} must be {wanted}")
+
+    require(c.method in METHODS if isinstance(c.method, str) else False, "method", f"one of {', '.join(METHODS)}")
+    require(
+        is_int(c.num_inference_steps) and 1 <= c.num_inference_steps <= MAX_STEPS,
+        "num_inference_steps",
+        f"a whole number from 1 to {MAX_STEPS}",
+    )
+    n = c.num_inference_steps
+    steps = c.computed_steps
+    require(
+        is_list(steps, is_int)
+        and len(steps) > 0
+        and steps[0] == 0
+        and steps[-1] < n
+        and all(a < b for a, b in pairwise(steps)),
+        "computed_steps",
+        f"increasing step indices from 0 to at most {n - 1}",
+    )
+    require(is_list(c.timesteps, is_number) and len(c.timesteps) == n, "timesteps", f"{n} numbers")
+    require(is_list(c.sigmas, is_number) and len(c.sigmas) in (0, n + 1), "sigmas", f"{n + 1} numbers or none")
+    require(is_list(c.latent_shape, is_int), "latent_shape", "a list of whole numbers")
+    require(c.guidance_scale is None or is_number(c.guidance_scale), "guidance_scale", "a number or null")
+    _validate_method(c, require)
+    _validate_provenance(c, require)
+
+
+Require = Callable[[bool, str, str], None]
+
+
+def _validate_method(c: "Calibration", require: Require) -> None:
+    n = c.num_inference_steps
+    if c.method == "ertacache":
+        ok = is_list(c.coefficients, lambda row: is_list(row, is_number)) and len(c.coefficients) == n
+        require(ok, "coefficients", f"{n} lists of numbers")
+        computed, so_far = set(c.computed_steps), 0
+        for step, row in enumerate(c.coefficients):
+            so_far += step in computed
+            longest = min(so_far, MAX_COEFFICIENTS)
+            require(1 <= len(row) <= longest, "coefficients", f"1 to {longest} numbers at step {step}")
+        return
+    require(c.coefficients is None, "coefficients", "null for method paper")
+    lengths = {"step_factors": n, "adjusted_sigmas": n + 1, "adjusted_timesteps": n}
+    for name, length in lengths.items():
+        value = getattr(c, name)
+        ok = value is None or (is_list(value, is_number) and len(value) == length)
+        require(ok, name, f"null or {length} numbers")
+    model = c.error_model
+    pair = lambda row: row is None or (is_list(row, is_number) and len(row) == 2)  # noqa: E731
+    require(model is None or (is_list(model, pair) and len(model) == n), "error_model", f"{n} pairs or nulls")
+    require(c.threshold is None or is_number(c.threshold), "threshold", "a number or null")
+
+
+def _validate_provenance(c: "Calibration", require: Require) -> None:
+    for name in ("scheduler", "model"):
+        value = getattr(c, name)
+        require(isinstance(value, dict) and isinstance(value.get("class"), str), name, "an object with a 'class'")
+    require(isinstance(c.scheduler.get("config"), dict), "scheduler", "an object with a 'config'")
+    require(all(v is None or isinstance(v, str) for v in c.model.values()), "model", "an object of strings and nulls")
+    require(isinstance(c.dtype, str), "dtype", "a string")
+    for name in ("prompts", "settings", "versions"):
+        value = getattr(c, name)
+        require(
+            isinstance(value, dict) and all(not isinstance(v, (dict, list)) for v in value.values()),
+            name,
+            "an object of plain values",
+        )
+    require(isinstance(c.date, str), "date", "a string")
+    keys = ("psnr", "psnr_p10", "folds")
+    require(
+        c.predicted is None or (isinstance(c.predicted, dict) and all(is_number(c.predicted.get(k)) for k in keys)),
+        "predicted",
+        f"null or an object with the numbers {', '.join(keys)}",
+    )
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+
+
+def is_number(value: Any) -> bool:
+    return (is_int(value) or isinstance(value, float)) and math.isfinite(value) and abs(value) < 1e30
+
+
+def is_list(value: Any, check: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(check(item) for item in value)

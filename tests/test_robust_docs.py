@@ -1,0 +1,26 @@
+"""docs/compatibility.md names only tests that exist, and every file of tests for it."""
+
+import ast
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+PAGE = (TESTS.parent / "docs" / "compatibility.md").read_text(encoding="utf-8")
+
+
+def test_every_named_test_exists():
+    named = re.findall(r"`T/(\w+)\.py::(\w+)`", PAGE)
+    assert len(named) > 30
+    for file, name in named:
+        tree = ast.parse((TESTS / f"test_robust_{file}.py").read_text(encoding="utf-8"))
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}: {name}"
+
+
+def test_every_row_names_a_test():
+    rows = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| Tried")]
+    assert all("`T/" in row for row in rows)
+
+
+def test_every_named_file_exists():
+    for name in re.findall(r"bench/[\w/]+\.(?:py|json)", PAGE):
+        assert (TESTS.parent / name).exists(), name

@@ -1,0 +1,176 @@
+"""NaN, Inf, overflow, singular systems and the smallest latents: reported with the step, or right."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from tiny_models import NAMES, NUM_STEPS, call, expected, fitted, make
+from toys import ToyPipeline, curved
+
+import ertacache
+from ertacache.errors import NumericsError
+from ertacache.policy import best_schedule, reuse_errors
+from ertacache.recording import gram_matrix
+from ertacache.rectification import fit_rectification, solve_towards_plain
+
+
+def spoil(pipe, at_call: int, value: float):
+    """From its `at_call`-th call on the transformer's output holds one bad value."""
+    calls = []
+
+    def hook(_module, _arguments, output):
+        calls.append(1)
+        if len(calls) <= at_call:
+            return output
+        bad = output[0].clone()
+        bad[(0,) * bad.ndim] = value
+        return (bad,)
+
+    return pipe.transformer.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bad_output_is_reported_with_its_step_in_generation(name, value):
+    pipe = make(name)
+    calls_a_step = 2 if name == "wan" else 1
+    with ertacache.apply(pipe, fitted(name)):
+        for index, step in enumerate(fitted(name).computed_steps):
+            handle = spoil(pipe, index * calls_a_step, value)
+            with pytest.raises(NumericsError, match=rf"step {step} \(computed\)"):
+                call(pipe, name)
+            handle.remove()
+            assert torch.equal(call(pipe, name), expected(name)[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bad_output_is_reported_with_its_step_in_calibration(name):
+    pipe = make(name)
+    calls_a_step = 2 if name == "wan" else 1
+    for step in (0, NUM_STEPS // 2, NUM_STEPS - 1):
+        handle = spoil(pipe, step * calls_a_step, math.nan)
+        with pytest.raises(NumericsError, match=f"step {step} "):
+            tiny_models.calibrate(pipe, name)
+        handle.remove()
+    assert "_ertacache" not in vars(pipe)
+    assert tiny_models.calibrate(pipe, name) == fitted(name)
+
+
+def test_nothing_is_read_from_the_device_before_the_last_step(monkeypatch):
+    """Checked on the one place where it is: sums are kept, and turned into numbers once a run."""
+    pipe = make("wan")
+    reads, steps = [], []
+    original = torch.Tensor.tolist
+    with ertacache.apply(pipe, fitted("wan")), monkeypatch.context() as patch:
+        step_of = lambda _p, step, _t, state: (steps.append(step), state)[1]  # noqa: E731
+        patch.setattr(torch.Tensor, "tolist", lambda self: (reads.append(len(steps)), original(self))[1])
+        call(pipe, "wan", callback_on_step_end=step_of)
+    assert [at for at in reads if at > 0] == [NUM_STEPS - 1]  # the callback comes after the step
+
+
+def test_the_check_can_be_left_out():
+    pipe = make("flux")
+    handle = spoil(pipe, 0, math.nan)
+    with ertacache.apply(pipe, fitted("flux"), check_finite=False):
+        assert call(pipe, "flux").isnan().any()
+    handle.remove()
+
+
+def test_coefficients_that_overflow_are_reported_at_the_reused_step():
+    pipe = make("flux")
+    wild = [[1.0] if i == 0 else [1e29] for i in range(NUM_STEPS)]
+    with (
+        ertacache.apply(pipe, replace(fitted("flux"), coefficients=wild)),
+        pytest.raises(NumericsError, match=r"step \d"),
+    ):
+        call(pipe, "flux")
+
+
+@pytest.mark.parametrize("computed", [1, NUM_STEPS - 1, NUM_STEPS])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_fewest_and_the_most_computed_steps(name, computed):
+    pipe = make(name)
+    made = tiny_models.calibrate(pipe, name, computed_steps=computed)
+    assert len(made.computed_steps) == computed
+    with ertacache.apply(pipe, made):
+        result = call(pipe, name)
+    assert result.isfinite().all()
+    if computed == NUM_STEPS:
+        assert torch.equal(result, expected(name)[0])
+
+
+@pytest.mark.parametrize("method", ["ertacache", "paper"])
+def test_one_step_runs(method):
+    made = ertacache.calibrate(
+        ToyPipeline(curved), ["p", "q"], computed_steps=1, num_inference_steps=1, method=method, progress=False
+    )
+    assert made.computed_steps == [0]
+
+
+def test_identical_outputs_make_a_singular_system_that_is_solved():
+    """A constant velocity: every cached output is the same, the Gram matrix has rank one."""
+    pipe = ToyPipeline(lambda x, _: torch.ones_like(x))
+    made = ertacache.calibrate(pipe, ["p", "q"], seeds=(0, 1), computed_steps=4, num_inference_steps=8, progress=False)
+    assert np.isfinite(np.concatenate([np.asarray(row) for row in made.coefficients])).all()
+    reference = pipe(["a"], generator=torch.Generator().manual_seed(5), num_inference_steps=8, output_type="latent")[0]
+    with ertacache.apply(pipe, made):
+        cached = pipe(["a"], generator=torch.Generator().manual_seed(5), num_inference_steps=8, output_type="latent")[0]
+    torch.testing.assert_close(cached, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_says_nothing_is_calibrated():
+    pipe = ToyPipeline(lambda x, _: torch.zeros_like(x))
+    made = ertacache.calibrate(pipe, "p", computed_steps=3, num_inference_steps=6, progress=False)
+    assert all(math.isfinite(a) for row in made.coefficients for a in row)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e15])
+def test_singular_normal_equations(scale):
+    matrix = np.full((3, 3), scale)
+    assert np.isfinite(solve_towards_plain(matrix, matrix[:, 0])).all()
+
+
+def test_one_prompt_and_equal_columns():
+    column = torch.randn(1, 7)
+    assert sum(fit_rectification([column, column, column], 2 * column)) == pytest.approx(2.0, rel=1e-3)
+
+
+def test_equal_steps_of_a_gram_matrix_have_a_schedule():
+    outputs = [torch.ones(1, 4)] * 6
+    errors = reuse_errors(gram_matrix(outputs), np.ones(6))
+    assert len(best_schedule(errors, 3)) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["flux", "wan", "cogvideox"])
+def test_half_precision(name, dtype):
+    pipe = make(name).to(dtype)
+    made = tiny_models.calibrate(pipe, name)
+    reference = call(pipe, name)
+    with ertacache.apply(pipe, made):
+        cached = call(pipe, name)
+    assert cached.dtype == reference.dtype and cached.isfinite().all()
+    assert (cached.float() - reference.float()).norm() / reference.float().norm() < 0.6
+
+
+def test_float16_overflow_says_what_to_do():
+    pipe = make("flux").to(torch.float16)
+    made = tiny_models.calibrate(pipe, "flux")
+    handle = pipe.transformer.register_forward_hook(lambda _m, _a, out: (out[0] * 60000,))
+    with ertacache.apply(pipe, made), pytest.raises(NumericsError, match="bfloat16 or float32"):
+        call(pipe, "flux")
+    handle.remove()
+
+
+@pytest.mark.parametrize("method", ["ertacache", "paper"])
+def test_latents_of_one_value_a_channel(method):
+    pipe = ToyPipeline(curved, side=1)
+    made = ertacache.calibrate(
+        pipe, ["p", "q"], seeds=(0, 1), computed_steps=4, num_inference_steps=8, method=method, progress=False
+    )
+    with ertacache.apply(pipe, made):
+        result = pipe(["a"], generator=torch.Generator().manual_seed(5), num_inference_steps=8, output_type="latent")[0]
+    assert result.shape == (1, 3, 1, 1) and result.isfinite().all()
