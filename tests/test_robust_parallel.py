@@ -44,7 +44,8 @@ def test_prompts_shared_out_are_what_one_process_makes(name, module, tmp_path):
         expected = [tiny_models.call(pipe, name, prompts=(prompt,)) for prompt in parallel_worker.PROMPTS]
     made = torch.load(tmp_path / "results.pt", weights_only=True)
     assert len(made) == len(expected)
-    assert all(torch.equal(one, other) for one, other in zip(made, expected, strict=True))
+    for one, other in zip(made, expected, strict=True):  # the workers have one thread, which sums in another order
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])
