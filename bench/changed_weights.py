@@ -20,7 +20,7 @@ from diffusers import FluxPipeline
 import ertacache
 from ertacache.files import write_atomically
 from ertacache.metrics import psnr
-from ertacache.provenance import library_versions
+from ertacache.provenance import package_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "ERTACache4FLUX"
@@ -115,7 +115,7 @@ def main() -> int:
         "model": "embedded FLUX",
         "computed_steps": f"{STEPS} of 28",
         "rows": rows,
-        "versions": library_versions(),
+        "versions": package_versions(),
     }
     write_atomically(RESULT, json.dumps(record, indent=1) + "\n")
     return 0

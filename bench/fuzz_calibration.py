@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ertacache.calibration import Calibration, to_json
 from ertacache.errors import CalibrationError
 from ertacache.files import write_atomically
-from ertacache.provenance import library_versions
+from ertacache.provenance import package_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "fuzz_calibration.json"
@@ -127,7 +127,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     result = {"seconds": chosen.seconds, "seed": chosen.seed, **fuzz(chosen.seconds, chosen.seed)}
-    write_atomically(RESULT, json.dumps({**result, "versions": library_versions()}, indent=1) + "\n")
+    write_atomically(RESULT, json.dumps({**result, "versions": package_versions()}, indent=1) + "\n")
     print({k: v for k, v in result.items() if k != "messages"})
     return 0
 

@@ -23,7 +23,7 @@ import ertacache
 from ertacache.calibration import Calibration
 from ertacache.files import write_atomically
 from ertacache.ledger import Ledger
-from ertacache.provenance import library_versions
+from ertacache.provenance import package_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -119,7 +119,7 @@ def main() -> int:
     chosen = parser.parse_args()
     torch.set_num_threads(1)  # threads would not live on in a copied process
     result = kill_often(chosen.kills, chosen.seed)
-    write_atomically(RESULT, json.dumps({**result, "versions": library_versions()}, indent=1) + "\n")
+    write_atomically(RESULT, json.dumps({**result, "versions": package_versions()}, indent=1) + "\n")
     print(result)
     return 0
 

@@ -23,7 +23,7 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "device_kind": device.type,
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
-        "versions": {**provenance.library_versions(), "python": platform.python_version()},
+        "versions": {**provenance.package_versions(), "python": platform.python_version()},
     }
 
 

@@ -80,7 +80,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "dtype": chosen.dtype,
-        "versions": provenance.library_versions(),
+        "versions": provenance.package_versions(),
     }
     path = ROOT / "bench" / "results" / f"step_cost_{folder.name}.json"
     write_atomically(path, json.dumps(record, indent=1) + "\n")

@@ -213,6 +213,6 @@ def _provenance(runs: Runs, model_id: str | None) -> dict[str, Any]:
         "guidance_scale": runs.kwargs.get("guidance_scale", getattr(pipe, "guidance_scale", None)),
         "prompts": {"sha256": provenance.prompts_hash(runs.prompts, runs.seeds), "count": len(runs)},
         "settings": dict(sorted(plain.items())),
-        "versions": provenance.library_versions(),
+        "versions": provenance.package_versions(),
         "date": date.today().isoformat(),
     }

@@ -229,7 +229,7 @@ def _record(
         "predicted": calibration.predicted if calibration else None,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "dtype": settings.dtype,
-        "versions": provenance.library_versions(),
+        "versions": provenance.package_versions(),
     }
 
 

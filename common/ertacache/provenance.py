@@ -113,7 +113,7 @@ def prompts_hash(prompts: Sequence[str], seeds: Sequence[int] = ()) -> str:
     return hashlib.sha256(json.dumps([list(prompts), list(seeds)]).encode()).hexdigest()
 
 
-def library_versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     found = {}
     for package in VERSIONED:

@@ -66,7 +66,7 @@ class Study:
             "seeds": self.chosen.seeds,
             "search_budget": self.chosen.search_budget,
             "layout": self.chosen.layout,
-            "versions": provenance.library_versions(),
+            "versions": provenance.package_versions(),
         }
 
     def run(self) -> Path:

@@ -43,7 +43,7 @@ def row_of(study: "Study", contender: Contender, comparison: Comparison, times: 
         seeds=list(study.chosen.seeds),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         dtype=study.chosen.dtype,
-        versions=provenance.library_versions(),
+        versions=provenance.package_versions(),
         temporal_error=sum(temporal) / len(temporal) if temporal else None,
         asked_steps=contender.asked_steps,
         knob=contender.knob,
