@@ -1,8 +1,8 @@
 #!/bin/sh
-# Passes the tests: lint, format, and the suite. Arguments go to pytest.
+# Passes the tests: lint, format, types, and the suite. Arguments go to pytest.
 root=$(cd "$(dirname "$0")" && pwd)
 extra=dev
 . "$root/setup.sh"
 cd "$root" || exit 1
-"$PYTHON" -m ruff check . && "$PYTHON" -m ruff format --check . || exit 1
+"$PYTHON" -m ruff check . && "$PYTHON" -m ruff format --check . && "$PYTHON" -m mypy || exit 1
 exec "$PYTHON" -m pytest -q "$@"

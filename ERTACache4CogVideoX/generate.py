@@ -51,10 +51,6 @@ def check(chosen: Settings) -> None:
         raise UsageError(
             f"--num-frames must be 8k + 1 (9, 17, ... 49), not {chosen.num_frames}: the VAE drops the frames between"
         )
-    if not chosen.fps > 0:
-        raise UsageError(f"--fps must be above 0, not {chosen.fps}")
-    if not 0 <= chosen.video_quality <= 10:
-        raise UsageError(f"--video-quality must lie between 0 and 10, not {chosen.video_quality:g}")
 
 
 def check_shapes(chosen: Settings, pipe: CogVideoXPipeline) -> None:

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXP
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from tiny_training import clips, data, flow, text, video_vae
+from tiny_training import clips, flow, text, video_stages, video_vae
 from tiny_training.clips import MAX_TEXT_LENGTH, NUM_FRAMES, SEED, SIZE, Plan
 from tiny_training.video_vae import Crops
 
@@ -22,7 +22,6 @@ FOLDER = Path(__file__).parent
 WORK = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ertacache" / "train-tiny-cogvideox"
 LATENT_CHANNELS = 16
 VAE_FACTOR = 4  # pixels per latent, both ways; the textures of the scenes have periods of 4 to 6 pixels
-TEXT_WIDTH = 96
 GUIDANCE_SCALE = 6.0
 PLAN = Plan(
     num_clips=8_000,
@@ -37,7 +36,7 @@ PLAN = Plan(
     motion_steps=800,
 )
 # group norms see the whole of a picture, and in a clip of 17 frames a second chunk follows the first nine
-VAE_PHASES = (Crops(0.25, 1, 32, 32), Crops(0.75, 9, 32, 6), Crops(0.88, 17, 32, 3), Crops(1.0, 17, 64, 1))
+VAE_PHASES = (Crops(0.25, 1, 32, 32), Crops(0.75, 9, 32, 6), Crops(0.95, 17, 32, 3), Crops(1.0, 17, 64, 1))
 
 
 def build_scheduler() -> CogVideoXDDIMScheduler:
@@ -61,7 +60,7 @@ def build_vae() -> AutoencoderKLCogVideoX:
     return AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * levels,
         up_block_types=("CogVideoXUpBlock3D",) * levels,
-        block_out_channels=(24, 48, 48),
+        block_out_channels=(16, 32, 32),
         latent_channels=LATENT_CHANNELS,
         layers_per_block=1,
         norm_num_groups=8,
@@ -73,19 +72,7 @@ def build_vae() -> AutoencoderKLCogVideoX:
 
 
 def build_text_encoder(vocabulary_size: int) -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=vocabulary_size,
-        d_model=TEXT_WIDTH,
-        d_kv=24,
-        d_ff=192,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    return T5EncoderModel(config)
+    return T5EncoderModel(T5Config(**text.sequence_settings(vocabulary_size)))
 
 
 def build_transformer() -> CogVideoXTransformer3DModel:
@@ -95,7 +82,7 @@ def build_transformer() -> CogVideoXTransformer3DModel:
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         time_embed_dim=64,
-        text_embed_dim=TEXT_WIDTH,
+        text_embed_dim=text.SEQUENCE_WIDTH,
         num_layers=6,
         sample_width=SIZE // VAE_FACTOR,
         sample_height=SIZE // VAE_FACTOR,
@@ -147,66 +134,36 @@ def save_pipeline(autoencoder, encoder, tokenizer, transformer, folder: Path) ->
 def main() -> None:
     args, plan = clips.parse_arguments(__doc__, WORK, FOLDER / "tiny", PLAN)
     torch.manual_seed(SEED)
-    held_out = clips.held_out_prompts(FOLDER)
-    tokenizer = text.build_tokenizer(MAX_TEXT_LENGTH)
-    captions, tokens = clips.tokenized_captions(tokenizer, plan, held_out)
-    moving = data.rendered_clips(plan.num_clips, SEED, SIZE, NUM_FRAMES, args.data)
-    stills = data.rendered_clips(plan.num_stills, SEED, SIZE, 1, args.data)
-
+    scenes = video_stages.load_scenes(FOLDER, plan, args)
     autoencoder = video_vae.train_video_vae(
         build_vae(),
-        moving,
+        scenes.moving,
         VAE_PHASES,
         num_steps=plan.vae_steps,
         learning_rate=4e-3,
         folder=args.work,
         device=args.device,
     )
-    still_latents = video_vae.encoded_clips(
-        autoencoder, stills, args.work / f"latents-stills-{plan.vae_steps}.npy", args.device, 64
-    )
-    clip_latents = video_vae.encoded_clips(
-        autoencoder, moving, args.work / f"latents-clips-{plan.vae_steps}.npy", args.device
-    )
-    set_latent_scale(autoencoder, clip_latents)
-
-    encoder = build_text_encoder(len(tokenizer))
-    text.train_text_encoders(
-        encoder,
-        None,
-        tokens.flatten(0, 1),
-        captions,
-        num_steps=plan.text_steps,
-        batch_size=64,
-        learning_rate=2e-3,
-        folder=args.work,
-        device=args.device,
-    )
-
+    latents = video_stages.encoded_scenes(autoencoder, scenes, plan, args)
+    set_latent_scale(autoencoder, latents[1])
+    encoder = build_text_encoder(len(scenes.tokenizer))
+    video_stages.train_text_encoder(encoder, scenes, plan, args, masked=False)
     alphas_cumprod = build_scheduler().alphas_cumprod
-    prediction = CogVideoXPrediction(encoder, len(alphas_cumprod), args.device)
-    empty = text.tokenize(tokenizer, [""], MAX_TEXT_LENGTH)
-    transformer = build_transformer()
-    for name, latents, num_steps, batch_size, rate in (
-        ("stills", still_latents, plan.still_steps, plan.still_batch, 2e-3),
-        ("clips", clip_latents, plan.clip_steps, plan.clip_batch, 1.5e-3),
-    ):
-        latents = normalised(autoencoder, latents)
-        transformer = flow.train_flow(
-            transformer,
-            prediction,
-            flow.Batches(latents, tokens[: len(latents)], empty, batch_size, args.device, flow.uniform_levels),
-            num_steps=num_steps,
-            learning_rate=rate,
-            folder=args.work,
-            name=f"flow-{name}",
-            path=flow.diffusion_path(alphas_cumprod),
-            compiled=not args.smoke,
-        )
-    save_pipeline(autoencoder, encoder, tokenizer, transformer, args.out)
+    transformer = video_stages.train_transformer(
+        build_transformer(),
+        CogVideoXPrediction(encoder, len(alphas_cumprod), args.device),
+        tuple(normalised(autoencoder, part) for part in latents),
+        scenes,
+        plan,
+        args,
+        levels=[flow.uniform_levels, flow.uniform_levels],
+        path=flow.diffusion_path(alphas_cumprod),
+    )
+    save_pipeline(autoencoder, encoder, scenes.tokenizer, transformer, args.out)
 
     pipeline = CogVideoXPipeline.from_pretrained(args.out, torch_dtype=torch.float32)
-    clips.measure(clips.sampler(pipeline, GUIDANCE_SCALE), pipeline.vae, stills, moving, plan, args, held_out)
+    sample = clips.sampler(pipeline, guidance_scale=GUIDANCE_SCALE, max_sequence_length=MAX_TEXT_LENGTH)
+    clips.measure(sample, pipeline.vae, scenes, plan, args)
 
 
 if __name__ == "__main__":

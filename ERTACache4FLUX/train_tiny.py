@@ -50,18 +50,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_text_encoders(vocabulary_size: int) -> tuple[T5EncoderModel, CLIPTextModel]:
-    sequence = T5Config(
-        vocab_size=vocabulary_size,
-        d_model=96,
-        d_kv=24,
-        d_ff=192,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        pad_token_id=0,
-        eos_token_id=1,
-    )
+    sequence = T5Config(**text.sequence_settings(vocabulary_size))
     pooled = CLIPTextConfig(
         vocab_size=vocabulary_size,
         hidden_size=64,
@@ -85,7 +74,7 @@ def build_transformer(guidance_embeds: bool) -> FluxTransformer2DModel:
         num_single_layers=4,
         attention_head_dim=32,
         num_attention_heads=4,
-        joint_attention_dim=96,
+        joint_attention_dim=text.SEQUENCE_WIDTH,
         pooled_projection_dim=64,
         guidance_embeds=guidance_embeds,
         axes_dims_rope=(4, 14, 14),

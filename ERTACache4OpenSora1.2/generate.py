@@ -38,10 +38,6 @@ def check(chosen: Settings) -> None:
     chosen.threshold = threshold_of(chosen.threshold, chosen.method)
     resolve_shape(chosen)
     settings.check(chosen)
-    if not chosen.fps > 0:
-        raise UsageError(f"--fps must be above 0, not {chosen.fps:g}")
-    if not 0 <= chosen.video_quality <= 10:
-        raise UsageError(f"--video-quality must lie between 0 and 10, not {chosen.video_quality:g}")
 
 
 def threshold_of(value: str | float | None, method: str) -> float | None:

@@ -6,29 +6,32 @@ from opensora12 import OpenSoraVAE, STDiT3
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
+from tiny_training import text
 from tiny_training.clips import MAX_TEXT_LENGTH, NUM_FRAMES, SIZE
 
 LATENT_CHANNELS = 16
+PICTURE_CHANNELS = 8  # of a frame, before the temporal autoencoder
 VAE_LEVELS = 3  # pixels are quartered; the textures of the scenes have periods of 4 to 6 pixels
-TEXT_WIDTH = 96
 
 
 def build_vae() -> OpenSoraVAE:
-    spatial = {
+    spatial = {  # the shape of the tiny FLUX pipeline's, whose weights it takes
         "in_channels": 3,
         "out_channels": 3,
-        "latent_channels": LATENT_CHANNELS,
-        "block_out_channels": (24, 48, 48),
+        "latent_channels": PICTURE_CHANNELS,
+        "block_out_channels": (32, 64, 64),
         "layers_per_block": 1,
         "norm_num_groups": 8,
         "down_block_types": ("DownEncoderBlock2D",) * VAE_LEVELS,
         "up_block_types": ("UpDecoderBlock2D",) * VAE_LEVELS,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
     }
     temporal = {
-        "in_out_channels": LATENT_CHANNELS,
+        "in_out_channels": PICTURE_CHANNELS,
         "latent_embed_dim": LATENT_CHANNELS,
         "embed_dim": LATENT_CHANNELS,
-        "filters": 32,
+        "filters": 24,
         "num_res_blocks": 1,
         "channel_multipliers": (1, 1, 1),
         "temporal_downsample": (True, True),
@@ -39,19 +42,7 @@ def build_vae() -> OpenSoraVAE:
 
 
 def build_text_encoder(vocabulary_size: int) -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=vocabulary_size,
-        d_model=TEXT_WIDTH,
-        d_kv=24,
-        d_ff=192,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    return T5EncoderModel(config)
+    return T5EncoderModel(T5Config(**text.sequence_settings(vocabulary_size)))
 
 
 class StaticSTDiT3(STDiT3):
@@ -71,7 +62,7 @@ def build_transformer() -> StaticSTDiT3:
         hidden_size=128,
         depth=4,
         num_heads=4,
-        caption_channels=TEXT_WIDTH,
+        caption_channels=text.SEQUENCE_WIDTH,
         model_max_length=MAX_TEXT_LENGTH,
     )
     nn.init.zeros_(transformer.final_layer.linear.weight)

@@ -16,17 +16,17 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from tiny_training import clips, data, flow, text, video_vae
-from tiny_training.clips import MAX_TEXT_LENGTH, NUM_FRAMES, SEED, SIZE, Plan
+from tiny_training import clips, flow, text, video_stages, video_vae
+from tiny_training.clips import MAX_TEXT_LENGTH, SEED, Plan
 from tiny_training.video_vae import Crops
 
 FOLDER = Path(__file__).parent
 WORK = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ertacache" / "train-tiny-wan"
 LATENT_CHANNELS = 16
 VAE_FACTOR = 4  # pixels per latent, both ways; the textures of the scenes have periods of 4 to 6 pixels
-TEXT_WIDTH = 96
 FLOW_SHIFT = 5.0  # of the sampler, as for the real model
-TRAINING_SHIFT = 3.0  # of the noise levels trained at: 320 tokens of five frames drown later than one picture's 64
+STILL_SHIFT = 1.2  # of the noise levels that first frames are trained at
+CLIP_SHIFT = 3.0  # and clips: 320 tokens of five frames drown later than one picture's 64
 GUIDANCE_SCALE = 5.0
 PLAN = Plan(
     num_clips=8_000,
@@ -46,7 +46,7 @@ VAE_PHASES = (Crops(0.25, 1, 32, 32), Crops(0.8, 5, 32, 12), Crops(0.9, 9, 32, 6
 
 def build_vae() -> AutoencoderKLWan:
     return AutoencoderKLWan(
-        base_dim=24,
+        base_dim=16,
         z_dim=LATENT_CHANNELS,
         dim_mult=[1, 2, 2],
         num_res_blocks=1,
@@ -58,19 +58,7 @@ def build_vae() -> AutoencoderKLWan:
 
 
 def build_text_encoder(vocabulary_size: int) -> UMT5EncoderModel:
-    config = UMT5Config(
-        vocab_size=vocabulary_size,
-        d_model=TEXT_WIDTH,
-        d_kv=24,
-        d_ff=192,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    return UMT5EncoderModel(config)
+    return UMT5EncoderModel(UMT5Config(**text.sequence_settings(vocabulary_size)))
 
 
 def build_transformer() -> WanTransformer3DModel:
@@ -80,7 +68,7 @@ def build_transformer() -> WanTransformer3DModel:
         attention_head_dim=32,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        text_dim=TEXT_WIDTH,
+        text_dim=text.SEQUENCE_WIDTH,
         freq_dim=64,
         ffn_dim=512,
         num_layers=6,
@@ -127,66 +115,34 @@ def save_pipeline(autoencoder, encoder, tokenizer, transformer, folder: Path) ->
 def main() -> None:
     args, plan = clips.parse_arguments(__doc__, WORK, FOLDER / "tiny", PLAN)
     torch.manual_seed(SEED)
-    held_out = clips.held_out_prompts(FOLDER)
-    tokenizer = text.build_tokenizer(MAX_TEXT_LENGTH)
-    captions, tokens = clips.tokenized_captions(tokenizer, plan, held_out)
-    moving = data.rendered_clips(plan.num_clips, SEED, SIZE, NUM_FRAMES, args.data)
-    stills = data.rendered_clips(plan.num_stills, SEED, SIZE, 1, args.data)
-
+    scenes = video_stages.load_scenes(FOLDER, plan, args)
     autoencoder = video_vae.train_video_vae(
         build_vae(),
-        moving,
+        scenes.moving,
         VAE_PHASES,
         num_steps=plan.vae_steps,
         learning_rate=4e-3,
         folder=args.work,
         device=args.device,
     )
-    still_latents = video_vae.encoded_clips(
-        autoencoder, stills, args.work / f"latents-stills-{plan.vae_steps}.npy", args.device, 64
+    latents = video_stages.encoded_scenes(autoencoder, scenes, plan, args)
+    set_latent_scale(autoencoder, latents[1])
+    encoder = build_text_encoder(len(scenes.tokenizer))
+    video_stages.train_text_encoder(encoder, scenes, plan, args, masked=True)
+    transformer = video_stages.train_transformer(
+        build_transformer(),
+        WanVelocity(encoder, args.device),
+        tuple(normalised(autoencoder, part) for part in latents),
+        scenes,
+        plan,
+        args,
+        levels=[partial(flow.logit_normal_levels, mean=math.log(shift)) for shift in (STILL_SHIFT, CLIP_SHIFT)],
     )
-    clip_latents = video_vae.encoded_clips(
-        autoencoder, moving, args.work / f"latents-clips-{plan.vae_steps}.npy", args.device
-    )
-    set_latent_scale(autoencoder, clip_latents)
-
-    encoder = build_text_encoder(len(tokenizer))
-    text.train_text_encoders(
-        encoder,
-        None,
-        tokens.flatten(0, 1),
-        captions,
-        num_steps=plan.text_steps,
-        batch_size=64,
-        learning_rate=2e-3,
-        folder=args.work,
-        device=args.device,
-        masked=True,
-    )
-
-    velocity = WanVelocity(encoder, args.device)
-    empty = text.tokenize(tokenizer, [""], MAX_TEXT_LENGTH)
-    transformer = build_transformer()
-    for name, latents, num_steps, batch_size, rate, shift in (
-        ("stills", still_latents, plan.still_steps, plan.still_batch, 2e-3, 1.2),
-        ("clips", clip_latents, plan.clip_steps, plan.clip_batch, 1.5e-3, TRAINING_SHIFT),
-    ):
-        levels = partial(flow.logit_normal_levels, mean=math.log(shift))
-        latents = normalised(autoencoder, latents)
-        transformer = flow.train_flow(
-            transformer,
-            velocity,
-            flow.Batches(latents, tokens[: len(latents)], empty, batch_size, args.device, levels),
-            num_steps=num_steps,
-            learning_rate=rate,
-            folder=args.work,
-            name=f"flow-{name}",
-            compiled=not args.smoke,
-        )
-    save_pipeline(autoencoder, encoder, tokenizer, transformer, args.out)
+    save_pipeline(autoencoder, encoder, scenes.tokenizer, transformer, args.out)
 
     pipeline = WanPipeline.from_pretrained(args.out, torch_dtype=torch.float32)
-    clips.measure(clips.sampler(pipeline, GUIDANCE_SCALE), pipeline.vae, stills, moving, plan, args, held_out)
+    sample = clips.sampler(pipeline, guidance_scale=GUIDANCE_SCALE, max_sequence_length=MAX_TEXT_LENGTH)
+    clips.measure(sample, pipeline.vae, scenes, plan, args)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Writes bench/results/fuzz_calibration.json.
 """
 
 import argparse
+import copy
 import json
 import random
 import re
@@ -33,22 +34,22 @@ TOKENS = [b"1e999", b"NaN", b"-Infinity", b"[" * 5000, b"9" * 5000, b'"\\ud800"'
 
 
 def mutated_bytes(data: bytes, rng: random.Random) -> bytes:
-    copy = bytearray(data)
+    changed = bytearray(data)
     for _ in range(rng.choice([1, 1, 2, 8])):
-        place = rng.randrange(len(copy)) if copy else 0
+        place = rng.randrange(len(changed)) if changed else 0
         kind = rng.randrange(5)
-        if kind == 0 and copy:
-            copy[place] ^= 1 << rng.randrange(8)
+        if kind == 0 and changed:
+            changed[place] ^= 1 << rng.randrange(8)
         elif kind == 1:
-            del copy[place:]
+            del changed[place:]
         elif kind == 2:
-            copy[place:place] = rng.choice(TOKENS)
+            changed[place:place] = rng.choice(TOKENS)
         elif kind == 3:
-            end = min(len(copy), place + rng.randrange(1, 60))
-            copy[place:place] = copy[place:end] * rng.choice([1, 2, 50])
+            end = min(len(changed), place + rng.randrange(1, 60))
+            changed[place:place] = changed[place:end] * rng.choice([1, 2, 50])
         else:
-            del copy[place : place + rng.randrange(1, 60)]
-    return bytes(copy)
+            del changed[place : place + rng.randrange(1, 60)]
+    return bytes(changed)
 
 
 def mutated_json(data: bytes, rng: random.Random) -> bytes:
@@ -63,15 +64,15 @@ def mutated_json(data: bytes, rng: random.Random) -> bytes:
 
 def _with_one_change(value: Any, rng: random.Random) -> Any:
     if not isinstance(value, (dict, list)) or not value or rng.random() < 0.15:
-        return rng.choice(VALUES)
+        return copy.deepcopy(rng.choice(VALUES))
     key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
     change = rng.randrange(6)
     if change == 0:
         del value[key]
     elif change == 1 and isinstance(value, dict):
-        value[rng.choice(["extra", "schema", "", "__class__", "method"])] = rng.choice(VALUES)
+        value[rng.choice(["extra", "schema", "", "__class__", "method"])] = copy.deepcopy(rng.choice(VALUES))
     elif change == 2 and isinstance(value, list):
-        value.insert(key, rng.choice(VALUES))
+        value.insert(key, copy.deepcopy(rng.choice(VALUES)))
     else:
         value[key] = _with_one_change(value[key], rng)
     return value

@@ -6,6 +6,7 @@
     python bench/latency.py flux --memory                            also what each cache holds
     python bench/latency.py flux --device cuda --checks              also syncs, CUDA graphs, torch.compile
 
+With OMP_NUM_THREADS=1 on a CPU the times are those of the processor, which other work on the machine leaves alone.
 Writes bench/results/latency_<model>_<device or tiny>.json. The uncached and the cached runs take turns; the first of
 each warms up and is not counted.
 """
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from real_models import MODELS, RealModel, Request
 from record import RESULTS, machine, write
-from step_timer import Call, Timings, compare, time_run
+from step_timer import Call, Timings, clock_of, compare, time_run
 from synthetic import grid_and_shape, synthetic_calibration
 from tiny_pipelines import FOLDERS, tiny_calibration, tiny_pipeline
 
@@ -159,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
             dtype = torch.float32 if device.type == "cpu" and not options.dtype else dtype
             request = Request(options.layers, options.scale, options.frames, device, dtype)
             record, suffix = real_rows(model, request, options), device.type
+        record["clock"] = clock_of(device)
         write(f"latency_{name}_{suffix}", {**record, **machine(device, dtype)}, options.out)
         gc.collect()
 

@@ -28,7 +28,9 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) 
 def ran_on(record: Record) -> str:
     """What a result was measured on, in a line."""
     versions = record["versions"]
-    threads = f", {record['threads']} threads" if record["device_kind"] == "cpu" else ""
+    count = "1 thread" if record["threads"] == 1 else f"{record['threads']} threads"
+    clock = ", processor time" if record.get("clock") == "processor" else ""
+    threads = f", {count}{clock}" if record["device_kind"] == "cpu" else ""
     libraries = f"torch {versions['torch']}, diffusers {versions['diffusers']}"
     return f"{record['model']}: {record['device']}{threads}, {record['dtype']}, {libraries}"
 

@@ -1,6 +1,7 @@
 """Times the denoising loop of a pipeline step by step, on the device's own time line.
 
-On CUDA the marks are events, which nobody waits for before the loop is over; on a CPU they are readings of the clock.
+On CUDA the marks are events, which nobody waits for before the loop is over; on a CPU they are readings of the clock,
+or of the processor time where one thread does all the work (OMP_NUM_THREADS=1).
 """
 
 import functools
@@ -43,15 +44,23 @@ class Timings:
         return [a - b - c for a, b, c in zip(self.steps, self.transformer, self.scheduler, strict=True)]
 
 
+def clock_of(device: torch.device) -> str:
+    """What is read: "device", "wall", or "processor", the time of the one thread that works."""
+    if device.type == "cuda":
+        return "device"
+    return "processor" if torch.get_num_threads() == 1 else "wall"
+
+
 class Marks:
     """Points in time of one run."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
+        self.clock = time.process_time if clock_of(device) == "processor" else time.perf_counter
 
     def now(self) -> Any:
         if not self.cuda:
-            return time.perf_counter()
+            return self.clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

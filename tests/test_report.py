@@ -6,15 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from browser import Browser, find_chromium
-from made_up import NUM_STEPS, curves, examples, picture, row, rows
+from made_up import curves, examples, picture, row, rows
 
 from ertacache.chart_data import linear_ticks, quality_series, spread_labels, tick_texts
-from ertacache.plots import plot_difference_strip, plot_error_per_step, save_figure
 from ertacache.report import write_report
-from ertacache.results import Curve
 
 META = {"title": "Made <up> & unmeasured", "command": "sh reproduce.sh --prompts '<x>'"}
 
@@ -183,14 +180,3 @@ def test_series_hold_the_rows_and_draw_ours_last() -> None:
     assert [value for point in series[-1].points for value in point] == pytest.approx(
         [28 / 14, 62.0, 28 / 11, 58.22, 28 / 9, 55.7]
     )
-
-
-def test_matplotlib_figures_are_written(tmp_path: Path) -> None:
-    ours = Curve([0.0] + [0.1] * (NUM_STEPS - 1), [0, 5])
-    error = plot_error_per_step({"ertacache": ours, "paper": Curve([0.2] * NUM_STEPS)})
-    strip = plot_difference_strip(picture(0), {"paper": picture(0, 0.05)})
-    for name, figure in (("error", error), ("strip", strip)):
-        save_figure(figure, tmp_path / f"{name}.png")
-        assert (tmp_path / f"{name}.png").stat().st_size > 5000
-    with pytest.raises(ValueError, match="shape"):
-        plot_difference_strip(picture(0), {"paper": np.zeros((8, 8, 3), np.uint8)})

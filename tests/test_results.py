@@ -10,8 +10,10 @@ from made_up import row, rows
 
 from ertacache.plots import main as plots_main
 from ertacache.results import Row, best_rival, is_comparable, read_results, write_results
-from ertacache.table import BEGIN, END, load_published, margins, replace_between, table_markdown
+from ertacache.table import load_published, margins, replace_between, table_markdown
 from ertacache.table import main as table_main
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def section_of(title: str, markdown: str) -> str:

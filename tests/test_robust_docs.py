@@ -1,6 +1,7 @@
 """docs/compatibility.md names only tests that exist, and every file of tests for it."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -24,3 +25,14 @@ def test_every_row_names_a_test():
 def test_every_named_file_exists():
     for name in re.findall(r"bench/[\w/]+\.(?:py|json)", PAGE):
         assert (TESTS.parent / name).exists(), name
+
+
+def test_the_numbers_of_the_fuzzing_run_are_those_of_its_result():
+    result = json.loads((TESTS.parent / "bench" / "results" / "fuzz_calibration.json").read_text(encoding="utf-8"))
+    stated = re.search(
+        r"run of (\d+) s .* tried (\d+) inputs: (\d+) loaded .* whole, (\d+)\s.* error, (\d+) with .* took ([\d.]+) s",
+        PAGE,
+        re.DOTALL,
+    )
+    names = ("seconds", "inputs", "loaded_whole", "refused", "undocumented_errors", "slowest_seconds")
+    assert [float(number) for number in stated.groups()] == [result[name] for name in names]

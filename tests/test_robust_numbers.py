@@ -5,13 +5,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import test_attach_model
 import tiny_models
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from test_attach_model import official_generate
 from tiny_models import NAMES, NUM_STEPS, call, expected, fitted, make
 from toys import ToyPipeline, curved
 
 import ertacache
 from ertacache.errors import NumericsError
+from ertacache.finite import FiniteCheck
 from ertacache.policy import best_schedule, reuse_errors
 from ertacache.recording import gram_matrix
 from ertacache.rectification import fit_rectification, solve_towards_plain
@@ -71,6 +75,60 @@ def test_nothing_is_read_from_the_device_before_the_last_step(monkeypatch):
     assert [at for at in reads if at > 0] == [NUM_STEPS - 1]  # the callback comes after the step
 
 
+@pytest.fixture(scope="module")
+def for_bare() -> ertacache.Calibration:
+    asked = {"computed_steps": 5, "num_inference_steps": test_attach_model.STEPS, "progress": False}
+    return ertacache.calibrate(test_attach_model.Pipeline(), ["a", "b", "c"], seeds=range(3), **asked)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("branch", [0, 1])
+def test_a_bad_output_of_a_transformer_alone_is_reported_at_the_end(for_bare, branch, value):
+    model = test_attach_model.WanModel()
+    with ertacache.apply(model, for_bare, converted=True) as applied:
+        expected = official_generate(model, "x")
+        for index, step in enumerate(for_bare.computed_steps):
+            calls: list[int] = []
+
+            def spoiling(_m, _a, output, calls=calls, index=index):
+                calls.append(1)
+                return [output[0] + value] if len(calls) == 2 * index + branch + 1 else output
+
+            handle, before = model.register_forward_hook(spoiling), applied.computed_calls + applied.reused_calls
+            with pytest.raises(NumericsError, match=rf"step {step} \(computed\)"):
+                official_generate(model, "x")
+            assert applied.computed_calls + applied.reused_calls - before == 2 * test_attach_model.STEPS
+            handle.remove()
+            assert torch.equal(official_generate(model, "x"), expected)
+
+
+def test_a_run_of_a_transformer_alone_is_read_once_and_a_given_up_one_not_at_all(for_bare, monkeypatch):
+    model = test_attach_model.WanModel()
+    with ertacache.apply(model, for_bare, converted=True) as applied, monkeypatch.context() as patch:
+        reads: list[int] = []
+        original = FiniteCheck.verify  # the one place where anything is read
+
+        def verify(self, was_computed):
+            reads.append(applied.computed_calls + applied.reused_calls)
+            original(self, was_computed)
+
+        patch.setattr(FiniteCheck, "verify", verify)
+        handle = model.register_forward_hook(lambda _m, _a, output: [output[0] * math.nan])
+        with pytest.raises(KeyboardInterrupt):
+            official_generate(model, "x", stop_at=(4, "uncond"))
+        handle.remove()
+        before = applied.computed_calls + applied.reused_calls
+        official_generate(model, "x")
+    assert reads == [before + 2 * test_attach_model.STEPS]
+
+
+def test_the_check_of_a_transformer_alone_can_be_left_out(for_bare):
+    model = test_attach_model.WanModel()
+    model.register_forward_hook(lambda _m, _a, output: [output[0] * math.nan])
+    with ertacache.apply(model, for_bare, converted=True, check_finite=False):
+        assert official_generate(model, "x").isnan().all()
+
+
 def test_the_check_can_be_left_out():
     pipe = make("flux")
     handle = spoil(pipe, 0, math.nan)
@@ -119,6 +177,23 @@ def test_identical_outputs_make_a_singular_system_that_is_solved():
     with ertacache.apply(pipe, made):
         cached = pipe(["a"], generator=torch.Generator().manual_seed(5), num_inference_steps=8, output_type="latent")[0]
     torch.testing.assert_close(cached, reference, rtol=1e-4, atol=1e-4)
+
+
+class StandingStill(FlowMatchEulerDiscreteScheduler):
+    """Repeats a sigma, so that a step has length zero: its output leads nowhere else than any other."""
+
+    def set_timesteps(self, *args, **kwargs):
+        super().set_timesteps(*args, **kwargs)
+        self.sigmas[5] = self.sigmas[4]
+
+
+@pytest.mark.parametrize("computed", [2, 5])
+def test_a_step_of_length_zero_is_left_as_it_is(computed):
+    pipe = ToyPipeline(curved, scheduler=StandingStill(shift=1.0))
+    asked = {"computed_steps": computed, "num_inference_steps": 8, "progress": False}
+    made = ertacache.calibrate(pipe, ["p", "q"], seeds=(0, 1), **asked)
+    assert made.coefficients[4] == [1.0] and made.predicted["psnr"] > 20
+    assert np.isfinite(np.concatenate([np.asarray(row) for row in made.coefficients])).all()
 
 
 def test_a_model_that_says_nothing_is_calibrated():

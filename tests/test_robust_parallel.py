@@ -5,18 +5,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import parallel_worker
 import pytest
+import test_reproduce
 import tiny_models
 import torch
 
 import ertacache
+from ertacache import models, processes, reproduce
+from ertacache.comparison import _joined
+from ertacache.generation import ModelFolder
+from ertacache.ledger import Ledger
 
 HERE = Path(__file__).parent
 
 
-def launch(job: str, name: str, folder: Path, module: str = "torch.distributed.run") -> None:
-    """Two processes on the CPU, talking through gloo."""
+def launch(*command: str | Path, module: str = "torch.distributed.run") -> subprocess.CompletedProcess[str]:
+    """A script with its arguments in two processes on the CPU, talking through gloo."""
     flags = {
         "torch.distributed.run": ["--nproc-per-node", "2", "--master-port", "0", "--standalone"],
         "accelerate.commands.launch": [
@@ -26,7 +32,7 @@ def launch(job: str, name: str, folder: Path, module: str = "torch.distributed.r
     }[module]
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parent / 'common'}:{HERE}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", module, *flags, HERE / "parallel_worker.py", job, name, folder],
+        [sys.executable, "-m", module, *flags, *command],
         capture_output=True,
         text=True,
         env=environment,
@@ -34,11 +40,12 @@ def launch(job: str, name: str, folder: Path, module: str = "torch.distributed.r
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 @pytest.mark.parametrize(("name", "module"), [("wan", "torch.distributed.run"), ("flux", "accelerate.commands.launch")])
 def test_prompts_shared_out_are_what_one_process_makes(name, module, tmp_path):
-    launch("data_parallel", name, tmp_path, module)
+    launch(HERE / "parallel_worker.py", "data_parallel", name, tmp_path, module=module)
     pipe = tiny_models.make(name)
     with ertacache.apply(pipe, tiny_models.fitted(name)):
         expected = [tiny_models.call(pipe, name, prompts=(prompt,)) for prompt in parallel_worker.PROMPTS]
@@ -51,7 +58,7 @@ def test_prompts_shared_out_are_what_one_process_makes(name, module, tmp_path):
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_one_sample_on_two_devices(name, tmp_path):
     """CogVideoX and Open-Sora have no plan for it in diffusers."""
-    launch("context_parallel", name, tmp_path)
+    launch(HERE / "parallel_worker.py", "context_parallel", name, tmp_path)
     ranks = [torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in (0, 1)]
     plain, cached = ranks[0]["alone"]
     for rank in ranks:
@@ -61,3 +68,75 @@ def test_one_sample_on_two_devices(name, tmp_path):
                 assert computed == reused > 0
     for one, other in zip(ranks[0]["shared"], ranks[1]["shared"], strict=True):
         assert one[1:] == other[1:] and torch.equal(one[0], other[0])
+
+
+# -- a comparison ------------------------------------------------------------------------------------------
+
+
+def reproduced(out: Path) -> list[dict]:
+    """results.json of one process at the settings below, without the times."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the launchers set it: more of them sum in another order
+    try:
+        pipe = test_reproduce.FluxPipeline.from_pretrained(test_reproduce.FOLDER / "tiny", dtype=torch.float32)
+        model = ModelFolder("FLUX", test_reproduce.arguments, test_reproduce.save)
+        reproduce.main(test_reproduce.FOLDER, lambda _: pipe, model, comparison_flags(out))
+    finally:
+        torch.set_num_threads(before)
+    return test_reproduce.rows(out)
+
+
+def comparison_flags(out: Path) -> list[str]:
+    prompts = out.parent / "prompts.txt"
+    prompts.write_text("a red circle\na large blue star at the top\ntwo green rings\na small yellow square\n")
+    few = ["--num-inference-steps", "4", "--num-calibration-prompts", "2", "--seeds", "3", "--micro-batch", "1"]
+    few += ["--search-budget", "0", "--methods", "ertacache,fewer-steps", "--computed-steps", "2"]
+    return ["--model", "tiny", "--dtype", "float32", *few, "--prompts", str(prompts), "--out", str(out)]
+
+
+def test_a_comparison_shared_out_ends_as_that_of_one_process(tmp_path):
+    flags = comparison_flags(tmp_path / "two")
+    done = launch(test_reproduce.FOLDER / "reproduce.py", *flags, module="accelerate.commands.launch")
+    made, expected = test_reproduce.rows(tmp_path / "two"), reproduced(tmp_path / "one")
+    assert made == expected and len(made) == 3 and made[0]["n"] == 4
+    assert done.stdout.count("results.json") == 1  # the main process alone writes
+    for folder in ("two", "one"):
+        assert (tmp_path / folder / "report.html").stat().st_size > 10_000
+    kept = [sorted((tmp_path / folder / ".progress").rglob("*.npy")) for folder in ("two", "one")]
+    assert len(kept[0]) == 3
+    for two, one in zip(*kept, strict=True):
+        assert np.array_equal(np.load(two), np.load(one)) and len(np.load(one)) == 4
+
+
+def test_of_several_processes_the_main_one_alone_keeps_a_ledger(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(processes, "is_main", lambda: False)
+    monkeypatch.setattr(processes, "agreed", lambda mine: (sent.append(mine), ["of the main one"])[1])
+    assert Ledger(tmp_path, {}).get("x", lambda: pytest.fail("it was kept")) == "of the main one"
+    answers = iter([[], "of the main one"])
+    monkeypatch.setattr(processes, "agreed", lambda mine: (sent.append(mine), next(answers))[1])
+    assert Ledger(tmp_path, {}).get("x", lambda: "mine") == "of the main one"
+    answers = iter([[], "seconds"])
+    assert Ledger(tmp_path, {}).get("x", lambda: pytest.fail("others wait"), alone=True) == "seconds"
+    assert sent == [[], [], "mine", [], None] and list(tmp_path.iterdir()) == []
+
+
+def test_metrics_of_shares_are_joined_in_order_and_a_share_may_be_empty():
+    first, last = {"psnr": [1.0, 2.0], "lpips": None}, {"psnr": [3.0], "lpips": None}
+    assert _joined([first, {}, last]) == {"psnr": [1.0, 2.0, 3.0], "lpips": None}
+    assert _joined([]) == {}
+
+
+def test_one_process_has_everything():
+    assert (processes.count(), processes.is_main(), processes.agreed(3)) == (1, True, 3)
+    assert processes.shared_out((1, 2)) == processes.gathered([1, 2]) == [1, 2]
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_offloading_uses_the_processs_own_device(offload, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    used = []
+    kept = {f"enable_{offload}_cpu_offload": lambda _, gpu_id: used.append(gpu_id)}
+    models.place(type("Pipe", (), kept)(), type("Chosen", (), {"offload": offload})())
+    assert used == [3]

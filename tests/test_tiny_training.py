@@ -14,7 +14,7 @@ import torch
 from tiny_training import clips, data, flow, motion, text
 from tiny_training.arrays import filled_array
 from tiny_training.loop import optimizers_for
-from tiny_training.muon import ConvMuon, orthogonalized
+from tiny_training.muon import Muon, orthogonalized
 from tiny_training.render import render_frame
 from tiny_training.scene import DIRECTIONS, PLACES
 from tiny_training.video_vae import Crops, draw_crops, set_memory_format
@@ -107,24 +107,24 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
         assert values.min() > 0.6 and values.max() < 1.3
 
 
-def test_conv_muon_takes_kernels_inside_blocks_alone():
-    model = torch.nn.ModuleDict(
-        {"conv_in": torch.nn.Conv3d(1, 2, 1), "down_blocks": torch.nn.ModuleList([torch.nn.Conv3d(2, 2, 3)])}
-    )
-    others, kernels = optimizers_for(model, 1e-2, muon=True)
-    assert isinstance(kernels, ConvMuon)
-    assert [p.shape for p in kernels.param_groups[0]["params"]] == [(2, 2, 3, 3, 3)]
-    assert len(others.param_groups[0]["params"]) == 3
+def test_muon_takes_matrices_and_kernels_inside_blocks_alone():
+    block = torch.nn.ModuleDict({"conv": torch.nn.Conv3d(2, 2, 3), "to_q": torch.nn.Linear(4, 5)})
+    block.register_parameter("scale_shift_table", torch.nn.Parameter(torch.zeros(6, 4)))
+    model = torch.nn.ModuleDict({"conv_in": torch.nn.Conv3d(1, 2, 1), "down_blocks": torch.nn.ModuleList([block])})
+    others, inner = optimizers_for(model, 1e-2, muon=True)
+    assert isinstance(inner, Muon)
+    assert {p.shape for p in inner.param_groups[0]["params"]} == {(2, 2, 3, 3, 3), (5, 4)}
+    assert len(others.param_groups[0]["params"]) == 5
     assert len(optimizers_for(model, 1e-2)) == 1
 
 
-def test_conv_muon_descends_in_either_memory_format():
+def test_muon_descends_in_either_memory_format():
     results = []
     for channels_last in (False, True):
         torch.manual_seed(3)
         model = torch.nn.ModuleDict({"block": torch.nn.Conv3d(2, 3, 3, bias=False)})
         set_memory_format(model, channels_last)
-        optimizer = ConvMuon(list(model.parameters()), lr=0.02, weight_decay=0.0)
+        optimizer = Muon(list(model.parameters()), lr=0.02, weight_decay=0.0)
         pixels, target = torch.randn(4, 2, 3, 3, 3), torch.randn(4, 3, 1, 1, 1)
         losses = []
         for _ in range(30):

@@ -7,4 +7,5 @@ WIDTH = 64
 MAX_SEQUENCE_LENGTH = 40
 NUM_CALIBRATION_PROMPTS = 32
 MICRO_BATCH = 16
-SEARCH_BUDGET = 20  # schedules of the swap search: a few seconds each here
+SEARCH_BUDGET = 3  # a few seconds each here
+REFINE = 16

@@ -5,7 +5,12 @@
     with ertacache.apply(pipe, calibration):      # attaches at once; leaving the block removes it
         image = pipe(prompt, num_inference_steps=28).images[0]
 
-The method follows arXiv 2508.21091 and goes beyond it; see docs/method.md.
+`calibrate` makes a `Calibration` for a pipeline, which is one JSON file; `apply` attaches it, to any diffusers pipeline
+that has a transformer and a scheduler or to a transformer alone, and `remove` takes it off. What would give a wrong
+result raises one of the errors below; what costs quality only is a `MismatchWarning`. Distances to the uncached
+result are in `ertacache.metrics`; the command `ertacache` looks into calibration files.
+
+The method follows arXiv 2508.21091 and goes beyond it; see docs/method.md, and docs/calibration-file.md for the file.
 """
 
 from ertacache.api import Applied, apply, remove

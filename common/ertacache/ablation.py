@@ -19,7 +19,7 @@ def ablations(runs: Runs, computed_steps: int, searched: list[int], search_budge
 
     Args:
         runs: recorded calibration runs.
-        searched: the schedule that our method's swap search ended with.
+        searched: our method's schedule.
         search_budget: tries for the rows whose swap search looks at plain reuse.
     """
     recorded = runs.recorded
@@ -45,9 +45,10 @@ def ablations(runs: Runs, computed_steps: int, searched: list[int], search_budge
         "+ paper rectification": _paper(runs, swapped, adjust=True, error_model=True),
         "dynamic programming, output reuse": _outputs(runs, dynamic, [[1.0]] * recorded.num_steps),
         "dynamic programming, linear extrapolation": linear_extrapolation(runs, dynamic),
-        "our swap search, linear extrapolation": linear_extrapolation(runs, searched),
+        "our schedule, linear extrapolation": linear_extrapolation(runs, searched),
         "dynamic programming, rectification to the reference": _fitted(runs, dynamic, on_computed=False),
         "+ on computed steps": _fitted(runs, dynamic, on_computed=True),
+        "+ our schedule": _fitted(runs, searched, on_computed=True),
     }
 
 
@@ -60,7 +61,8 @@ def linear_extrapolation(runs: Runs, schedule: list[int]) -> Calibration:
     """The line through the last two computed outputs, over sigma (or timestep where there are no sigmas)."""
     recorded = runs.recorded
     axis = recorded.sigmas or recorded.timesteps
-    rows, last = [], []
+    rows: list[list[float]] = []
+    last: list[int] = []
     for step in range(recorded.num_steps):
         if step in schedule:
             last = [step, *last][:2]
@@ -73,8 +75,8 @@ def linear_extrapolation(runs: Runs, schedule: list[int]) -> Calibration:
     return _outputs(runs, schedule, rows)
 
 
-def _paper(runs: Runs, schedule: list[int], **parts: bool) -> Calibration:
-    fit = fit_paper(runs.recorded, schedule=schedule, **parts)
+def _paper(runs: Runs, schedule: list[int], adjust: bool = True, error_model: bool = True) -> Calibration:
+    fit = fit_paper(runs.recorded, schedule=schedule, adjust=adjust, error_model=error_model)
     return plain_calibration(runs, method="paper", **asdict(fit))
 
 

@@ -14,7 +14,12 @@ from ertacache.replay import Replay, check_pipeline
 
 
 class Applied:
-    """A calibration attached to a pipeline or a transformer; a context manager whose end removes it."""
+    """A calibration attached to a pipeline or a transformer, made by `apply`; a context manager whose end removes it.
+
+    Attributes:
+        pipe: what it is attached to.
+        calibration: the one that runs.
+    """
 
     def __init__(self, pipe: Any, calibration: Calibration, attachment: Attachment | ModelAttachment):
         self.pipe = pipe
@@ -53,8 +58,8 @@ def apply(
             official packages. Then the guidance scale cannot be compared with the calibrated one.
         converted: for a transformer alone: it holds the calibrated weights in the class of another package, so that
             class, configuration and weights are not compared.
-        check_finite: at the end of a pipeline's run, raise NumericsError naming the step whose output held NaN or
-            Inf; reads one number per step from the device, all of them after the last step.
+        check_finite: at the end of a run, raise NumericsError naming the step whose output held NaN or Inf; reads
+            one number per step (and branch, for a transformer alone) from the device, all of them at the last step.
 
     Raises:
         CalibrationError: the file is not a valid calibration.
@@ -69,7 +74,7 @@ def apply(
             remove(pipe)
         _check_free(pipe)
         check_bare_model(calibration, pipe, converted)
-        return Applied(pipe, calibration, ModelAttachment(pipe, calibration))
+        return Applied(pipe, calibration, ModelAttachment(pipe, calibration, check_finite))
     _check_parts(pipe)
     if converted:
         raise MismatchError("converted=True is for a transformer alone, not for a pipeline")

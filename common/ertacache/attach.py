@@ -25,6 +25,9 @@ __all__ = ["Attachment", "CachedTransformer", "Controller", "attached"]
 TRANSFORMER_NAMES = ("transformer", "transformer_2")
 TIMESTEP_TOLERANCE = 1.0
 
+# class, shape, dtype and device of what the transformer returns
+Structure = tuple[type, torch.Size, torch.dtype, torch.device]
+
 
 class Controller(Protocol):
     """What happens in a run; every method is called by `Attachment`."""
@@ -60,7 +63,8 @@ class Attachment:
         self.transformers: dict[str, nn.Module] = {}
         self.step: int | None = None
         self.timesteps: list[float] = []
-        self.structure: tuple[type, torch.Size, torch.dtype, torch.device] | None = None
+        self.structure: Structure | None = None
+        self.expected: Structure | None = None  # for a run whose first output is known without computing it
         self.finite = FiniteCheck()
         self.computed_calls = 0
         self.reused_calls = 0
@@ -127,15 +131,16 @@ class Attachment:
     def compute(self, call: Any, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         output = call_in_micro_batches(call, module, args, kwargs, self.micro_batch)
         tensor = first_output(output)
-        self.structure = (type(output), tensor.shape, tensor.dtype, tensor.device)
+        self.structure = self.expected = (type(output), tensor.shape, tensor.dtype, tensor.device)
         self.computed_calls += 1
         return output
 
     def placeholder(self) -> Any:
-        if self.structure is None:
+        structure = self.structure or self.expected
+        if structure is None:
             raise StateError("a step is to be reused before any was computed: step 0 must be computed")
         self.reused_calls += 1
-        kind, shape, dtype, device = self.structure
+        kind, shape, dtype, device = structure
         tensor = torch.zeros((), dtype=dtype, device=device).expand(shape)
         return (tensor,) if kind is tuple else kind(tensor)
 
@@ -156,9 +161,9 @@ class Attachment:
         step = self._checked_step(call)
         output = self.controller.model_output(step, call, self.scheduler)
         if self.check is not None:
-            self.finite.see(output)
+            self.finite.see(step, output)
         if self.check == "step":
-            self.finite.verify(step, self.controller.should_compute)
+            self.finite.verify(self.controller.should_compute)
         new_args, new_kwargs = call.arguments_with(output)
         result = self._original_step(*new_args, **new_kwargs)
         self.controller.after_step(step, first_output(result))
@@ -168,7 +173,7 @@ class Attachment:
         self._calls_before = self.computed_calls + self.reused_calls
         if self.step == len(self.timesteps):
             if self.check == "end":
-                self.finite.verify(0, self.controller.should_compute)
+                self.finite.verify(self.controller.should_compute)
             self.finish()
         return result
 
@@ -178,7 +183,7 @@ class Attachment:
         begin = getattr(self.scheduler, "begin_index", None)
         if self.step == 0 and begin:
             raise StateError(f"the run starts at step {begin} of the grid; ERTACache needs a run from step 0")
-        self._check_timestep(call.timestep)
+        self._check_timestep(self.step, call.timestep)
         if self.computed_calls + self.reused_calls == self._calls_before:
             raise StateError(
                 f"step {self.step} came without a call of the transformer that ERTACache is attached to: another "
@@ -186,20 +191,20 @@ class Attachment:
             )
         return self.step
 
-    def _check_timestep(self, timestep: Any) -> None:
+    def _check_timestep(self, step: int, timestep: Any) -> None:
         """Compare with the grid without reading from a device: by its place in the grid's memory, or its value.
 
         A device is waited for once a run at most, at its first step, for a loop that copies its timesteps.
         """
         index = place_in_grid(timestep, self.scheduler.timesteps)
         if index is not None:
-            if index != self.step:
+            if index != step:
                 self._refuse_timestep(f"is at step {index} of the grid")
             return
-        if isinstance(timestep, Tensor) and timestep.device.type != "cpu" and self.step > 0:
+        if isinstance(timestep, Tensor) and timestep.device.type != "cpu" and step > 0:
             return
         if isinstance(timestep, (int, float, Tensor)) and torch.as_tensor(timestep).numel() == 1:
-            expected = self.timesteps[self.step]
+            expected = self.timesteps[step]
             if abs(float(timestep) - expected) > TIMESTEP_TOLERANCE:
                 self._refuse_timestep(f"has timestep {float(timestep):g}, the grid has {expected:g} there")
 

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ertacache.calibration import Calibration
@@ -31,17 +32,22 @@ WRAPPED_NAMES = ("module", "_orig_mod")  # of torch's parallel wrappers and of c
 
 
 class ModelAttachment:
-    """Runs a calibration on a model whose calls are all that is seen of the sampling loop."""
+    """Runs a calibration on a model whose calls are all that is seen of the sampling loop.
 
-    def __init__(self, model: nn.Module, calibration: Calibration):
-        self.model, self.calibration = model, calibration
+    Args:
+        check_finite: look for NaN and Inf in what the loop gets, once, at the last call of a run.
+    """
+
+    def __init__(self, model: nn.Module, calibration: Calibration, check_finite: bool = True):
+        self.model, self.calibration, self.check_finite = model, calibration, check_finite
         self.signature = inspect.signature(type(unwrapped(model)).forward)
         names = list(self.signature.parameters)
         self.timestep_name = _first_of(TIMESTEP_NAMES, names, model)
         self.condition_name = _first_of(CONDITION_NAMES, names, model)
         self.input_name = names[1]
         self.computed = frozenset(calibration.computed_steps)
-        self.run = Run(calibration.timesteps, max(len(row) for row in calibration.coefficients))
+        self.coefficients = calibration.combinations()
+        self.run = Run(calibration.timesteps, self.coefficients.longest)
         self.computed_calls = 0
         self.reused_calls = 0
 
@@ -59,16 +65,29 @@ class ModelAttachment:
         arguments = self.signature.bind(model, *args, **kwargs).arguments
         condition, inputs = tensors_of(arguments[self.condition_name]), tensors_of(arguments[self.input_name])
         branch = self.run.place((_key(condition), _shapes(inputs)), condition, arguments[self.timestep_name])
-        step = self.run.step
+        step = self.run.current_step
         if step == 0:
             self._warn_of_shape(inputs[0])
         result = self._computed(call, branch, args, kwargs) if step in self.computed else None
-        row = self.calibration.coefficients[step]
-        if result is None or row != [1.0]:
-            result = rebuilt(branch.container, [combine(same, row) for same in zip(*branch.history, strict=True)])
+        if result is None or not self.coefficients.plain(step):
+            result = rebuilt(branch.container, self._combined(branch, step, inputs))
         self.reused_calls += step not in self.computed
-        self.run.finish_if_over()
+        if self.check_finite:
+            for tensor in tensors_of(result):
+                self.run.finite.see(step, tensor)
+        if self.run.is_over():
+            self.run.finish(self.computed.__contains__)
         return result
+
+    def _combined(self, branch: Branch, step: int, inputs: list[Tensor]) -> list[Tensor]:
+        """What `combine` makes of each output; the guided combination of branches then has the latents' share too."""
+        made = []
+        for outputs, sample in zip(zip(*branch.history, strict=True), inputs, strict=True):
+            row, _, share = self.coefficients.at(step, sample)
+            if share:
+                sample = _in_shape_of(outputs[0], sample)
+            made.append(combine(outputs, row, sample, share))
+        return made
 
     def _computed(self, call: Any, branch: Branch, args: tuple, kwargs: dict[str, Any]) -> Any:
         try:
@@ -135,6 +154,25 @@ def _first_of(wanted: Sequence[str], present: Sequence[str], model: nn.Module) -
     )
 
 
+def _in_shape_of(output: Tensor, sample: Tensor) -> Tensor:
+    """The latents, with zeros for the channels that only the output has (variances).
+
+    Raises:
+        MismatchError: they differ in more than that.
+    """
+    differing = [d for d, (o, s) in enumerate(zip(output.shape, sample.shape, strict=False)) if o != s]
+    if output.ndim == sample.ndim and not differing:
+        return sample
+    if output.ndim != sample.ndim or len(differing) > 1 or output.shape[differing[0]] < sample.shape[differing[0]]:
+        raise MismatchError(
+            f"the model makes {list(output.shape)} of latents {list(sample.shape)}, but the calibration combines both: "
+            "calibrate again with refine=0"
+        )
+    axis = differing[0]
+    shape = [o - s if d == axis else o for d, (o, s) in enumerate(zip(output.shape, sample.shape, strict=True))]
+    return torch.cat([sample, sample.new_zeros(shape)], dim=axis)
+
+
 def tensors_of(value: Any) -> list[Tensor]:
     """The tensors of an argument or an output: itself, those of a list or tuple, or an output object's first."""
     if isinstance(value, Tensor):
@@ -150,7 +188,7 @@ def tensors_of(value: Any) -> list[Tensor]:
     raise StateError(f"expected a tensor or a list of tensors, got {type(value).__name__}")
 
 
-def rebuilt(container: type, tensors: list[Tensor]) -> Any:
+def rebuilt(container: Any, tensors: list[Tensor]) -> Any:
     """An output of the type `container` around tensors; the opposite of `tensors_of`."""
     if issubclass(container, Tensor):
         return tensors[0]

@@ -1,24 +1,31 @@
 """Makes a calibration: profile the uncached runs, choose the steps, fit on policy, predict the quality."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ertacache import policy, provenance, solver
+from ertacache.announcement import Announcement, Work
 from ertacache.calibration import METHODS, Calibration
 from ertacache.errors import CalibrationError
 from ertacache.fitting import Fitter
 from ertacache.metrics import psnr, worst_decile
 from ertacache.paper import fit_paper
-from ertacache.recording import Recorder, gram_matrix
+from ertacache.recording import Recorder
+from ertacache.rectification import Coefficients
+from ertacache.refinement import Refined
+from ertacache.refinement import refine as refine_end_to_end
 from ertacache.replay import Replay
+from ertacache.rerun import Rerun
 from ertacache.runs import MICRO_BATCH, Runs, make_runs, quiet
+from ertacache.schedule_search import choose_schedule, error_growth
 
 
 def calibrate(
@@ -32,8 +39,10 @@ def calibrate(
     threshold: float | None = None,
     method: str = "ertacache",
     search_budget: int = 0,
+    refine: int = 0,
     folds: int = 2,
     micro_batch: int = MICRO_BATCH,
+    memory_limit: int | None = None,
     progress: bool = True,
     model_id: str | None = None,
     **pipe_kwargs: Any,
@@ -46,24 +55,28 @@ def calibrate(
     Args:
         pipe: a diffusers pipeline with a transformer and a scheduler.
         prompts: calibration prompts. Run i takes prompt i and seed i, the shorter list repeated.
-        search_budget: how many other schedules the swap search may try; each costs K steps of all prompts.
+        search_budget: how many schedules may be tried for real; each costs K steps of all prompts.
+        refine: prompts, the first ones, for which the coefficients are fitted a second time, end to end; each costs
+            about 2 K^2 steps. 0 leaves it out.
         folds: cross-validation folds of the quality prediction; 0 leaves it out.
         micro_batch: how many samples the transformer sees at a time, which bounds its peak memory.
+        memory_limit: bytes of recorded trajectories that may stay in host memory; above it they go to files in the
+            system's temporary folder, which are removed afterwards. None for no limit.
         model_id: name to keep in the file; the transformer's own by default.
         pipe_kwargs: everything else goes to the pipeline (num_inference_steps, height, width, ...).
 
     Raises:
         CalibrationError: the request is not one of the above, or cannot be met.
     """
-    _check_request(method, speedup, computed_steps, min_psnr, threshold)
-    runs = make_runs(pipe, prompts, seeds, pipe_kwargs, micro_batch, progress)
+    goal = _checked_goal(method, speedup, computed_steps, min_psnr, threshold)
+    runs = make_runs(pipe, prompts, seeds, pipe_kwargs, micro_batch, progress, memory_limit)
+    maker = _Maker(runs, method, threshold, search_budget, refine, folds)
+    Announcement(maker.work(), goal, runs.bar).follow(runs.recorded)
     with quiet(pipe), torch.no_grad():
         runs.record()
         num_steps = runs.recorded.num_steps
         if speedup is not None:
             computed_steps = policy.computed_steps_for(num_steps, speedup)
-        maker = _Maker(runs, method, threshold, search_budget, folds)
-        maker.announce(computed_steps)
         made = maker.smallest(min_psnr) if min_psnr is not None else maker.make(computed_steps)
     runs.bar.close()
     return replace(made, **_provenance(runs, model_id))
@@ -74,7 +87,8 @@ def plain_calibration(runs: Runs, **fitted: Any) -> Calibration:
     return replace(_calibration(runs.recorded, **fitted), **_provenance(runs, None))
 
 
-def _check_request(method: str, speedup: Any, computed_steps: Any, min_psnr: Any, threshold: Any) -> None:
+def _checked_goal(method: str, speedup: Any, computed_steps: Any, min_psnr: Any, threshold: Any) -> tuple[str, Any]:
+    """The one goal that is given, with its value; raises CalibrationError for none or more."""
     if method not in METHODS:
         raise CalibrationError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
     given = {"speedup": speedup, "computed_steps": computed_steps, "min_psnr": min_psnr, "threshold": threshold}
@@ -85,6 +99,7 @@ def _check_request(method: str, speedup: Any, computed_steps: Any, min_psnr: Any
         raise CalibrationError(
             "threshold belongs to method='paper'; ask ertacache for speedup, computed_steps or min_psnr"
         )
+    return named[0], given[named[0]]
 
 
 @dataclass
@@ -95,26 +110,25 @@ class _Maker:
     method: str
     threshold: float | None
     search_budget: int
+    refine: int
     folds: int
+    refined: Refined | None = None  # of what was made last
 
-    def announce(self, computed_steps: int | None) -> None:
-        """Say what the calibration costs, before the part that the request decides on starts."""
-        runs, n = len(self.runs), self.runs.recorded.num_steps
-        fits = (1 + self._fold_count()) if self.method == "ertacache" else self._fold_count()
-        if computed_steps is None or self.runs.bar.disable:
-            return
-        total = (n + (fits + self.search_budget) * computed_steps) * runs
-        self.runs.bar.total = total
-        rate = self.runs.bar.format_dict["rate"] or self.runs.bar.n / max(self.runs.bar.format_dict["elapsed"], 1e-9)
-        print(
-            f"calibration: {total} transformer evaluations ({runs} prompts, {n} steps, {computed_steps} computed), "
-            f"about {total / max(rate, 1e-9):.0f} s",
-            file=sys.stderr,
-        )
+    @cached_property
+    def _growth(self) -> NDArray[np.float64] | None:
+        return error_growth(self.runs) if self.search_budget else None
+
+    def work(self) -> Work:
+        return Work(len(self.runs), self._fold_count(), self.search_budget, self.refine, self.method == "paper")
 
     def make(self, computed_steps: int | None) -> Calibration:
         """A calibration with K computed steps (or at the paper's threshold), its quality predicted."""
-        made = self._fit_paper(computed_steps) if self.method == "paper" else self._fit(computed_steps)
+        self.refined = None
+        if self.method == "paper":
+            made = self._fit_paper(computed_steps)
+        else:
+            assert computed_steps is not None  # only the paper's threshold leaves it open
+            made = self._fit(computed_steps)
         return replace(made, predicted=self._predict(made))
 
     def smallest(self, min_psnr: float) -> Calibration:
@@ -130,7 +144,7 @@ class _Maker:
         while low < high:
             middle = (low + high) // 2
             made = self.make(middle)
-            if made.predicted["psnr"] >= min_psnr:
+            if made.predicted and made.predicted["psnr"] >= min_psnr:
                 best, high = made, middle
             else:
                 low = middle + 1
@@ -145,13 +159,16 @@ class _Maker:
             return _calibration(
                 recorded, list(range(computed_steps)), "ertacache", coefficients=[[1.0]] * computed_steps
             )
-        errors = policy.reuse_errors(gram_matrix(recorded.outputs), np.asarray(recorded.gains))
-        schedule = policy.best_schedule(errors, computed_steps)
-        if self.search_budget:
-            schedule = policy.swap_search(schedule, self.runs.fitted_error, recorded.num_steps, self.search_budget)
+        schedule = choose_schedule(self.runs, computed_steps, self.search_budget, self._growth)
         fitter = Fitter(schedule, recorded.latents)
         self.runs.run(fitter)
-        return _calibration(recorded, schedule, "ertacache", coefficients=fitter.coefficients)
+        coefficients = Coefficients.of_outputs(fitter.coefficients)
+        if self.refine:
+            self.refined = refine_end_to_end(self.runs.first(self.refine), schedule, coefficients)
+            coefficients = self.refined.coefficients
+        sample = coefficients.sample if any(coefficients.sample) else None
+        fitted = {"coefficients": coefficients.outputs, "sample_coefficients": sample}
+        return _calibration(recorded, schedule, "ertacache", **fitted)
 
     def _fit_paper(self, computed_steps: int | None, rows: list[int] | None = None) -> Calibration:
         recorded = self.runs.recorded
@@ -171,17 +188,19 @@ class _Maker:
         values = torch.zeros(len(self.runs))
         for fold in range(count):
             held_out = list(range(fold, len(self.runs), count))
-            rows = [i for i in range(len(self.runs)) if i not in held_out]
-            values[held_out] = self._fold_psnr(made, rows)[held_out].float()
+            values[held_out] = self._fold_psnr(made, held_out)[held_out].float()
         return {"psnr": float(values.mean()), "psnr_p10": float(worst_decile(values, True)), "folds": count}
 
-    def _fold_psnr(self, made: Calibration, rows: list[int]) -> Tensor:
+    def _fold_psnr(self, made: Calibration, held_out: list[int]) -> Tensor:
         recorded = self.runs.recorded
+        rows = [i for i in range(len(self.runs)) if i not in held_out]
         if self.method == "paper":
             steps = None if self.threshold is not None else len(made.computed_steps)
             controller: Any = Replay(self._fit_paper(steps, rows), self.runs.pipe)
         elif len(made.computed_steps) == recorded.num_steps:
             controller = Replay(made, self.runs.pipe)
+        elif self.refined is not None and self.refined.share:
+            controller = Rerun(made.computed_steps, self.refined.without(held_out))
         else:
             controller = Fitter(made.computed_steps, recorded.latents, rows)
         return psnr(self.runs.run(controller, decode=True), self.runs.pictures)

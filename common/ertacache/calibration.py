@@ -7,6 +7,7 @@ from typing import Any
 
 from ertacache.errors import CalibrationError
 from ertacache.files import write_atomically
+from ertacache.rectification import Coefficients
 from ertacache.schema import METHODS, SCHEMA, check_schema, printable, read_json, shown, validate
 
 __all__ = ["METHODS", "SCHEMA", "Calibration", "to_json"]
@@ -22,6 +23,7 @@ class Calibration:
         computed_steps: indices of the steps at which the transformer runs, increasing, from 0.
         timesteps, sigmas: the grid that was calibrated on, N and N + 1 values (no sigmas: empty).
         coefficients: for each step the weights of the last computed outputs, newest first (ertacache).
+        sample_coefficients: for each step the weight of the latents it starts from (ertacache); None for none.
         threshold, step_factors, error_model: the published method's lambda, phi per step, and (K, B) per reused
             step (paper).
         adjusted_sigmas, adjusted_timesteps: its adjusted grid, in the one or the other (N + 1 or N values).
@@ -29,7 +31,8 @@ class Calibration:
         model, scheduler: what identifies them; see provenance.py and solver.py.
         prompts: sha256 and count of the calibration prompts and seeds.
         settings: plain arguments that the pipeline was called with.
-        predicted: cross-validated quality: psnr and psnr_p10 in dB; None where it could not be measured.
+        predicted: cross-validated quality: psnr and psnr_p10 (worst decile) in dB to the uncached result, and folds;
+            None where it could not be measured.
         versions, date: of the software and the day it was made.
     """
 
@@ -43,6 +46,7 @@ class Calibration:
     latent_shape: list[int]
     dtype: str
     coefficients: list[list[float]] | None = None
+    sample_coefficients: list[float] | None = None
     threshold: float | None = None
     adjusted_sigmas: list[float] | None = None
     adjusted_timesteps: list[float] | None = None
@@ -55,13 +59,22 @@ class Calibration:
     versions: dict[str, str] = field(default_factory=dict)
     date: str = ""
 
+    def combinations(self) -> Coefficients:
+        """What every step combines, of method ertacache."""
+        outputs = self.coefficients or []
+        return Coefficients(outputs, self.sample_coefficients or [0.0] * len(outputs))
+
     @property
     def speedup(self) -> float:
         """N / K, the speed-up where a reused step costs nothing."""
         return self.num_inference_steps / len(self.computed_steps)
 
     def save(self, path: str | Path) -> Path:
-        """Write the JSON file, under a temporary name first."""
+        """Write the JSON file, under a temporary name first, and return its path.
+
+        Raises:
+            OSError: it cannot be written; what was there stays.
+        """
         return write_atomically(path, to_json(self.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,14 +91,22 @@ class Calibration:
         return cls.from_dict(read_json(Path(path)), where=str(path))
 
     def push_to_hub(self, repo_id: str, filename: str, **kwargs: Any) -> str:
-        """Upload the file to a repository of the hub; see `hub.push`."""
+        """Upload the file to a repository of the hub, and return the address of the commit.
+
+        Args:
+            kwargs: token, private, create_pr and endpoint of `hub.push`.
+        """
         from ertacache import hub
 
         return hub.push(self, repo_id, filename, **kwargs)
 
     @classmethod
     def from_hub(cls, repo_id: str, filename: str, **kwargs: Any) -> "Calibration":
-        """Download and validate a file of a repository of the hub; see `hub.fetch`."""
+        """Download and validate a file of a repository of the hub.
+
+        Args:
+            kwargs: revision, token, cache_dir and endpoint of `hub.fetch`.
+        """
         from ertacache import hub
 
         return cls.load(hub.fetch(repo_id, filename, **kwargs))

@@ -1,7 +1,8 @@
 """Runs methods side by side on one pipeline and measures each against the uncached output.
 
 Every contender runs on the same prompts and seeds; what it costs is counted in FLOPs of the transformer and
-timed interleaved with the others. Finished pieces are kept in a ledger, so that a comparison resumes.
+timed interleaved with the others. Finished pieces are kept in a ledger, so that a comparison resumes. Several
+processes share the batches of prompts out; each measures what it made, and only numbers and examples are gathered.
 """
 
 import time
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ertacache import metrics
+from ertacache import metrics, processes
 from ertacache.cost import TransformerCost, compute_fraction
 from ertacache.ledger import Ledger
 from ertacache.lpips import Lpips
@@ -68,8 +69,11 @@ class Comparison:
         """`batch` prompts share a run where a method allows it; `keep` is given every result that is measured."""
         self.pipe, self.arguments, self.batch, self.keep = pipe, arguments, batch, keep
         self.pairs = [(prompt, seed) for seed in seeds for prompt in prompts]
+        starts = range(0, len(self.pairs), batch)
+        # (index of its first pair, pairs): whole batches, so that several processes make what one would make
+        self.share = processes.shared_out([(start, self.pairs[start : start + batch]) for start in starts])
         self.ledger, self.perceptual = ledger, perceptual
-        self.reference: Tensor | None = None
+        self.reference: list[Tensor] = []  # of this process's share, a tensor for each batch
         self.reference_latents: list[Tensor] = []
         self.flops: list[TransformerCost] = []
 
@@ -88,13 +92,15 @@ class Comparison:
             )
         return torch.as_tensor(result[0]).float().cpu()
 
-    def _pictures(self, contender: Contender) -> Tensor:
-        size = self.batch if contender.static else 1
-        parts = []
+    def _pictures(self, contender: Contender) -> list[Tensor]:
+        """The results of this process's share, a tensor for each batch."""
+        made = []
+        silent = not processes.is_main()
         with contender.attach() as overrides:
-            for start in tqdm(range(0, len(self.pairs), size), desc=contender.name[:40], leave=False, mininterval=1):
-                parts.append(self._call(self.pairs[start : start + size], "pt", overrides))
-        return torch.cat(parts)
+            for _, pairs in tqdm(self.share, desc=contender.name[:40], leave=False, mininterval=1, disable=silent):
+                runs = [pairs] if contender.static else [[pair] for pair in pairs]
+                made.append(torch.cat([self._call(run, "pt", overrides) for run in runs]))
+        return made
 
     # -- measurements ------------------------------------------------------------------------------------
 
@@ -102,15 +108,26 @@ class Comparison:
         """Per-item metrics, and pictures of the first prompts kept for the report."""
 
         def measure() -> dict[str, Any]:
-            pictures = self._pictures(contender)
-            np.save(self._example_path(contender), to_uint8(pictures[:NUM_EXAMPLES]))
-            if self.keep:
-                for (prompt, seed), picture in zip(self.pairs, pictures, strict=True):
-                    self.keep(contender, prompt, seed, picture)
-            return self._metrics(pictures)
+            made = self._pictures(contender)
+            self._save_examples(contender, made)
+            for (_, pairs), pictures in zip(self.share, made, strict=True):
+                for (prompt, seed), picture in zip(pairs, pictures, strict=True):
+                    if self.keep:
+                        self.keep(contender, prompt, seed, picture)
+            return _joined(processes.gathered([self._metrics(made)]))
 
         self.ledger.folder.mkdir(parents=True, exist_ok=True)
         return self.ledger.get("quality " + contender.name, measure)
+
+    def _save_examples(self, contender: Contender, made: list[Tensor]) -> None:
+        mine = [
+            to_uint8(pictures[: NUM_EXAMPLES - start])
+            for (start, _), pictures in zip(self.share, made, strict=True)
+            if start < NUM_EXAMPLES
+        ]
+        examples = processes.gathered(mine)
+        if processes.is_main():
+            np.save(self._example_path(contender), np.concatenate(examples))
 
     def _example_path(self, contender: Contender) -> Any:
         return self.ledger.path("example " + contender.name, ".npy")
@@ -119,14 +136,19 @@ class Comparison:
         """uint8 pictures (n, H, W, 3) or videos (n, F, H, W, 3) of the first prompts."""
         return np.load(self._example_path(contender))
 
-    def _metrics(self, pictures: Tensor) -> dict[str, Any]:
+    def _metrics(self, made: list[Tensor]) -> dict[str, Any]:
+        """Each metric of each item of this process's share; nothing where it has none."""
+        pairs = zip(made, self.reference, strict=True)
+        return _joined([self._batch_metrics(pictures, reference) for pictures, reference in pairs])
+
+    def _batch_metrics(self, pictures: Tensor, reference: Tensor) -> dict[str, Any]:
         measured = {
-            "psnr": metrics.psnr(pictures, self.reference).tolist(),
-            "ssim": metrics.ssim(pictures, self.reference).tolist(),
-            "lpips": self.perceptual(pictures, self.reference).tolist() if self.perceptual else None,
+            "psnr": metrics.psnr(pictures, reference).tolist(),
+            "ssim": metrics.ssim(pictures, reference).tolist(),
+            "lpips": self.perceptual(pictures, reference).tolist() if self.perceptual else None,
         }
         if pictures.ndim == 5:
-            measured["temporal_error"] = metrics.temporal_error(pictures, self.reference).tolist()
+            measured["temporal_error"] = metrics.temporal_error(pictures, reference).tolist()
         return measured
 
     def fraction(self, contender: Contender) -> float:
@@ -175,7 +197,7 @@ class Comparison:
 
         def measure() -> dict[str, float]:
             seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
-            for repeat in tqdm(range(repeats + 1), desc="time", leave=False):
+            for repeat in tqdm(range(repeats + 1), desc="time", leave=False):  # by the main process alone
                 for contender in {c.name: c for c in contenders}.values():
                     with contender.attach() as overrides, DenoiseTimer(self.pipe) as timer:
                         self._call(self.pairs[:1], "latent", overrides)
@@ -183,10 +205,21 @@ class Comparison:
                         seconds[contender.name] += timer.seconds
             return {name: float(np.median(values)) for name, values in seconds.items()}
 
-        return self.ledger.get("times " + " | ".join(sorted({c.name for c in contenders})), measure)
+        return self.ledger.get("times " + " | ".join(sorted({c.name for c in contenders})), measure, alone=True)
 
     def estimate(self, num_contenders: int) -> float:
         """Rough seconds for that many contenders, from one uncached run."""
         start = time.perf_counter()
         self._call(self.pairs[:1], "pt", None)
-        return 0.6 * (time.perf_counter() - start) * len(self.pairs) * num_contenders
+        return 0.6 * (time.perf_counter() - start) * len(self.pairs) * num_contenders / processes.count()
+
+
+def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Metrics of several parts, in their order: lists one after the other, None where a metric was not measured."""
+    filled = [part for part in parts if part]
+    if not filled:
+        return {}
+    return {
+        name: None if values is None else [value for part in filled for value in part[name]]
+        for name, values in filled[0].items()
+    }

@@ -10,11 +10,12 @@ nothing. Counting slows a run down, so it is a pass of its own and never part of
 
 import functools
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.module_tracker import ModuleTracker
 
 
 def blocks_of(transformer: nn.Module) -> list[nn.Module]:
@@ -135,7 +136,7 @@ class TransformerCost:
         @functools.wraps(forward)
         def counted(*args: Any, **kwargs: Any) -> Any:
             mode = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-            mode.mod_tracker = _OneModule()
+            mode.mod_tracker = cast(ModuleTracker, _OneModule())
             with mode:
                 output = forward(*args, **kwargs)
             self.flops += mode.get_total_flops()

@@ -10,31 +10,33 @@ from ertacache.errors import NumericsError
 
 
 class FiniteCheck:
-    """Keeps one sum for each step, on the device that the outputs are on.
+    """Keeps one sum for each output, on the device that the outputs are on.
 
     A sum is finite only where every term is (up to sums beyond float32's 3e38, which no model output survives),
-    and costs one small kernel a step; `verify` reads them all at once.
+    and costs one small kernel an output; `verify` reads them all at once.
     """
 
     def __init__(self) -> None:
         self.sums: list[Tensor] = []
+        self.steps: list[int] = []  # of each sum
 
-    def see(self, output: Tensor) -> None:
-        """The output that the scheduler gets at the next step, any shape."""
+    def see(self, step: int, output: Tensor) -> None:
+        """An output of a step, of any shape; a step may have several, as where guidance calls the model twice."""
         if not output.is_meta:  # a run on meta tensors has shapes only
             self.sums.append(output.detach().sum(dtype=torch.float32))
+            self.steps.append(step)
 
-    def verify(self, first: int, was_computed: Callable[[int], bool]) -> None:
+    def verify(self, was_computed: Callable[[int], bool]) -> None:
         """Raise NumericsError naming the first step that is not finite; then forget what was seen.
 
         Args:
-            first: the step of the first sum that is kept.
             was_computed: whether a step was computed, for the message.
         """
-        sums, self.sums = self.sums, []
+        sums, steps = self.sums, self.steps
+        self.forget()
         if not sums:
             return
-        for step, value in enumerate(torch.stack(sums).tolist(), first):
+        for step, value in zip(steps, torch.stack(sums).tolist(), strict=True):
             if not math.isfinite(value):
                 kind = "computed" if was_computed(step) else "reused"
                 raise NumericsError(
@@ -43,4 +45,4 @@ class FiniteCheck:
                 )
 
     def forget(self) -> None:
-        self.sums = []
+        self.sums, self.steps = [], []

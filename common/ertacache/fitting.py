@@ -1,10 +1,10 @@
 """On-policy rectification: walks the schedule once and fits each step towards the reference trajectory."""
 
-from collections import deque
 from typing import Any
 
 from torch import Tensor
 
+from ertacache.history import OutputHistory
 from ertacache.rectification import DEFAULT_RIDGE, combine, drift_target, fit_rectification
 from ertacache.solver import StepCall, affine_step
 
@@ -38,7 +38,7 @@ class Fitter:
         self.rows = rows
         self.ridge = ridge
         self.on_computed = on_computed
-        self.history: deque[Tensor] = deque(maxlen=history_length)
+        self.history = OutputHistory(history_length)
         self.coefficients: list[list[float]] = []
         self.errors: list[float] = []
         self.final: Tensor | None = None
@@ -53,7 +53,9 @@ class Fitter:
     def model_output(self, step: int, call: StepCall, scheduler: Any) -> Tensor:
         computed = step in self.schedule
         if computed:
-            self.history.appendleft(call.model_output)
+            self.history.add(call.model_output)
+        else:
+            self.history.before_reuse()
         if step == 0 or (computed and not self.on_computed):
             self.coefficients.append([1.0])
         else:
@@ -62,12 +64,16 @@ class Fitter:
 
     def _fit(self, step: int, call: StepCall, scheduler: Any) -> list[float]:
         offset, gain = affine_step(scheduler, call)
+        if gain == 0:  # a step of length zero, as where a sigma is repeated: no output changes where it leads
+            return [1.0]
         reference_next = self.reference[step + 1].to(offset.device).float()
         target = drift_target(reference_next, offset, gain)
         rows = slice(None) if self.rows is None else self.rows
         return fit_rectification([h[rows] for h in self.history], target[rows], self.ridge)
 
     def after_step(self, step: int, sample: Tensor) -> None:
+        if step + 1 in self.schedule:
+            self.history.before_computing()
         self.final = sample.detach()
         difference = self.final.float() - self.reference[step + 1].to(sample.device).float()
         self.errors.append(float(difference.square().mean().sqrt()))

@@ -154,7 +154,9 @@ def obtain_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> tup
         seeds=range(len(prompts)),
         method=settings.method,
         search_budget=settings.search_budget,
+        refine=settings.refine if settings.method == "ertacache" else 0,
         micro_batch=settings.micro_batch,
+        memory_limit=settings.memory_limit(),
         **{goal: value},
         **model.arguments(settings),
     )
@@ -192,6 +194,8 @@ def calibration_name(settings: Settings, model: ModelFolder) -> str:
     ]
     if settings.search_budget and settings.method == "ertacache":
         parts.append(f"search{settings.search_budget}")
+    if settings.refine and settings.method == "ertacache":
+        parts.append(f"refine{settings.refine}")
     return "-".join(parts) + ".json"
 
 
@@ -235,7 +239,7 @@ def _record(
 
 def _compare(results: list[Tensor], twins: list[Tensor]) -> dict[str, Any]:
     """Each metric, a number for each result: pictures (3, H, W) or videos (F, 3, H, W) against their twins."""
-    named = {"psnr": psnr, "ssim": ssim}
+    named: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
     if results[0].ndim == 4 and len(results[0]) > 1:
         named["temporal_error"] = temporal_error
     return {

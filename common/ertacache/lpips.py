@@ -24,7 +24,6 @@ CONVOLUTIONS = {
     8: (384, 256, 3, 1, 1),
     10: (256, 256, 3, 1, 1),
 }
-POOLINGS = (2, 5)
 CHANNEL_SHIFT = (-0.030, -0.088, -0.188)  # LPIPS's scaling of inputs in [-1, 1], per colour
 CHANNEL_SCALE = (0.458, 0.448, 0.450)
 LENGTH_EPSILON = 1e-10
@@ -49,6 +48,9 @@ def alexnet_features() -> nn.Sequential:
 
 class Lpips(nn.Module):
     """The metric; `features` is the trunk, `linear` the weights w_l as buffers of shape (1, channels, 1, 1)."""
+
+    shift: Tensor  # (1, 3, 1, 1), like scale
+    scale: Tensor
 
     def __init__(self, trunk: dict[str, Tensor], linear: dict[str, Tensor]):
         super().__init__()

@@ -25,9 +25,11 @@ def call_in_micro_batches(call: Any, module: nn.Module, args: tuple, kwargs: dic
         batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch
         return value[start : start + size] if batched and not name.endswith("_ids") else value
 
-    outputs = []
+    parts = []
     for start in range(0, batch, size):
-        sliced = {name: piece(name, bound.arguments[name], start) for name in names}
-        outputs.append(call(**sliced))
-    joined = torch.cat([first_output(output) for output in outputs])
-    return (joined,) if isinstance(outputs[0], tuple) else type(outputs[0])(joined)
+        output = call(**{name: piece(name, bound.arguments[name], start) for name in names})
+        last = start + size >= batch
+        # the next call may write into the same memory: a CUDA graph replays with the same output tensor
+        parts.append(first_output(output) if last else first_output(output).clone())
+    joined = torch.cat(parts)
+    return (joined,) if isinstance(output, tuple) else type(output)(joined)

@@ -1,7 +1,7 @@
 """Follows a run by nothing but its transformer's calls: which step a call belongs to, and which guidance branch."""
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ertacache.errors import MismatchError, StateError
+from ertacache.finite import FiniteCheck
 from ertacache.replay import AGAIN, GRID_TOLERANCE
 
 
@@ -40,7 +41,14 @@ class Run:
         """Forget the run, if there is one; the next call begins a new one."""
         self.step: int | None = None
         self.branches: dict[Hashable, Branch] = {}
+        self.finite = FiniteCheck()
         self._copied: tuple[Tensor, Any, float] | None = None  # timestep on its way to the host, event, tolerance
+
+    @property
+    def current_step(self) -> int:
+        """The step of the call that was placed last, where a run is on."""
+        assert self.step is not None
+        return self.step
 
     def place(self, key: Hashable, condition: list[Tensor], timestep: Any) -> Branch:
         """The branch of a call; `step` is then the call's.
@@ -61,17 +69,23 @@ class Run:
         branch = self.branches.get(key)
         if branch is None:
             branch = self.branches[key] = Branch(condition, deque(maxlen=self.history_length))
-        if branch.last_step != self.step - 1:
-            self._refuse(f"a guidance branch was left out between step {branch.last_step} and step {self.step}")
-        branch.last_step = self.step
+        step = self.current_step
+        if branch.last_step != step - 1:
+            self._refuse(f"a guidance branch was left out between step {branch.last_step} and step {step}")
+        branch.last_step = step
         return branch
 
-    def finish_if_over(self) -> None:
-        """Drop everything after the last branch of the last step."""
+    def is_over(self) -> bool:
+        """Whether the last branch of the last step was called."""
         last = len(self.timesteps) - 1
-        if self.step == last and all(b.last_step == last for b in self.branches.values() if b.last_step >= last - 1):
-            self._verify_copied()
-            self.reset()
+        return self.step == last and all(b.last_step == last for b in self.branches.values() if b.last_step >= last - 1)
+
+    def finish(self, was_computed: Callable[[int], bool]) -> None:
+        """Drop everything at the end of a run; raises NumericsError where an output that `finite` saw was bad."""
+        finite = self.finite
+        self._verify_copied()
+        self.reset()
+        finite.verify(was_computed)
 
     def _begin(self, timestep: Any) -> None:
         self._verify_copied()  # an answer that was given wrongly may be part of the run that begins
@@ -97,7 +111,7 @@ class Run:
     def _advance(self, key: Hashable, timestep: Any) -> None:
         """A branch comes again: at its next step, or in a new run."""
         self._verify_copied()
-        value, following = host_value(timestep), self.step + 1
+        value, following = host_value(timestep), self.current_step + 1
         if following == len(self.timesteps):
             self._begin(timestep)  # the last run ended with fewer branches than it began with
         elif value is not None and not self._fits(value, following, timestep) and self._fits(value, 0, timestep):
@@ -118,16 +132,17 @@ class Run:
         """
         at_ends = self.step in (0, len(self.timesteps) - 1)
         value = read_value(timestep) if at_ends else host_value(timestep)
-        if value is not None and not self._fits(value, self.step, timestep) and self._fits(value, 0, timestep):
+        if value is not None and not self._fits(value, self.current_step, timestep) and self._fits(value, 0, timestep):
             self._begin(timestep)  # the last run was given up between its branches
             return
         self._check(value, timestep)
 
     def _check(self, value: float | None, timestep: Any) -> None:
-        if value is not None and not self._fits(value, self.step, timestep):
-            expected = self.timesteps[self.step]
+        step = self.current_step
+        if value is not None and not self._fits(value, step, timestep):
+            expected = self.timesteps[step]
             self._refuse(
-                f"timestep {value:g} came where the calibrated grid has {expected:g} (step {self.step}): another "
+                f"timestep {value:g} came where the calibrated grid has {expected:g} (step {step}): another "
                 f"number of steps or noise grid ({AGAIN}), or a branch that is called twice a step",
                 MismatchError,
             )
@@ -137,7 +152,7 @@ class Run:
             return
         (host, event, tolerance), self._copied = self._copied, None
         event.synchronize()
-        value, expected = float(host[0]), self.timesteps[self.step]
+        value, expected = float(host[0]), self.timesteps[self.current_step]
         if abs(value - expected) > tolerance:
             self._refuse(
                 f"timestep {value:g} came where the calibrated grid has {expected:g} (step {self.step}): another noise "

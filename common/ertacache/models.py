@@ -92,10 +92,11 @@ def place(pipe: Any, settings: Settings) -> Any:
         if settings.offload != "none":
             raise UsageError("--offload needs a CUDA device")
         return pipe.to("cpu")
+    own = torch.cuda.current_device()  # one of several processes has a device of its own
     if settings.offload == "model":
-        pipe.enable_model_cpu_offload()
+        pipe.enable_model_cpu_offload(gpu_id=own)
     elif settings.offload == "sequential":
-        pipe.enable_sequential_cpu_offload()
+        pipe.enable_sequential_cpu_offload(gpu_id=own)
     else:
         pipe.to("cuda")
     return pipe

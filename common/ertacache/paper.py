@@ -13,14 +13,6 @@ from ertacache.rectification import fit_error_model
 from ertacache.solver import END_TIMESTEP
 from ertacache.timesteps import adjust_timesteps, adjustment_factor
 
-PUBLISHED_THRESHOLDS = {
-    "Open-Sora 1.2 slow": 0.1,
-    "Open-Sora 1.2 fast": 0.18,
-    "CogVideoX-2B": 0.3,
-    "Wan2.1-1.3B": 0.08,
-    "FLUX.1-dev": 0.6,
-}
-
 
 @dataclass(frozen=True)
 class PaperFit:
@@ -55,7 +47,10 @@ def fit_paper(
     residual = residuals(recorded, rows)
     if schedule is None:
         distances = residual_distances(residual)
-        threshold = threshold_for(distances, computed_steps) if threshold is None else threshold
+        if threshold is None:
+            if computed_steps is None:
+                raise ValueError("give one of threshold, computed_steps and schedule")
+            threshold = threshold_for(distances, computed_steps)
         schedule = threshold_schedule(distances, threshold)
     chosen = slice(None) if rows is None else rows
     outputs = [o[chosen].float() for o in recorded.outputs]

@@ -51,7 +51,7 @@ def _inside_compiled_wrapper() -> bool:
     return inside is not None and inside()
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
+def uncompiled(module: Any) -> Any:
     """The module inside the wrapper that `torch.compile(module)` returns; any other module as it is."""
     return getattr(module, "_modules", {}).get("_orig_mod", module)
 
@@ -87,14 +87,16 @@ def _named_alike(original: type, bases: tuple[type, ...], namespace: dict[str, A
 def put_in_front(transformer: nn.Module, attachment: Any) -> None:
     """From now on `attachment.call(call, module, args, kwargs)` answers the transformer's calls."""
     if not isinstance(transformer, CachedTransformer):
-        _change_class(transformer, cached_class(type(transformer)))
+        kind = type(transformer)
+        _change_class(transformer, cached_class(kind))  # type: ignore[arg-type]  # mypy: a class of unhashable objects
     transformer.__dict__["_ertacache"] = attachment
 
 
 def follow(pipe: Any, attachment: Any) -> None:
     """From now on every call of the pipeline ends with `attachment.finish()`."""
     if ADDED not in vars(type(pipe)) and callable(pipe):
-        _change_class(pipe, followed_class(type(pipe)))
+        kind = type(pipe)
+        _change_class(pipe, followed_class(kind))  # type: ignore[arg-type]  # the same
     pipe.__dict__["_ertacache"] = attachment
 
 

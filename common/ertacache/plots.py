@@ -10,15 +10,13 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from PIL import Image
 
 from ertacache.chart_data import (
@@ -27,12 +25,11 @@ from ertacache.chart_data import (
     OUR_COLOUR,
     RIVAL_COLOURS,
     Series,
-    log_range,
     quality_series,
     rival_styles,
     spread_labels,
 )
-from ertacache.results import METRICS, Curve, Row, read_results
+from ertacache.results import METRICS, Row, read_results
 
 _SHAPES = dict(zip(MARKERS, ("o", "s", "^", "D", "X"), strict=True))
 _STYLE = {
@@ -81,70 +78,25 @@ def plot_quality(rows: Sequence[Row], metric: str = "psnr", axis: str = "speedup
     return figure
 
 
-def plot_error_per_step(curves: Mapping[str, Curve], ours: str = "ertacache") -> Figure:
-    """Error of the latents per step, log scale, the steps that `ours` reuses shaded. Raises ValueError if empty."""
-    if not curves:
-        raise ValueError("no curves to plot")
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(8, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        mine = curves.get(ours)
-        if mine is not None and mine.computed_steps is not None:
-            for step in sorted(set(range(len(mine.error))) - set(mine.computed_steps)):
-                axes.axvspan(step - 0.5, step + 0.5, color=OUR_COLOUR, alpha=0.10, lw=0)
-        low, high = log_range(curves)
-        rivals = sorted(set(curves) - {ours})
-        series = []
-        for method in [*rivals, *([ours] if mine else [])]:
-            style = -1 if method == ours else rivals.index(method)
-            errors = np.clip(np.asarray(curves[method].error, dtype=np.float64), low, None)
-            axes.plot(errors, color=_colour(style), lw=2.6 if style < 0 else 1.3, alpha=1 if style < 0 else 0.85)
-            series.append(Series(method, style, [(len(errors) - 1, float(errors[-1]))]))
-        axes.set(yscale="log", ylim=(low, high), xlabel="Step", ylabel="RMS error of the latents ↓")
-        axes.set_title(f"Distance to the uncached run (steps that {ours} reuses are shaded)")
-        axes.grid(axis="x", visible=False)
-        _label_ends(axes, series)
-    return figure
-
-
 def plot_schedule(rows: Sequence[Row]) -> Figure:
     """One strip a row that has a fixed schedule: computed steps filled, reused ones light. ValueError if none has."""
-    shown = [row for row in rows if row.computed_steps is not None and row.role != "reference"]
+    shown = [(row, row.computed_steps) for row in rows if row.computed_steps is not None and row.role != "reference"]
     if not shown:
         raise ValueError("no row has a list of computed steps")
     styles = rival_styles(rows)
     with rc_context({**_STYLE, "axes.grid": False}):
         figure = Figure(figsize=(8, 0.9 + 0.32 * len(shown)), layout="constrained")
         axes = figure.add_subplot()
-        for line, row in enumerate(shown):
+        for line, (row, computed) in enumerate(shown):
             colour = _colour(styles.get(row.method, len(RIVAL_COLOURS) - 1))
             for step in range(row.num_inference_steps):
-                face = colour if step in row.computed_steps else "#ececec"
+                face = colour if step in computed else "#ececec"
                 axes.barh(line, 0.88, left=step - 0.44, height=0.72, color=face, lw=0)
-        axes.set_yticks(range(len(shown)), [f"{row.method}, {len(row.computed_steps)}" for row in shown])
+        axes.set_yticks(range(len(shown)), [f"{row.method}, {len(computed)}" for row, computed in shown])
         axes.set(xlabel="Step", ylim=(len(shown) - 0.4, -0.6))
         axes.set_title("Computed steps (filled) and reused ones (light)")
         axes.spines[:].set_visible(False)
         axes.tick_params(left=False)
-    return figure
-
-
-def plot_difference_strip(
-    reference: NDArray[np.uint8], images: Mapping[str, NDArray[np.uint8]], gain: float = 4.0
-) -> Figure:
-    """Uncached, then per method its picture and `gain` times its |difference|; pictures uint8 (H, W, 3)."""
-    if any(image.shape != reference.shape or image.ndim != 3 for image in images.values()):
-        raise ValueError(f"expected pictures of shape {reference.shape}")
-    panels = [("uncached", reference)]
-    for method, image in images.items():
-        difference = np.abs(image.astype(np.float32) - reference.astype(np.float32)) * gain
-        panels += [(method, image), (f"|difference| × {gain:g}", difference.clip(0, 255).astype(np.uint8))]
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(2.2 * len(panels), 2.6), layout="constrained")
-        for axes, (title, picture) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
-            axes.imshow(picture, interpolation="nearest")
-            axes.set_title(title, fontsize=10, loc="center", pad=5)
-            axes.axis("off")
     return figure
 
 
@@ -159,7 +111,7 @@ def _colour(style: int) -> str:
 
 def _label_ends(axes: Axes, series: Sequence[Series]) -> None:
     """Names at the right border, beside the last points, in place of a legend."""
-    axes.figure.draw_without_rendering()  # settles the layout, on which the places in pixels depend
+    axes.get_figure(root=True).draw_without_rendering()  # settles the layout, on which the places in pixels depend
     box, dots_a_point = axes.get_window_extent(), axes.figure.dpi / 72
     ends = [axes.transData.transform(one.points[-1]) for one in series]
     places = spread_labels([end[1] for end in ends], 13 * dots_a_point, box.y0, box.y1)

@@ -66,9 +66,7 @@ def weights_fingerprint(model: nn.Module) -> str | None:
     digest = hashlib.sha256(str(len(named)).encode())
     samples: list[torch.Tensor] = []
     for name, parameter in named:
-        values = parameter.detach()
-        if values.is_meta:
-            values = _offloaded(model, name)
+        values = _offloaded(model, name) if parameter.is_meta else parameter.detach()
         if values is None:
             return None
         digest.update(f"{name} {tuple(values.shape)}".encode())

@@ -28,6 +28,7 @@ class Recorder:
 
     def __init__(self, memory_limit: int | None = None, folder: str | Path | None = None) -> None:
         self.memory_limit, self.folder = memory_limit, folder
+        self.on_begin: Callable[[Recorder], None] = lambda _: None  # the grid is known, nothing was computed yet
         self.on_first_step: Callable[[Recorder], None] = lambda _: None  # its cost and sizes are known by then
         self.store = TrajectoryStore(memory_limit, folder)
         self.latents: list[Tensor] = []
@@ -42,6 +43,7 @@ class Recorder:
         self.latents, self.outputs, self.gains = [], [], []
         self.timesteps, self.sigmas = host_grid(scheduler)
         self.takes_timesteps = takes_timesteps(scheduler)
+        self.on_begin(self)
 
     def should_compute(self, step: int) -> bool:
         return True

@@ -7,6 +7,7 @@ Paper: the additive error of a reused output is modelled as sigma(K o + B), line
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,23 +15,70 @@ from torch import Tensor
 
 DEFAULT_RIDGE = 1e-6
 REWEIGHTINGS = 3  # rounds of least squares; the weights hardly move after the second
+SAMPLE = -1  # index of the latents' coefficient among those of a step
 ERROR_FLOOR = 0.1  # q: share of the median error below which a prompt gains no more weight
 
 
-def combine(outputs: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    """sum_j a_j o_j in float32, returned in the dtype of the first output.
+@dataclass(frozen=True)
+class Coefficients:
+    """What every step of a run combines.
+
+    Attributes:
+        outputs: for each step the a_j of the last computed outputs, newest first.
+        sample: for each step the b of the latents it starts from.
+    """
+
+    outputs: list[list[float]]
+    sample: list[float]
+
+    @classmethod
+    def of_outputs(cls, outputs: list[list[float]]) -> "Coefficients":
+        return cls(outputs, [0.0] * len(outputs))
+
+    @property
+    def longest(self) -> int:
+        """Outputs that are kept, at least 1."""
+        return max(map(len, self.outputs), default=1)
+
+    def plain(self, step: int) -> bool:
+        """Whether the step takes the newest output as it is."""
+        return self.outputs[step] == [1.0] and self.sample[step] == 0
+
+    def at(self, step: int, sample: Tensor) -> tuple[list[float], Tensor, float]:
+        """What `combine` takes after the outputs at that step."""
+        return self.outputs[step], sample, self.sample[step]
+
+    def changed(self, places: Sequence[tuple[int, int]], change: Sequence[float]) -> "Coefficients":
+        """With `change` added at `places`, pairs of step and index of an output, or step and SAMPLE."""
+        outputs, sample = [list(row) for row in self.outputs], list(self.sample)
+        for (step, index), value in zip(places, change, strict=True):
+            if index == SAMPLE:
+                sample[step] += float(value)
+            else:
+                outputs[step][index] += float(value)
+        return Coefficients(outputs, sample)
+
+
+def combine(
+    outputs: Sequence[Tensor], coefficients: Sequence[float], sample: Tensor | None = None, share: float = 0.0
+) -> Tensor:
+    """sum_j a_j o_j + b x in float32, returned in the dtype of the first output.
 
     Args:
         outputs: the newest computed output first, all of one shape.
-        coefficients: one for each output that is used; [1.0] returns the newest as it is.
+        coefficients: a_j, one for each output that is used; [1.0] returns the newest as it is.
+        sample: x, the latents that the step starts from, in the shape of an output; not looked at where b is 0.
+        share: b.
     """
     newest = outputs[0]
-    if len(coefficients) == 1 and coefficients[0] == 1.0:
+    if len(coefficients) == 1 and coefficients[0] == 1.0 and share == 0:
         return newest
     # one float32 tensor in all: what .float() returns may be the cached output itself and must not be written to
     total = newest * coefficients[0] if newest.dtype == torch.float32 else newest.float().mul_(coefficients[0])
     for index in range(1, min(len(outputs), len(coefficients))):
         total.add_(outputs[index], alpha=coefficients[index])
+    if share != 0 and sample is not None:
+        total.add_(sample, alpha=share)
     return total.to(newest.dtype)
 
 
@@ -81,12 +129,17 @@ def fit_rectification(columns: Sequence[Tensor], target: Tensor, ridge: float = 
         fitted = solve_towards_plain(np.tensordot(weights, matrices, 1), np.tensordot(weights, vectors, 1), ridge=ridge)
         a = np.asarray(fitted)
         errors = np.maximum(squares - 2 * vectors @ a + np.einsum("i,pij,j->p", a, matrices, a), 0)
-        softened = errors + ERROR_FLOOR * np.median(errors)
-        if not softened.min() > 0:  # a prompt without any error needs no more weight than it has
-            break
-        weights = 1 / softened
-        weights /= weights.mean()
+        weights = prompt_weights(errors)
     return fitted
+
+
+def prompt_weights(errors: np.ndarray) -> np.ndarray:
+    """1 / (E_p + q median E) of squared errors E (P,), with mean 1; all 1 where a prompt has no error at all."""
+    softened = errors + ERROR_FLOOR * np.median(errors)
+    if not softened.min() > 0:
+        return np.ones(len(errors))
+    weights = 1 / softened
+    return weights / weights.mean()
 
 
 def fit_error_model(reused: Tensor, output: Tensor) -> tuple[float, float]:

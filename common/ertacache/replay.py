@@ -1,7 +1,6 @@
 """Generates with a finished calibration, and refuses or warns where it does not belong to the run."""
 
 import warnings
-from collections import deque
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from ertacache import provenance, solver
 from ertacache.calibration import Calibration
 from ertacache.errors import MismatchError, MismatchWarning
+from ertacache.history import OutputHistory
 from ertacache.rectification import combine, rectify
 from ertacache.schema import printable, shown
 from ertacache.solver import StepCall
@@ -26,8 +26,8 @@ class Replay:
         self.calibration = calibration
         self.pipe = pipe
         self.computed = frozenset(calibration.computed_steps)
-        longest = max((len(row) for row in calibration.coefficients or [[1.0]]), default=1)
-        self.history: deque[Tensor] = deque(maxlen=longest)
+        self.coefficients = calibration.combinations()  # none: the published method
+        self.history = OutputHistory(self.coefficients.longest)
         self.residual: Tensor | None = None
         self.weights = self._weights()
 
@@ -35,7 +35,7 @@ class Replay:
         self.begin_weights()
         check_grid(self.calibration, *solver.host_grid(scheduler))
         guidance, calibrated = getattr(self.pipe, "guidance_scale", None), self.calibration.guidance_scale
-        if None not in (guidance, calibrated) and abs(guidance - calibrated) > 1e-6:
+        if guidance is not None and calibrated is not None and abs(guidance - calibrated) > 1e-6:
             _warn(f"guidance scale is {guidance:g}, the calibration is for {calibrated:g}: quality may be lower")
         if self.calibration.adjusted_sigmas is not None:
             set_grid(scheduler, self.calibration.adjusted_sigmas, self.calibration)
@@ -65,13 +65,16 @@ class Replay:
         if self.calibration.method == "paper":
             return self._paper_output(step, call)
         if step in self.computed:
-            self.history.appendleft(call.model_output)
-        return combine(self.history, self.calibration.coefficients[step])
+            self.history.add(call.model_output)
+        else:
+            self.history.before_reuse()
+        return combine(self.history, *self.coefficients.at(step, call.sample))
 
     def _paper_output(self, step: int, call: StepCall) -> Tensor:
         if step in self.computed:
             self.residual = call.model_output.float() - call.sample.float()
             return call.model_output
+        assert self.residual is not None  # step 0 is computed
         reused = call.sample.float() + self.residual
         pair = self.calibration.error_model[step] if self.calibration.error_model else None
         if pair is not None:
@@ -79,7 +82,8 @@ class Replay:
         return reused.to(call.model_output.dtype)
 
     def after_step(self, step: int, sample: Tensor) -> None:
-        """Nothing to do: the scheduler's result is the pipeline's."""
+        if step + 1 in self.computed:
+            self.history.before_computing()
 
     def end(self) -> None:
         self.history.clear()

@@ -163,8 +163,8 @@ def schedule_svg(lines: Sequence[tuple[str, Sequence[int], int]], num_steps: int
             place = f'x="{to_x(step) - cell * 0.44:.1f}" y="{y}" width="{cell * 0.88:.1f}" height="18"'
             frame.parts.append(f'<rect class="{state}" rx="3" {place}><title>step {step}: {state}</title></rect>')
         frame.parts.append(frame.name(name, y + 13) + "</g>")
-    for step in linear_ticks(0, num_steps - 1, 7 if width > 500 else 4):
-        frame.text(to_x(step), 26 * len(lines) + 20, f"{step:g}", "tick", 'text-anchor="middle"')
+    for tick in linear_ticks(0, num_steps - 1, 7 if width > 500 else 4):
+        frame.text(to_x(tick), 26 * len(lines) + 20, f"{tick:g}", "tick", 'text-anchor="middle"')
     return frame.svg()
 
 
@@ -186,7 +186,7 @@ def _marker(series: Series, x: float, y: float) -> str:
     shape, r = ("circle", 6.5) if series.ours else (MARKERS[series.style % len(MARKERS)], 4.5)
     if shape == "circle":
         return f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0z"
-    unit = {
+    outlines: dict[str, list[tuple[float, float]]] = {
         "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
         "triangle": [(0, -1.25), (1.2, 0.95), (-1.2, 0.95)],
         "diamond": [(0, -1.35), (1.35, 0), (0, 1.35), (-1.35, 0)],
@@ -204,5 +204,5 @@ def _marker(series: Series, x: float, y: float) -> str:
             (-1.2, -0.4),
             (-0.4, -0.4),
         ],
-    }[shape]
-    return "M" + "L".join(f"{x + r * dx:.1f} {y + r * dy:.1f}" for dx, dy in unit) + "z"
+    }
+    return "M" + "L".join(f"{x + r * dx:.1f} {y + r * dy:.1f}" for dx, dy in outlines[shape]) + "z"

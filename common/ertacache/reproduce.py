@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ertacache import settings
+from ertacache import processes, settings
 from ertacache.baselines import Rival, all_rivals
 from ertacache.generation import ModelFolder
 from ertacache.settings import Settings, UsageError
@@ -48,6 +48,7 @@ def main(folder: Path, load: Callable[[Settings], Any], model: ModelFolder, argv
     rivals = _rivals(chosen.methods, model)
     path = Path(chosen.prompts) if chosen.prompts else folder / "prompts" / "held_out.txt"
     prompts = settings.read_prompts(path)[: chosen.num_prompts]
+    processes.start()
     pipe = load(chosen)
     n = chosen.num_inference_steps
     counts = counts or [n // 2, 2 * n // 5, n // 3]
@@ -56,7 +57,9 @@ def main(folder: Path, load: Callable[[Settings], Any], model: ModelFolder, argv
             raise UsageError(f"--computed-steps must lie between 1 and {n}, not {count}")
     pipe.set_progress_bar_config(disable=True)
     study = Study(pipe, chosen, model, prompts, counts, rivals)
-    return study.run()
+    out = study.run()
+    processes.stop()
+    return out
 
 
 def _rivals(methods: str, model: ModelFolder) -> list[Rival]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ertacache import solver
-from ertacache.attach import attached
+from ertacache.attach import Structure, attached
 from ertacache.errors import CalibrationError
 from ertacache.fitting import Fitter
 from ertacache.recording import Recorder
@@ -29,7 +29,8 @@ class Runs:
     micro_batch: int
     bar: Any
     recorded: Recorder = field(default_factory=Recorder)
-    pictures: Tensor | None = None
+    pictures: Tensor = field(default_factory=lambda: torch.empty(0))  # of the reference runs, once recorded
+    structure: Structure | None = None  # of what the transformer returns, once it ran
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -39,10 +40,21 @@ class Runs:
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
         with attached(self.pipe, controller, self.micro_batch) as attachment:
             attachment.on_computed = lambda: self.bar.update(len(self))
+            attachment.expected = self.structure
             result = self.pipe(
                 prompt=self.prompts, generator=generators, output_type="pt" if decode else "latent", **self.kwargs
             )
+            self.structure = attachment.expected
         return solver.first_output(result).detach().float().cpu()
+
+    def first(self, count: int) -> "Runs":
+        """The runs of the first prompts only; `recorded` stays that of all."""
+        count = min(count, len(self))
+        structure = self.structure
+        if structure is not None:  # its batch is that of the prompts, or twice that for guidance in one call
+            kind, shape, dtype, device = structure
+            structure = (kind, torch.Size([shape[0] * count // len(self), *shape[1:]]), dtype, device)
+        return replace(self, prompts=self.prompts[:count], seeds=self.seeds[:count], structure=structure)
 
     def record(self) -> None:
         """The uncached reference runs, kept in `recorded` and `pictures`."""
@@ -51,12 +63,16 @@ class Runs:
     def final_error(self, controller: Any) -> float:
         """Mean over prompts of the log mean squared error of the final latents under a controller."""
         final = self.run(controller)
-        error = (final - self.recorded.latents[-1].float()).square().flatten(1).mean(1)
-        return float(error.clamp_min(1e-20).log10().mean())
+        return mean_log_error((final - self.recorded.latents[-1][: len(self)].float()).square().flatten(1).mean(1))
 
     def fitted_error(self, schedule: list[int]) -> float:
         """`final_error` of a schedule with our rectification."""
         return self.final_error(Fitter(schedule, self.recorded.latents))
+
+
+def mean_log_error(errors: Tensor) -> float:
+    """Mean of the decimal logarithm of mean squared errors (P,); -10 times it is a mean of decibels."""
+    return float(errors.clamp_min(1e-20).log10().mean())
 
 
 def make_runs(
@@ -98,10 +114,11 @@ def recorded_runs(
     seeds: Sequence[int],
     micro_batch: int = MICRO_BATCH,
     progress: bool = False,
+    memory_limit: int | None = None,
     **pipe_kwargs: Any,
 ) -> Runs:
     """The uncached reference runs that a calibration starts with, for studies of its parts."""
-    runs = make_runs(pipe, prompts, seeds, pipe_kwargs, micro_batch, progress)
+    runs = make_runs(pipe, prompts, seeds, pipe_kwargs, micro_batch, progress, memory_limit)
     with quiet(pipe), torch.no_grad():
         runs.record()
     return runs
@@ -112,13 +129,13 @@ def quiet(pipe: Any) -> Iterator[None]:
     """No progress bars of the pipeline's own, and a VAE that decodes one sample at a time."""
     config = dict(getattr(pipe, "_progress_bar_config", {}))
     vae = getattr(pipe, "vae", None)
-    slicing = getattr(vae, "use_slicing", None)
+    slicing = getattr(vae, "use_slicing", None)  # None where there is no VAE, or none that can
     pipe.set_progress_bar_config(disable=True)
-    if slicing is not None:
+    if vae is not None and slicing is not None:
         vae.use_slicing = True
     try:
         yield
     finally:
         pipe.set_progress_bar_config(**config)
-        if slicing is not None:
+        if vae is not None and slicing is not None:
             vae.use_slicing = slicing

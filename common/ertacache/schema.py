@@ -7,7 +7,7 @@ import stat
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ertacache.errors import CalibrationError
 
@@ -121,15 +121,23 @@ Require = Callable[[bool, str, str], None]
 def _validate_method(c: "Calibration", require: Require) -> None:
     n = c.num_inference_steps
     if c.method == "ertacache":
-        ok = is_list(c.coefficients, lambda row: is_list(row, is_number)) and len(c.coefficients) == n
+        rows = c.coefficients or []
+        ok = is_list(rows, lambda row: is_list(row, is_number)) and len(rows) == n
         require(ok, "coefficients", f"{n} lists of numbers")
         computed, so_far = set(c.computed_steps), 0
-        for step, row in enumerate(c.coefficients):
+        for step, row in enumerate(rows):
             so_far += step in computed
             longest = min(so_far, MAX_COEFFICIENTS)
             require(1 <= len(row) <= longest, "coefficients", f"1 to {longest} numbers at step {step}")
+        sample = c.sample_coefficients
+        require(
+            sample is None or (is_list(sample, is_number) and len(sample) == n),
+            "sample_coefficients",
+            f"null or {n} numbers",
+        )
         return
     require(c.coefficients is None, "coefficients", "null for method paper")
+    require(c.sample_coefficients is None, "sample_coefficients", "null for method paper")
     lengths = {"step_factors": n, "adjusted_sigmas": n + 1, "adjusted_timesteps": n}
     for name, length in lengths.items():
         value = getattr(c, name)
@@ -164,7 +172,7 @@ def _validate_provenance(c: "Calibration", require: Require) -> None:
     )
 
 
-def is_int(value: Any) -> bool:
+def is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
 
 

@@ -4,6 +4,7 @@ Precedence: flag, then `tiny/config.py` where the tiny pipeline runs, then `conf
 """
 
 import argparse
+import math
 import runpy
 import types
 from collections.abc import Sequence
@@ -33,6 +34,11 @@ class Settings(argparse.Namespace):
                 f"set exactly one of {', '.join(GOALS)}; set are {', '.join(n for n, _ in named) or 'none'}"
             )
         return named[0]
+
+    def memory_limit(self) -> int | None:
+        """Bytes of recorded trajectories that may stay in memory; None for no limit."""
+        limit = getattr(self, "memory_limit_gib", None)
+        return None if limit is None else int(limit * 2**30)
 
     def path(self, name: str) -> Path:
         """A path of the configuration, relative to the model folder."""
@@ -138,6 +144,13 @@ def check(settings: Settings) -> None:
     for name in ("num_inference_steps", "height", "width", "max_sequence_length", "num_calibration_prompts"):
         if getattr(settings, name, 1) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(settings, name)}")
+    if not getattr(settings, "fps", 1) > 0:
+        raise UsageError(f"--fps must be above 0, not {settings.fps:g}")
+    if not 0 <= getattr(settings, "video_quality", 0) <= 10:
+        raise UsageError(f"--video-quality must lie between 0 and 10, not {settings.video_quality:g}")
+    limit = getattr(settings, "memory_limit_gib", None)
+    if limit is not None and not 0 <= limit < math.inf:
+        raise UsageError(f"--memory-limit-gib must be 0 or more, not {limit:g}")
     if settings.method == "none":
         return
     name, value = settings.goal()

@@ -3,7 +3,9 @@
 Ours and the rivals are calibrated and tuned on the calibration prompts, and measured on held-out ones.
 """
 
+import functools
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 import ertacache
-from ertacache import ablation, provenance, settings, solver
+from ertacache import ablation, processes, provenance, settings, solver
 from ertacache.baselines import NotApplicable, Rival, Tuner
 from ertacache.calibration import Calibration
 from ertacache.comparison import Comparison, Contender
@@ -65,6 +67,7 @@ class Study:
             "calibration_prompts": self.calibration_prompts,
             "seeds": self.chosen.seeds,
             "search_budget": self.chosen.search_budget,
+            "refine": self.chosen.refine,
             "layout": self.chosen.layout,
             "versions": provenance.package_versions(),
         }
@@ -84,11 +87,12 @@ class Study:
         comparison.prepare()
         contenders = [*self._ours(), *self._tuned_rivals()]
         seconds = comparison.estimate(sum(not c.static for c in contenders))
-        print(
-            f"comparison: {len(contenders)} settings on {len(comparison.pairs)} pairs of prompt and seed, "
-            f"about {seconds / 60:.0f} min if none is done yet",
-            file=sys.stderr,
-        )
+        if processes.is_main():
+            print(
+                f"comparison: {len(contenders)} settings on {len(comparison.pairs)} pairs of prompt and seed, "
+                f"about {seconds / 60:.0f} min if none is done yet",
+                file=sys.stderr,
+            )
         reference = Contender("none", "reference", None, "uncached", nullcontext, static=True)
         times = comparison.times([reference, *contenders], TIMING_REPEATS)
         rows = [row_of(self, c, comparison, times) for c in [reference, *contenders]]
@@ -106,7 +110,7 @@ class Study:
 
     def _ours(self) -> list[Contender]:
         asked = self.chosen.methods.split(",") if self.chosen.methods != "all" else OUR_METHODS
-        runs = None
+        recorded = functools.cache(self._recorded)  # once, and only where an ablation is still to be made
         contenders = []
         for count in self.counts:
             ours = self._calibration("ertacache", count)
@@ -115,10 +119,7 @@ class Study:
             if "paper" in asked:
                 contenders.append(self._static("paper", "rival", count, self._calibration("paper", count)))
             if "ablation" in asked:
-                kept = self.ledger.path(f"ablation {count}", ".json")
-                if runs is None and not kept.exists():
-                    runs = self._recorded()
-                plain = self.ledger.get(f"ablation {count}", lambda r=runs, k=count, o=ours: self._ablation(r, k, o))
+                plain = self.ledger.get(f"ablation {count}", functools.partial(self._ablation, recorded, count, ours))
                 contenders += [
                     self._static(name, "ablation", count, Calibration.from_dict(c)) for name, c in plain.items()
                 ]
@@ -140,15 +141,18 @@ class Study:
     def _calibration(self, method: str, count: int) -> Calibration:
         def make() -> dict[str, Any]:
             prompts = self.calibration_prompts
-            budget = self.chosen.search_budget if method == "ertacache" else 0
+            ours = method == "ertacache"
             made = ertacache.calibrate(
                 self.pipe,
                 prompts,
                 seeds=range(len(prompts)),
                 computed_steps=count,
                 method=method,
-                search_budget=budget,
+                search_budget=self.chosen.search_budget if ours else 0,
+                refine=self.chosen.refine if ours else 0,
                 micro_batch=self.chosen.micro_batch,
+                memory_limit=self.chosen.memory_limit(),
+                progress=processes.is_main(),
                 **self.arguments,
             )
             return made.to_dict()
@@ -158,11 +162,16 @@ class Study:
     def _recorded(self) -> Runs:
         prompts = self.calibration_prompts
         return recorded_runs(
-            self.pipe, prompts, seeds=range(len(prompts)), micro_batch=self.chosen.micro_batch, **self.arguments
+            self.pipe,
+            prompts,
+            seeds=range(len(prompts)),
+            micro_batch=self.chosen.micro_batch,
+            memory_limit=self.chosen.memory_limit(),
+            **self.arguments,
         )
 
-    def _ablation(self, runs: Runs, count: int, ours: Calibration) -> dict[str, Any]:
-        parts = ablation.ablations(runs, count, ours.computed_steps, self.chosen.search_budget)
+    def _ablation(self, recorded: Callable[[], Runs], count: int, ours: Calibration) -> dict[str, Any]:
+        parts = ablation.ablations(recorded(), count, ours.computed_steps, self.chosen.search_budget)
         return {name: calibration.to_dict() for name, calibration in parts.items()}
 
     def _tuned_rivals(self) -> list[Contender]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ertacache import provenance
+from ertacache import processes, provenance
 from ertacache.comparison import Comparison, Contender
 from ertacache.files import write_atomically
 from ertacache.metrics import worst_decile
@@ -55,29 +55,38 @@ def row_of(study: "Study", contender: Contender, comparison: Comparison, times: 
 def write_outcome(
     study: "Study", rows: list[Row], contenders: list[Contender], reference: Contender, comparison: Comparison
 ) -> None:
-    """Write results.json, table.md and report.html into the study's folder."""
+    """Write results.json, table.md and report.html into the study's folder; several processes, the main one."""
+    shown = [c for c in contenders if c.role != "ablation"]
+    curves = _curves(shown, comparison)
+    if not processes.is_main():
+        return
     meta = {
         "title": f"ERTACache and its rivals on {rows[0].model}",
         "date": date.today().isoformat(),
         "prompts": f"{len(study.prompts)} held-out prompts, seeds {', '.join(map(str, study.chosen.seeds))}",
-        "calibration": f"{len(study.calibration_prompts)} other prompts, swap search of {study.chosen.search_budget}",
+        "calibration": f"{len(study.calibration_prompts)} other prompts, {study.chosen.search_budget} schedules tried"
+        + (f", refined end to end on {study.chosen.refine}" if study.chosen.refine else ""),
         "settings": {k: v for k, v in study.arguments.items() if isinstance(v, (int, float, str))}
         | ({"variant": study.model.variant(study.chosen)} if study.model.variant else {}),
         "not applicable": study.not_applicable,
     }
     write_results(study.out / "results.json", rows, meta)
     write_atomically(study.out / "table.md", table_markdown(rows))
-    shown = [c for c in contenders if c.role != "ablation"]
+    examples = [example for c in [reference, *shown] for example in _examples(c, comparison)]
+    write_report(study.out / "report.html", rows, examples, curves, meta)
+    print(f"results.json, table.md and report.html are in {study.out}")
+
+
+def _curves(contenders: list[Contender], comparison: Comparison) -> dict[str, list[Curve]]:
+    """Method -> error per step at each cost, where its steps are the reference's."""
     curves: dict[str, list[Curve]] = {}
-    for contender in shown:
+    for contender in contenders:
         error = comparison.error_per_step(contender)
         if error is not None:
             curves.setdefault(contender.method, []).append(
                 Curve(error, contender.computed_steps, contender.asked_steps)
             )
-    examples = [example for c in [reference, *shown] for example in _examples(c, comparison)]
-    write_report(study.out / "report.html", rows, examples, curves, meta)
-    print(f"results.json, table.md and report.html are in {study.out}")
+    return curves
 
 
 def _examples(contender: Contender, comparison: Comparison) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from ertacache.results import METRICS, TEMPORAL_ERROR, Row, best_rival, read_results
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+MARKER = "results"
 _NONE = "\N{EN DASH}"
 
 
@@ -136,10 +136,15 @@ def _ablation(section: Sequence[Row]) -> Table:
     return table
 
 
-def _published(rows: Sequence[Row], published: Mapping[str, Any]) -> Table:
-    """The paper's rows of this model beside ours; of all models when none matches."""
+def published_rows(rows: Sequence[Row], published: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The paper's rows of the model of `rows`; of all models when none matches."""
     name = "".join(c for c in rows[0].model.lower() if c.isalnum())
-    matching = [p for p in published["rows"] if any(word in name for word in p["match"])] or published["rows"]
+    return [p for p in published["rows"] if any(word in name for word in p["match"])] or published["rows"]
+
+
+def _published(rows: Sequence[Row], published: Mapping[str, Any]) -> Table:
+    """The paper's rows of this model beside ours."""
+    matching = published_rows(rows, published)
     header = ["Method", "Model that ran", "Hardware", "Seconds ↓"]
     header += [f"{metric.label} {metric.arrow}" for metric in METRICS.values()]
     table = Table(f"{rows[0].model}: published and measured here", header)
@@ -205,11 +210,12 @@ def _escape(text: str) -> str:
     return text
 
 
-def replace_between(text: str, content: str) -> str:
+def replace_between(text: str, content: str, marker: str = MARKER) -> str:
     """`text` with `content` between its two markers; ValueError when they are not there once and in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected the markers {BEGIN} and {END}, once each")
-    return f"{text[: text.index(BEGIN)]}{BEGIN}\n\n{content.strip()}\n\n{text[text.index(END) :]}"
+    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected the markers {begin} and {end}, once each")
+    return f"{text[: text.index(begin)]}{begin}\n\n{content.strip()}\n\n{text[text.index(end) :]}"
 
 
 class _Parser(argparse.ArgumentParser):

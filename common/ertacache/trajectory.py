@@ -1,10 +1,13 @@
 """Keeps recorded trajectories on the host: in memory, or in files once they outgrow a limit."""
 
+import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ertacache.errors import CalibrationError
 
 
 class TrajectoryStore:
@@ -29,11 +32,28 @@ class TrajectoryStore:
     def on_disk(self) -> bool:
         return self._files is not None
 
+    @property
+    def place(self) -> str:
+        """The folder that files go to, whether or not there are any."""
+        return self._files.name if self._files is not None else str(self.folder or tempfile.gettempdir())
+
     def plan(self, total_bytes: int) -> None:
-        """Say how much is going to be kept; decides where all of it goes."""
+        """Say how much is going to be kept; decides where all of it goes.
+
+        Raises:
+            CalibrationError: it does not fit on the disk. Writing to a mapped file would end the process instead.
+        """
         self.planned = total_bytes
-        if self.limit is not None and total_bytes > self.limit:
-            self._files = tempfile.TemporaryDirectory(prefix="ertacache-", dir=self.folder)
+        if self.limit is None or total_bytes <= self.limit:
+            return
+        free = shutil.disk_usage(self.place).free
+        if total_bytes > free:
+            raise CalibrationError(
+                f"the recorded trajectories take {total_bytes / 2**30:.1f} GiB, above the memory limit, and "
+                f"{self.place} has {free / 2**30:.1f} GiB left: use fewer prompts, a higher limit, or another "
+                "folder (TMPDIR)"
+            )
+        self._files = tempfile.TemporaryDirectory(prefix="ertacache-", dir=self.folder)
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A contiguous host copy of `tensor`, in memory or in a file."""

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,24 @@ SMOKE = Plan(
 )
 
 
+@dataclass(frozen=True)
+class Scenes:
+    """What is trained on: uint8 clips (n, F, H, W, 3), first frames (m, 1, H, W, 3), captions and their token ids.
+
+    Attributes:
+        tokens: (scenes, captions, MAX_TEXT_LENGTH); the first ones are those of the clips.
+        empty: (1, MAX_TEXT_LENGTH), the tokens of no caption.
+    """
+
+    moving: np.ndarray
+    stills: np.ndarray
+    tokenizer: PreTrainedTokenizerFast
+    captions: list[str]
+    tokens: Tensor
+    empty: Tensor
+    held_out: list[str]
+
+
 def parse_arguments(description: str, work: Path, out: Path, plan: Plan) -> tuple[argparse.Namespace, Plan]:
     """The command line of a train_tiny.py: folders, device, and the plan with what the flags change in it."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,8 +116,8 @@ def tokenized_captions(
     return captions, text.tokenize(tokenizer, captions, MAX_TEXT_LENGTH).unflatten(0, (scenes, -1))
 
 
-def sampler(pipeline: DiffusionPipeline, guidance_scale: float, batch_size: int = 8) -> Sample:
-    """Samples from a video pipeline; the noise of a prompt depends on its number alone."""
+def sampler(pipeline: DiffusionPipeline, batch_size: int = 8, **arguments: Any) -> Sample:
+    """Samples from a video pipeline with its own `arguments`; the noise of a prompt depends on its number alone."""
     pipeline.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
@@ -112,10 +131,9 @@ def sampler(pipeline: DiffusionPipeline, guidance_scale: float, batch_size: int 
                 width=SIZE,
                 num_frames=NUM_FRAMES,
                 num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                max_sequence_length=MAX_TEXT_LENGTH,
                 generator=[torch.Generator().manual_seed(start + i) for i in range(len(batch))],
                 output_type="pt",
+                **arguments,
             ).frames
             parts.append(frames.transpose(1, 2))  # (n, F, 3, H, W) -> (n, 3, F, H, W)
         return torch.cat(parts).float()
@@ -126,22 +144,21 @@ def sampler(pipeline: DiffusionPipeline, guidance_scale: float, batch_size: int 
 def measure(
     sample: Sample,
     autoencoder: torch.nn.Module,
-    stills: np.ndarray,
-    clips: np.ndarray,
+    scenes: Scenes,
     plan: Plan,
     args: argparse.Namespace,
-    held_out: list[str],
 ) -> None:
     """Write the contact sheet and training.json: adherence to held-out prompts, ceilings, autoencoder, hardness."""
     critics = (
         judge.train_judge(
-            stills[:, 0], SEED, num_steps=plan.judge_steps, folder=args.work, device=args.device, moving=True
+            scenes.stills[:, 0], SEED, num_steps=plan.judge_steps, folder=args.work, device=args.device, moving=True
         ).cpu(),
-        motion.train_motion_judge(clips, SEED, num_steps=plan.motion_steps, folder=args.work, device=args.device).cpu(),
+        motion.train_motion_judge(
+            scenes.moving, SEED, num_steps=plan.motion_steps, folder=args.work, device=args.device
+        ).cpu(),
     )
     unseen, captions = _unseen_clips(max(plan.num_clips, plan.num_stills), 8 if args.smoke else 200)
-    if args.smoke:
-        held_out = held_out[:2]
+    held_out = scenes.held_out[:2] if args.smoke else scenes.held_out
     samples = sample(held_out, plan.sampling_steps)
     sheet.clip_sheet(samples[:SHEET_PROMPTS], held_out[:SHEET_PROMPTS], SHEET_FRAMES, args.out / "contact_sheet.png")
     few = held_out[:HALF_STEPS_PROMPTS]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tiny_training.loop import Stage
+from tiny_training.precision import autocast
 
 CAPTION_DROPOUT = 0.12
 GUIDANCE_RANGE = (1.0, 6.0)
@@ -109,7 +110,7 @@ def train_flow(
     def loss(step: int) -> Tensor:
         latents, tokens, noise, level = batches.draw(step, drop_captions=True)
         mixed, target = path(latents, noise, level)
-        with torch.autocast(batches.device, torch.bfloat16):
+        with autocast(batches.device):
             predicted = velocity(ask, mixed, level, tokens, None)
         return (predicted.float() - target).square().mean()
 
@@ -138,7 +139,7 @@ def distil_guidance(
         low, high = GUIDANCE_RANGE
         guidance = (low + (high - low) * torch.rand(len(latents), generator=generator)).to(batches.device)
         mixed, _ = straight_path(latents, noise, sigma)
-        with torch.autocast(batches.device, torch.bfloat16):
+        with autocast(batches.device):
             with torch.no_grad():
                 empty = batches.empty.to(batches.device).expand_as(tokens)
                 both = velocity(

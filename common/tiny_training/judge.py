@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tiny_training.captions import parse_caption
 from tiny_training.data import scene_for
 from tiny_training.loop import Stage
+from tiny_training.precision import autocast
 from tiny_training.scene import COLOURS, PLACES, SHAPES
 
 OUTPUTS = len(SHAPES) + 1 + len(COLOURS) + 1
@@ -62,7 +63,7 @@ def train_judge(
     def loss(step: int) -> Tensor:
         chosen = np.sort(np.random.default_rng((29, step)).integers(0, len(pixels), 64))
         batch = torch.from_numpy(pixels[chosen]).to(device).permute(0, 3, 1, 2).float() / 255
-        with torch.autocast(device, torch.bfloat16):
+        with autocast(device):
             answers = judge(batch)
         wanted = labels[torch.from_numpy(chosen).to(device)]
         parts = [F.cross_entropy(a.float().flatten(0, 1), wanted[..., i].flatten()) for i, a in enumerate(answers)]

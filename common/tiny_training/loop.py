@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tiny_training.muon import ConvMuon
+from tiny_training.muon import Muon
 
 CHECKPOINT_EVERY_STEPS = 500
 WARMUP_STEPS = 200
@@ -20,23 +20,16 @@ MAX_GRADIENT_NORM = 1.0
 
 def optimizers_for(model: nn.Module, learning_rate: float, muon: bool = False) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices and kernels inside the blocks and AdamW for the rest."""
-    matrices, kernels, others = [], [], []
+    inner, others = [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if muon and "blocks." in name and parameter.ndim == 2:
-            matrices.append(parameter)
-        elif muon and "block" in name and parameter.ndim >= 4:
-            kernels.append(parameter)
-        else:
-            others.append(parameter)
+        # a table of modulations is no map from vectors to vectors
+        mapping = parameter.ndim >= 4 or (parameter.ndim == 2 and "blocks." in name and not name.endswith("table"))
+        (inner if muon and "block" in name and mapping else others).append(parameter)
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.01)]
-    if matrices:
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        )
-    if kernels:
-        optimizers.append(ConvMuon(kernels, lr=learning_rate, weight_decay=0.01))
+    if inner:
+        optimizers.append(Muon(inner, lr=learning_rate, weight_decay=0.01))
     return optimizers
 
 

@@ -15,6 +15,7 @@ from tiny_training.captions import parse_caption
 from tiny_training.data import scene_for
 from tiny_training.judge import Judge, followed_objects
 from tiny_training.loop import Stage
+from tiny_training.precision import autocast
 from tiny_training.scene import DIRECTIONS, PLACES
 
 SEEN_FRAMES = 5
@@ -70,7 +71,7 @@ def train_motion_judge(
         chosen = np.random.default_rng((31, step)).integers(0, len(pixels), 48)
         batch = np.stack([pixels[i][frames] for i in chosen])
         clips = torch.from_numpy(batch).to(device).permute(0, 4, 1, 2, 3).float() / 255
-        with torch.autocast(device, torch.bfloat16):
+        with autocast(device):
             logits = judge(clips)
         return F.cross_entropy(logits.float().flatten(0, 1), labels[torch.from_numpy(chosen).to(device)].flatten())
 

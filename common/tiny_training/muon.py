@@ -1,4 +1,4 @@
-"""Muon for convolution kernels: torch's own takes matrices only."""
+"""Muon in float32, for matrices and convolution kernels: torch's own works in bfloat16, which many CPUs emulate."""
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     return x if wide is matrix else x.T
 
 
-class ConvMuon(torch.optim.Optimizer):
-    """Momentum, then an orthogonal update of each kernel seen as (output channels, everything else).
+class Muon(torch.optim.Optimizer):
+    """Momentum, then an orthogonal update of each parameter seen as (output channels, everything else).
 
     The step is as large as AdamW's would be (0.2 times the root of the longer side), so that both share a rate.
     """

@@ -5,6 +5,7 @@ The heads that ask for it are thrown away.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,24 @@ PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 PLACE_INDEX = {name: i for i, name in enumerate(PLACES)}
 GROUPS = [list(SHAPES), list(COLOURS), list(SIZES), list(TEXTURES), list(DIRECTIONS)]
 GROUP_SIZES = [len(group) + 1 for group in GROUPS]  # + 1: not said, or no object there
+
+SEQUENCE_WIDTH = 96  # of the states that a transformer attends to
+
+
+def sequence_settings(vocabulary_size: int) -> dict[str, Any]:
+    """Settings of the small T5 or UMT5 encoder of a tiny pipeline, for its configuration class."""
+    return {
+        "vocab_size": vocabulary_size,
+        "d_model": SEQUENCE_WIDTH,
+        "d_kv": 24,
+        "d_ff": 192,
+        "num_layers": 2,
+        "num_heads": 4,
+        "dropout_rate": 0.0,
+        "feed_forward_proj": "gated-gelu",
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
 
 
 def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_training.loop import Stage
+from tiny_training.precision import autocast
 
 KL_WEIGHT = 1e-5
 EDGE_WEIGHT = 0.5
@@ -63,7 +64,7 @@ def train_vae(
         noise = torch.randn(
             count, latent_channels, side // factor, side // factor, generator=torch.Generator().manual_seed(step)
         ).to(device)
-        with torch.autocast(device, torch.bfloat16):
+        with autocast(device):
             picture, kl = autoencode(target, noise)
         return reconstruction_loss(picture.float(), target) + KL_WEIGHT * kl.float()
 
@@ -78,7 +79,7 @@ def encode_all(vae: nn.Module, pixels: np.ndarray, device: str = "cpu", batch_si
     for start in range(0, len(pixels), batch_size):
         batch = torch.from_numpy(pixels[start : start + batch_size]).to(device)
         batch = batch.permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast(device, torch.bfloat16):
+        with autocast(device):
             parts.append(vae.encode(batch).latent_dist.mean.half().cpu())
     return torch.cat(parts)
 

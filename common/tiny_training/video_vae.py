@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tiny_training.arrays import filled_array
 from tiny_training.loop import Stage
+from tiny_training.precision import autocast
 from tiny_training.vae import KL_WEIGHT, reconstruction_loss
 
 
@@ -68,7 +69,7 @@ def train_video_vae(
     def loss(step: int) -> Tensor:
         crops = next(c for c in phases if step < c.until * num_steps)
         target = to_tensor(draw_crops(pixels, crops, step), device)
-        with torch.autocast(device, torch.bfloat16):
+        with autocast(device):
             posterior = vae.encode(target).latent_dist
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
             noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step)).to(device)
@@ -89,7 +90,7 @@ def encoded_clips(
 
     @torch.no_grad()
     def fill(start: int, stop: int) -> np.ndarray:
-        with torch.autocast(device, torch.bfloat16):
+        with autocast(device):
             return vae.encode(to_tensor(pixels[start:stop], device)).latent_dist.mean.half().cpu().numpy()
 
     shape = fill(0, 1).shape[1:]

@@ -59,9 +59,9 @@ def enabled(pipe: Any, config: Any, on_call: Callable[[Clock], None] = _nothing)
         transformer.disable_cache()
 
 
-def _hooks(transformer: nn.Module) -> set[tuple[nn.Module, str]]:
+def _hooks(transformer: nn.Module) -> set[tuple[Any, str]]:
     """(module, name of the hook) of every diffusers hook in the transformer."""
-    modules = [module for module in transformer.modules() if hasattr(module, "_diffusers_hook")]
+    modules: list[Any] = [module for module in transformer.modules() if hasattr(module, "_diffusers_hook")]
     return {(module, name) for module in modules for name in module._diffusers_hook.hooks}
 
 
@@ -196,7 +196,7 @@ def _sigma(pipe: Any, clock: Clock) -> float:
     return float((1 - scheduler.alphas_cumprod[int(scheduler.timesteps[clock.step])]).clamp_min(0).sqrt())
 
 
-def visual_latents(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def visual_latents(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The latents of a transformer call, each (C, T, H, W), out of a video's or out of FLUX's 2x2-packed tokens."""
     arguments = bound_arguments(transformer, args, kwargs)
     hidden = first_input(transformer, args, kwargs)

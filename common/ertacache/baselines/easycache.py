@@ -8,7 +8,7 @@ branches where one call holds both. Channels that a model puts out beside v (var
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,14 +25,14 @@ WARM_UP = 0.2  # fraction of the steps: the authors' 10 of 50
 class _Branch:
     """State of one guidance branch."""
 
-    residual: Tensor | None = None  # v - x of the last computed step
-    full_input: Tensor | None = None  # x and v of the last computed step
-    full_output: Tensor | None = None
+    residual: Tensor | None = None  # v - x of the last computed step; None before the first
+    full_input: Tensor = field(default_factory=lambda: torch.empty(0))  # x and v of the last computed step
+    full_output: Tensor = field(default_factory=lambda: torch.empty(0))
     rate: float | None = None  # k
-    last_input: Tensor | None = None  # x and v of the last step, computed or not
-    last_output: Tensor | None = None
-    beside: Tensor | None = None  # channels beside v of the last computed step
-    structure: type = tuple
+    last_input: Tensor = field(default_factory=lambda: torch.empty(0))  # x and v of the last step, computed or not
+    last_output: Tensor = field(default_factory=lambda: torch.empty(0))
+    beside: Tensor = field(default_factory=lambda: torch.empty(0))  # channels beside v of the last computed step
+    structure: Any = tuple  # type of the transformer's output
 
 
 class _RootHook(ModelHook):
@@ -82,7 +82,7 @@ class _RootHook(ModelHook):
                 f"EasyCache reuses output - input, and {tuple(whole.shape)} is not the shape of "
                 f"the input {tuple(hidden.shape)}"
             )
-        if branch.full_input is not None:
+        if branch.residual is not None:
             change = _size(hidden - branch.full_input)
             branch.rate = _size(output - branch.full_output) / max(change, 1e-12)
         branch.residual, branch.full_input, branch.full_output = output - hidden, hidden, output

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class _Shared:
     def __init__(self, observer: StackObserver):
         self.observer = observer
         self.skipping = False
-        self.hidden_in: Tensor | None = None
+        self.hidden_in: Tensor = torch.empty(0)  # of the first block, before it runs
 
 
 class _BlockHook(ModelHook):

@@ -8,10 +8,11 @@ added again. The first and the last step are computed, and each guidance branch 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ertacache.baselines.base import Clock, NotApplicable, Rival, Run, Setting, geometric, watch
@@ -33,7 +34,7 @@ def relative_distance(now: Tensor, before: Tensor) -> float:
 class _Branch:
     """State of one guidance branch."""
 
-    signal: Tensor | None = None  # modulated input of the last step
+    signal: Tensor = field(default_factory=lambda: torch.empty(0))  # modulated input of the last step
     residual: Tensor | None = None  # h_out - h_in of the last computed step
     accumulated: float = 0.0
 
@@ -46,7 +47,7 @@ class _Recorder:
         self.clock = Clock()
         self.last: dict[str, tuple[Tensor, Tensor]] = {}
         self.pairs: list[tuple[float, float]] = []
-        self.signal: Tensor | None = None
+        self.signal = torch.empty(0)  # of the present step
 
     def enter(self, arguments: dict[str, Any]) -> None:
         self.signal = self.modulated_input(self.transformer, self.clock.arguments)

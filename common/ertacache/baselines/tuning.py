@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ertacache.baselines.base import Rival, Run, Setting
 from ertacache.cost import TransformerCost, compute_fraction
+from ertacache.results import is_comparable
 
-TOLERANCE = 0.05  # a rival may cost this much more than what it is compared with, and never less
 ROUNDING = 1e-6
 
 
@@ -40,7 +40,7 @@ class Tuned:
         setting: what to attach.
         fraction: counted cost of `setting`, as a fraction of the uncached FLOPs, mean over prompts.
         wanted: the asked fraction.
-        comparable: whether wanted <= fraction <= wanted + 0.05.
+        comparable: whether `results.is_comparable` says so.
         error: mean squared distance to the uncached results, in the units of what the runs return.
     """
 
@@ -97,7 +97,7 @@ class Tuner:
         return self._measured[key]
 
     def tune(self, rival: Rival, wanted_fraction: float) -> Tuned:
-        """The setting whose cost is nearest to `wanted_fraction` from above, within 0.05.
+        """The setting whose cost is nearest to `wanted_fraction` from above, where it is comparable.
 
         Of several variants that get there the one with the smallest error is taken. Where none does, the
         cheapest setting that costs no less than asked, marked as not comparable; where all cost less, the
@@ -108,7 +108,7 @@ class Tuner:
         """
         self.prepare(rival)
         found = [self._bisect(rival, sweep, wanted_fraction) for sweep in rival.sweeps(self.num_steps)]
-        within = [m for m in found if _reaches(m, wanted_fraction) and m.fraction <= wanted_fraction + TOLERANCE]
+        within = [m for m in found if is_comparable(m.fraction, wanted_fraction)]
         above = [m for m in found if _reaches(m, wanted_fraction)]
         if within:
             best = min(within, key=lambda m: (m.error, m.fraction))

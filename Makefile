@@ -1,0 +1,51 @@
+# The chores of this repository; each runs commands that also work alone. `make` lists them.
+# All but `test` need .venv, which `sh test.sh` makes.
+
+PYTHON = .venv/bin/python
+# results of a comparison : the model folder whose page shows them
+PAGES = flux_tiny:ERTACache4FLUX wan_tiny:ERTACache4Wan2.1 cogvideox_tiny:ERTACache4CogVideoX \
+	opensora_tiny:ERTACache4OpenSora1.2
+
+.PHONY: help lint types test bench figures tree
+
+help:
+	@echo "make lint      ruff: rules and format"
+	@echo "make types     mypy on common/ertacache"
+	@echo "make test      lint, types and the suite (sh test.sh)"
+	@echo "make bench     measure again what runs on a CPU, into bench/results: takes long"
+	@echo "make figures   tables and figures of all pages, from bench/results"
+	@echo "make tree      the README's list of files"
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+types:
+	$(PYTHON) -m mypy
+
+test:
+	sh test.sh
+
+# The comparisons (`sh reproduce.sh` in a model folder) are not among them: their results are copied by hand.
+bench:
+	$(PYTHON) bench/latency.py --tiny --memory
+	$(PYTHON) bench/few_steps.py
+	$(PYTHON) bench/prompts_needed.py
+	$(PYTHON) bench/scaling.py
+	$(PYTHON) bench/step_cost.py ERTACache4FLUX
+	$(PYTHON) bench/changed_weights.py
+	$(PYTHON) bench/fuzz_calibration.py
+	$(PYTHON) bench/fuzz_kill.py
+
+figures:
+	@for page in $(PAGES); do \
+		results=bench/results/$${page%%:*}.json; folder=$${page#*:}; \
+		[ -f "$$results" ] || continue; \
+		$(PYTHON) -m ertacache.table "$$results" --into "$$folder/README.md" && \
+		$(PYTHON) -m ertacache.plots "$$results" --out "$$folder/figures" || exit 1; \
+	done
+	$(PYTHON) -m ertacache.overview $(wildcard $(foreach page,$(PAGES),bench/results/$(firstword $(subst :, ,$(page))).json)) --into README.md
+	$(PYTHON) bench/speed_page.py
+
+tree:
+	$(PYTHON) bench/readme_tree.py

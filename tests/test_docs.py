@@ -1,0 +1,371 @@
+"""The pages keep their word: links and files exist, commands parse, examples run, and versions agree."""
+
+import ast
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import readme_tree
+import torch
+import yaml
+from toys import ToyPipeline, curved
+
+import ertacache
+from ertacache import cli, reproduce, settings
+from ertacache.calibration import Calibration
+from ertacache.errors import CalibrationError
+from ertacache.generation import COMPARE_FLAG
+from ertacache.plots import main as plots_main
+from ertacache.schema import MAX_FILE_BYTES
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ERTACache4*/*.md")])
+FOLDERS = sorted(ROOT.glob("ERTACache4*"))
+FIRST_FOLDER = ROOT / "ERTACache4FLUX"  # which the front page's commands are given in
+
+# Commands of the model folders take minutes. What runs in their place, and how it is smaller.
+RUN_BY = {
+    ("ERTACache4FLUX", "run.sh"): ("test_flux.py::test_run_writes_pictures_and_the_record", "6 steps, 2 prompts"),
+    ("ERTACache4FLUX", "reproduce.sh"): (
+        "test_reproduce.py::test_an_interrupted_comparison_goes_on_and_ends_the_same",
+        "6 steps, 2 prompts, one rival",
+    ),
+    ("ERTACache4Wan2.1", "run.sh"): (
+        "test_wan_command.py::test_run_writes_videos_that_play_and_the_record",
+        "random weights, 4 steps, 5 frames of 48x32",
+    ),
+    ("ERTACache4Wan2.1", "reproduce.sh"): ("test_reproduce.py::test_vbench_layout", "FLUX's tiny pipeline, 6 steps"),
+    ("ERTACache4CogVideoX", "run.sh"): (
+        "test_cogvideox_command.py::test_generate_writes_a_video_and_the_record",
+        "random weights, 4 steps",
+    ),
+    ("ERTACache4CogVideoX", "reproduce.sh"): (
+        "test_cogvideox_command.py::test_reproduce_compares_on_the_same_pipeline",
+        "random weights, few steps and rivals",
+    ),
+    ("ERTACache4OpenSora1.2", "run.sh"): (
+        "test_opensora_folder.py::test_run_writes_a_video_that_plays_and_the_record",
+        "random weights, 3 steps",
+    ),
+    ("ERTACache4OpenSora1.2", "reproduce.sh"): (
+        "test_opensora_folder.py::test_reproduce_compares_on_the_same_pipeline",
+        "random weights, few steps and rivals",
+    ),
+}
+# What no test can run: it needs the network, an account, or a tool of somebody else.
+NOT_RUN = ("hf download ", "hf auth login", "vbench evaluate ", "pre-commit install")
+
+
+# -- links and files -------------------------------------------------------------------------------------
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that the hub gives to headings."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = prose(page)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text):
+        if re.match(r"https?://", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists() and target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_front_page_lists_every_file():
+    """`make tree` renews the list."""
+    assert readme_tree.main(["--check"]) == 0
+
+
+def test_the_front_page_names_what_is_there():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in readme_tree.top_level():
+        assert name in page, f"{name} is not in the README: `make tree`"
+    listed = page.split(readme_tree.BEGIN)[1].split(readme_tree.END)[0]
+    for line in listed.strip().splitlines()[1:-1]:
+        assert (ROOT / line.split("  ")[0]).exists(), line
+
+
+def test_the_front_page_links_every_page_and_folder():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in [*sorted(ROOT.glob("docs/*.md")), *(folder / "README.md" for folder in FOLDERS)]:
+        assert f"]({path.relative_to(ROOT)})" in page, path
+
+
+def test_figures_are_drawn_from_the_results():
+    """`make figures` draws them again."""
+    results = ROOT / "bench" / "results" / "flux_tiny.json"
+    assert plots_main([str(results), "--out", str(FIRST_FOLDER / "figures"), "--check"]) == 0
+
+
+def test_functions_named_on_the_methods_page_exist():
+    """`module.name` of the library, in running text and beside equations."""
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    named = re.findall(r"(?<![\w./])([a-z_]+)\.([A-Za-z_]\w+)", page)
+    named = [(module, name) for module, name in named if (ROOT / "common" / "ertacache" / f"{module}.py").exists()]
+    assert len(named) > 10
+    for module, name in named:
+        assert hasattr(importlib.import_module(f"ertacache.{module}"), name), f"{module}.{name}"
+
+
+# -- commands --------------------------------------------------------------------------------------------
+
+
+def commands(page: Path) -> list[tuple[Path, str]]:
+    """Commands of a page's sh blocks and of its running text, without comments, each with the folder it is given in."""
+    start = page.parent if page.parent in FOLDERS else FIRST_FOLDER
+    found = []
+    for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        folder = start
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in re.sub(r"(^|\s+)# .*", "", line).split(" && "):
+                if command.startswith("cd "):
+                    folder = ROOT / command.split()[1]
+                    assert folder.is_dir(), command
+                elif command.strip():
+                    found.append((folder, " ".join(command.split())))
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
+    named = re.compile(r"(sh (run|reproduce)\.sh|python (-m|[\w/]+\.py))\b")
+    return found + [(start, span) for span in spans if named.match(span)]
+
+
+COMMANDS = sorted({found for page in PAGES for found in commands(page)})
+
+
+@pytest.mark.parametrize(("folder", "command"), COMMANDS, ids=[f"{f.name}: {c[:60]}" for f, c in COMMANDS])
+def test_commands_exist_with_their_flags(folder, command, capsys):
+    check_command(folder, command, capsys)
+
+
+def check_command(folder: Path, command: str, capsys) -> None:
+    words = shlex.split(command)
+    if words[0] == "sh":
+        check_script(folder, words[1], words[2:])
+    elif words[0] == "make":
+        assert set(words[1:]) <= set(makefile())
+    elif words[0].endswith(".venv/bin/ertacache"):
+        check_ertacache(words[1:], capsys)
+    elif words[0] == "python":
+        check_python(words[1:], folder)
+    else:
+        assert command.startswith(NOT_RUN), f"{command}: not known to tests/test_docs.py"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sh run.sh --speed 2",
+        "sh run.sh --speedup fast",
+        "sh run.sh --threshold 0.5",
+        "sh reproduce.sh --layout square",
+        "python bench/latency.py --fast",
+        "python bench/none.py",
+        "python -m ertacache.none",
+        "make everything",
+        "rm -r sample",
+    ],
+)
+def test_a_command_that_does_not_exist_is_noticed(command, capsys):
+    with pytest.raises((AssertionError, settings.UsageError)):
+        check_command(FIRST_FOLDER, command, capsys)
+
+
+def check_script(folder: Path, name: str, argv: list[str]) -> None:
+    if name == "test.sh":
+        assert "sh test.sh" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+        assert all((ROOT / word).exists() for word in argv)
+        return
+    test, smaller = RUN_BY[folder.name, name]
+    assert exists(test) and smaller
+    extra = reproduce.FLAGS if name == "reproduce.sh" else [COMPARE_FLAG]
+    chosen = settings.parse(folder, argv, "", extra)  # UsageError for an unknown flag or a value of the wrong type
+    if name == "run.sh" and not isinstance(chosen.threshold, str):
+        settings.check(chosen)
+
+
+def exists(test: str) -> bool:
+    file, name = test.split("::")
+    tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+    return name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def check_ertacache(argv: list[str], capsys) -> None:
+    """Run it, on a checked-in calibration and the pipeline that it is for."""
+    calibration = str(next(iter(sorted((FIRST_FOLDER / "calibration").glob("tiny-*.json")))))
+    stands_for = {"FILE": calibration, "mine/FILE.json": calibration, "FOLDER": str(FIRST_FOLDER / "tiny")}
+    assert cli.main([stands_for.get(word, word) for word in argv]) == 0
+    assert capsys.readouterr().out
+
+
+def check_python(words: list[str], folder: Path) -> None:
+    """The script or module exists and knows the flags; nothing of it is run."""
+    if words[0] == "-m":
+        path = ROOT / "common" / Path(*words[1].split("."))
+        path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        words = words[1:]
+    else:
+        path = next((p for p in (ROOT / words[0], folder / words[0]) if p.exists()), ROOT / words[0])
+    assert path.exists(), path
+    known = set(re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", path.read_text(encoding="utf-8")))
+    for word in words[1:]:
+        if word.startswith("--"):
+            assert word in known, f"{path.name} knows no {word}"
+
+
+def makefile() -> dict[str, str]:
+    """Targets of the Makefile and what they run."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    return dict(re.findall(r"^(\w+):.*\n((?:\t.*\n?)*)", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("target", sorted(makefile()))
+def test_the_makefile_runs_what_exists(target):
+    for line in makefile()[target].splitlines():
+        for command in re.findall(r"\$\(PYTHON\) ([^&|;]+)", line):
+            words = shlex.split(command.replace("$$", ""))
+            if words[:2] not in (["-m", "ruff"], ["-m", "mypy"]):
+                check_python(words, ROOT)
+    assert target in (ROOT / "Makefile").read_text(encoding="utf-8").split(".PHONY:")[1].splitlines()[0]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+@pytest.mark.parametrize(("script", "python"), [("run.sh", "generate.py"), ("reproduce.sh", "reproduce.py")])
+def test_scripts_pass_their_flags_on(folder, script, python, tmp_path):
+    """With a set-up in place of the real one, whose Python prints what it was called with."""
+    (tmp_path / folder.name).mkdir()
+    (tmp_path / folder.name / script).write_bytes((folder / script).read_bytes())
+    (tmp_path / "setup.sh").write_text('PYTHON="$root/echo.sh"\n')
+    (tmp_path / "echo.sh").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\nexit 3\n')
+    (tmp_path / "echo.sh").chmod(0o755)
+    done = subprocess.run(
+        ["sh", tmp_path / folder.name / script, "--prompt", "two words"], capture_output=True, text=True, check=False
+    )
+    first, *rest = done.stdout.splitlines()
+    assert Path(first).name == python and rest == ["--prompt", "two words"] and done.returncode == 3
+
+
+# -- examples --------------------------------------------------------------------------------------------
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_python_in_pages_compiles(page):
+    for code in python_blocks(page):
+        compile(code, str(page), "exec")
+
+
+class Result(tuple):
+    """What a pipeline returns: a tuple whose first item is also `images`."""
+
+    @property
+    def images(self) -> torch.Tensor:
+        return self[0]
+
+
+class Pipeline(ToyPipeline):
+    def __call__(self, prompt, **kwargs) -> Result:
+        return Result(super().__call__(prompt, **kwargs))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/calibration-file.md"])
+def test_the_library_example_runs(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"pipe": Pipeline(curved), "prompts": ["a", "b"], "prompt": "c", "ertacache": ertacache}
+    exec(compile(python_blocks(ROOT / page)[0], page, "exec"), names)
+    (file,) = tmp_path.glob("*.json")
+    assert Calibration.load(file) == names["calibration"]
+
+
+# -- the calibration file --------------------------------------------------------------------------------
+
+FILE_PAGE = (ROOT / "docs" / "calibration-file.md").read_text(encoding="utf-8")
+
+
+def test_the_page_lists_every_field_of_a_calibration():
+    table = FILE_PAGE.split("## Fields")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert sorted(listed) == sorted(["schema", *(field.name for field in fields(Calibration))])
+    required = [field.name for field in fields(Calibration) if field.default is field.default_factory]
+    assert set(listed[:10]) == {"schema", *required}
+
+
+def test_messages_on_the_page_are_those_that_come(tmp_path):
+    path = next(iter(sorted((FIRST_FOLDER / "calibration").glob("tiny-*.json"))))
+    good = json.loads(path.read_text(encoding="utf-8"))
+    steps = good["num_inference_steps"]
+    wrong = [
+        "[]",
+        '{"schema": NaN}',
+        " " * (MAX_FILE_BYTES + 1),
+        *(
+            json.dumps(data)
+            for data in (
+                {**good, "schema": 2},
+                {key: value for key, value in good.items() if key != "dtype"},
+                {**good, "sigma": 1},
+                {**good, "computed_steps": [1, 2]},
+                {**good, "computed_steps": [0, 1], "coefficients": [[1.0], *[[1.0, 0.0, 0.0]] * (steps - 1)]},
+            )
+        ),
+    ]
+    said = [message(tmp_path / "none.json")]
+    for number, text in enumerate(wrong):
+        (tmp_path / f"{number}.json").write_text(text)
+        said.append(message(tmp_path / f"{number}.json"))
+    table = FILE_PAGE.split("| Wrong |")[1].split("\n\n")[0]
+    assert sorted(re.findall(r"\| `(.+)` \|$", table, re.MULTILINE)) == sorted(said)
+
+
+def message(path: Path) -> str:
+    """What loading the file says after the file's name."""
+    with pytest.raises(CalibrationError) as error:
+        Calibration.load(path)
+    return str(error.value).removeprefix(f"{path}: ")
+
+
+# -- the package -----------------------------------------------------------------------------------------
+
+
+def test_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert project == ertacache.__version__
+    assert f"\nversion: {project}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    newest = re.search(r"^## .*?(\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest and newest[1] == project
+
+
+def test_the_citation_and_the_hooks_are_whole():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors", "version"} <= set(citation)
+    assert all({"type", "title", "authors"} <= set(reference) for reference in citation["references"])
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert repository["repo"] == "local"  # nothing is downloaded
+    assert all(hook["entry"].startswith(".venv/bin/ruff ") for hook in repository["hooks"])
+
+
+def test_everything_public_says_what_it_is():
+    assert ertacache.__doc__ and ertacache.__all__ == sorted(ertacache.__all__, key=lambda n: (n.islower(), n))
+    for name in ertacache.__all__:
+        assert getattr(ertacache, name).__doc__, name
+    for path in sorted((ROOT / "common" / "ertacache").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), path

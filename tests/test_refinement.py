@@ -1,0 +1,210 @@
+"""End-to-end rectification, and runs with given outputs, on toy pipelines."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from test_attach import run
+from toys import ToyPipeline, curved
+
+import ertacache
+from ertacache.calibration import Calibration
+from ertacache.errors import CalibrationError
+from ertacache.fitting import Fitter
+from ertacache.rectification import SAMPLE, Coefficients, combine
+from ertacache.refinement import RIDGES, LinearisedRun, linearise, refine, refinement_evaluations
+from ertacache.rerun import Rerun
+from ertacache.runs import recorded_runs
+from ertacache.schedule_search import choose_schedule, error_growth, growth_evaluations, growth_places
+
+PROMPTS = [f"prompt {i}" for i in range(6)]
+STEPS = 12
+SCHEDULE = [0, 1, 3, 6, 9]
+
+
+def unipc():
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+SCHEDULERS = {"euler": FlowMatchEulerDiscreteScheduler, "unipc": unipc, "ddim": DDIMScheduler}
+
+
+def recorded(scheduler="euler", **kwargs):
+    pipe = ToyPipeline(curved, scheduler=SCHEDULERS[scheduler](), **kwargs)
+    return recorded_runs(pipe, PROMPTS, seeds=range(6), num_inference_steps=STEPS)
+
+
+def fitted(runs, schedule=SCHEDULE) -> Coefficients:
+    fitter = Fitter(schedule, runs.recorded.latents)
+    runs.run(fitter)
+    return Coefficients.of_outputs(fitter.coefficients)
+
+
+def calibrate(pipe, **kwargs):
+    kwargs = {"num_inference_steps": STEPS, "seeds": range(6), "progress": False, "computed_steps": 5, **kwargs}
+    return ertacache.calibrate(pipe, PROMPTS, **kwargs)
+
+
+# -- combinations ------------------------------------------------------------------------------------------
+
+
+def test_the_sample_has_a_share():
+    newest, older, sample = (torch.randn(2, 3) for _ in range(3))
+    made = combine([newest, older], [0.5, 2.0], sample, -0.25)
+    torch.testing.assert_close(made, 0.5 * newest + 2 * older - 0.25 * sample)
+    assert combine([newest], [1.0], sample, 0.0) is newest
+    assert combine([newest.half()], [1.0], sample, 0.5).dtype == torch.float16
+
+
+def test_changes_land_at_their_places():
+    before = Coefficients.of_outputs([[1.0], [1.0, 0.0]])
+    after = before.changed([(1, 1), (1, SAMPLE), (0, 0)], [0.5, 0.25, -0.125])
+    assert (after.outputs, after.sample) == ([[0.875], [1.0, 0.5]], [0.0, 0.25])
+    assert before == Coefficients.of_outputs([[1.0], [1.0, 0.0]])
+    assert before.plain(0) and not after.plain(0) and not after.plain(1)
+
+
+# -- runs made again ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
+def test_given_outputs_are_not_computed_and_lead_to_the_same_end(scheduler):
+    runs = recorded(scheduler)
+    calls = runs.pipe.transformer.calls
+    steps = list(range(STEPS))
+    plain = Coefficients.of_outputs([[1.0]] * STEPS)
+    final = runs.run(Rerun(steps, plain, runs.recorded.outputs[:8]))
+    assert runs.pipe.transformer.calls - calls == STEPS - 8
+    torch.testing.assert_close(final, runs.recorded.latents[-1])
+    assert torch.equal(runs.run(Rerun(steps, plain, runs.recorded.outputs)), runs.recorded.latents[-1])
+
+
+def test_the_first_prompts_alone_end_where_they_did():
+    runs = recorded()
+    few = runs.first(2)
+    final = few.run(Rerun(list(range(STEPS)), Coefficients.of_outputs([[1.0]] * STEPS)))
+    torch.testing.assert_close(final, runs.recorded.latents[-1][:2])
+    assert len(runs.first(99)) == len(runs)
+
+
+# -- the Gauss-Newton step ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
+def test_the_linearised_run_foretells_small_changes(scheduler):
+    runs = recorded(scheduler)
+    coefficients = fitted(runs)
+    linear = linearise(runs, SCHEDULE, coefficients)
+    change = 1e-3 * np.random.default_rng(0).normal(size=len(linear.places))
+    final = runs.run(Rerun(SCHEDULE, linear.changed(change)))
+    measured = (final - runs.recorded.latents[-1]).square().flatten(1).sum(1).numpy()
+    assert linear.errors(change) == pytest.approx(measured, rel=0.1)
+    assert linear.errors(0 * change) == pytest.approx(linear.squares)
+
+
+@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
+def test_refinement_brings_unseen_prompts_nearer(scheduler):
+    pipe = ToyPipeline(curved, scheduler=SCHEDULERS[scheduler]())
+    plain, refined = calibrate(pipe), calibrate(pipe, refine=6)
+    assert refined.computed_steps == plain.computed_steps and any(refined.sample_coefficients)
+    assert refined.predicted["psnr"] > plain.predicted["psnr"] + 2
+    errors = []
+    unseen = tuple("abcdefgh")
+    reference = run(pipe, STEPS, prompts=unseen)
+    for made in (plain, refined):
+        with ertacache.apply(pipe, made):
+            errors.append((run(pipe, STEPS, prompts=unseen) - reference).square().mean())
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_generation_ends_where_the_calibration_said():
+    pipe = ToyPipeline(curved)
+    made = calibrate(pipe, refine=6)
+    generators = [torch.Generator().manual_seed(i) for i in range(6)]
+    with ertacache.apply(pipe, made):
+        final = pipe(PROMPTS, generator=generators, num_inference_steps=STEPS, output_type="latent")[0]
+    runs = recorded()
+    torch.testing.assert_close(runs.run(Rerun(made.computed_steps, made.combinations())), final)
+
+
+def test_a_step_that_leads_away_is_not_taken(monkeypatch):
+    runs = recorded()
+    coefficients = fitted(runs)
+    monkeypatch.setattr(LinearisedRun, "solve", lambda self, rows, ridge: np.full(len(self.places), 3.0))
+    refined = refine(runs, SCHEDULE, coefficients)
+    assert refined.coefficients == coefficients and refined.share == 0
+
+
+def test_the_ridge_is_chosen_on_prompts_left_out():
+    """Two columns, of which one helps the prompts that are solved for and harms all others: it has to be held back."""
+    rng = np.random.default_rng(1)
+    shared, own = rng.normal(size=(8, 1, 40)), 0.05 * rng.normal(size=(8, 6, 40))
+    columns = np.concatenate([shared, own], axis=1)
+    rest = shared[:, 0] + 0.3 * rng.normal(size=(8, 40))
+    linear = LinearisedRun(
+        SCHEDULE,
+        Coefficients.of_outputs([[1.0]]),
+        [(0, 0)] * 7,
+        np.einsum("pid,pjd->pij", columns, columns),
+        np.einsum("pid,pd->pi", columns, rest),
+        np.einsum("pd,pd->p", rest, rest),
+    )
+    rows = list(range(8))
+    ridge = linear.best_ridge(rows)
+
+    def left_out(ridge: float) -> float:
+        changes = [linear.solve([r for r in rows if r % 4 != fold], ridge) for fold in range(4)]
+        return sum(np.log(linear.errors(changes[p % 4])[p]) for p in rows)
+
+    assert left_out(ridge) == min(map(left_out, RIDGES)) and left_out(ridge) < left_out(RIDGES[0])
+
+
+def test_announced_evaluations_are_spent():
+    pipe = ToyPipeline(curved)
+    calibrate(pipe, micro_batch=1, refine=6)
+    assert pipe.transformer.calls == (STEPS + 3 * 5) * 6 + refinement_evaluations(5, 6)
+    before = pipe.transformer.calls
+    calibrate(pipe, micro_batch=1, search_budget=1)
+    assert pipe.transformer.calls - before == (STEPS + 4 * 5) * 6 + growth_evaluations(STEPS, 6)
+
+
+# -- the choice of the steps -------------------------------------------------------------------------------
+
+
+def test_growth_is_that_of_the_equation():
+    """For a velocity x the state follows x' = x in sigma, which shrinks an error to the ratio of exponentials."""
+    pipe = ToyPipeline(lambda x, sigma: x + 3 * torch.sin(5 * sigma))
+    runs = recorded_runs(pipe, PROMPTS, seeds=range(6), num_inference_steps=STEPS)
+    growth = error_growth(runs)
+    for place in growth_places(STEPS):
+        wanted = np.prod([1 + runs.recorded.gains[k] for k in range(place + 1, STEPS)])
+        assert growth[place] == pytest.approx(wanted, rel=1e-2)
+    assert len(growth) == STEPS and growth[0] < growth[-1]
+
+
+def test_places_of_growth_fit_runs_of_any_length():
+    assert growth_places(2) == [0]
+    assert growth_places(28) == [0, 5, 10, 16, 21, 26]
+    assert all(len(growth_places(n)) >= 1 and max(growth_places(n)) < n - 1 for n in range(2, 40))
+
+
+def test_a_budget_never_leads_to_a_worse_schedule():
+    runs = recorded()
+    growth = error_growth(runs)
+    plain = choose_schedule(runs, 5, 0, None)
+    for budget in (1, 2, 3, 12):
+        assert runs.fitted_error(choose_schedule(runs, 5, budget, growth)) <= runs.fitted_error(plain) + 1e-9
+
+
+# -- the file ----------------------------------------------------------------------------------------------
+
+
+def test_sample_coefficients_are_kept_and_checked(tmp_path):
+    made = calibrate(ToyPipeline(curved), refine=6)
+    assert Calibration.load(made.save(tmp_path / "c.json")) == made
+    for wrong in ([0.0], "no", [None] * STEPS):
+        with pytest.raises(CalibrationError, match="'sample_coefficients'"):
+            Calibration.from_dict({**made.to_dict(), "sample_coefficients": wrong})
+    assert replace(made, sample_coefficients=None).combinations().sample == [0.0] * STEPS
