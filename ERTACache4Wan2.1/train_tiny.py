@@ -40,8 +40,8 @@ PLAN = Plan(
     judge_steps=1_200,
     motion_steps=800,
 )
-# the attention of the middle block sees a whole picture, and from the third latent on a chunk follows a chunk
-VAE_PHASES = (Crops(0.25, 1, 32, 32), Crops(0.8, 5, 32, 12), Crops(0.9, 9, 32, 6), Crops(1.0, 9, 64, 2))
+# drifts show in whole clips only, since a chunk of frames follows a chunk; a middle block sees whole pictures
+VAE_PHASES = (Crops(0.1, 1, 32, 32), Crops(0.3, 5, 32, 8), Crops(0.8, 17, 32, 3), Crops(1.0, 17, 64, 1))
 
 
 def build_vae() -> AutoencoderKLWan:

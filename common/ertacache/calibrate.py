@@ -199,7 +199,7 @@ class _Maker:
             controller: Any = Replay(self._fit_paper(steps, rows), self.runs.pipe)
         elif len(made.computed_steps) == recorded.num_steps:
             controller = Replay(made, self.runs.pipe)
-        elif self.refined is not None and self.refined.share:
+        elif self.refined is not None and self.refined.ridge is not None:
             controller = Rerun(made.computed_steps, self.refined.without(held_out))
         else:
             controller = Fitter(made.computed_steps, recorded.latents, rows)

@@ -13,7 +13,7 @@ from ertacache.policy import check_computed_steps
 Array = NDArray[np.float64]
 
 PATHS_KEPT = 4  # for each number of computed steps and last computed step
-RIDGE = 1e-12  # of the outputs' Gram matrix, relative to its diagonal: outputs of neighbouring steps nearly agree
+RIDGE = 1e-12  # of the Gram matrix of outputs at unit length: those of neighbouring steps nearly agree
 
 
 class SegmentCosts:
@@ -41,12 +41,14 @@ class SegmentCosts:
             paths: (n, L), the last computed steps, newest first; each row's may be repeated at its end.
         """
         newest = paths[:, 0]
+        # of outputs at unit length, so that those of a silent model do no harm
+        size = np.sqrt(self.gram.diagonal())[paths]
+        scale = 1 / np.where(size > 0, size, 1.0)
         # a path with fewer steps than L repeats its oldest one, which the ridge keeps solvable
-        anchors = self.gram[paths[:, :, None], paths[:, None, :]]
-        diagonal = np.einsum("nii->ni", anchors)
-        anchors = anchors + RIDGE * np.einsum("ni,ij->nij", np.maximum(diagonal, 1e-300), np.eye(paths.shape[1]))
+        anchors = self.gram[paths[:, :, None], paths[:, None, :]] * scale[:, :, None] * scale[:, None, :]
+        anchors = anchors + RIDGE * np.eye(paths.shape[1])
         reach = self.onto[:, paths].transpose(1, 0, 2)  # (n, N + 1, L)
-        reach = reach - reach[np.arange(len(paths)), newest][:, None]
+        reach = (reach - reach[np.arange(len(paths)), newest][:, None]) * scale[:, None]
         steps = np.arange(len(self.between))
         square = self.between.diagonal()[None] - 2 * self.between[newest] + self.between[newest, newest][:, None]
         spanned = np.einsum("nml,nlm->nm", reach, np.linalg.solve(anchors, reach.transpose(0, 2, 1)))
