@@ -113,6 +113,7 @@ def train_autoencoder(scenes: clips.Scenes, plan: Plan, args) -> tuple[OpenSoraV
     """The autoencoder, and the latents of first frames and of clips."""
     autoencoder = build_vae().to(args.device)
     load_picture_part(autoencoder)
+    video_stages.started(autoencoder, args, "vae")
     stills = encoded_frames(autoencoder, scenes.stills, args.work / "frames-stills.npy", args.device, 64)
     moving = encoded_frames(autoencoder, scenes.moving, args.work / "frames-clips.npy", args.device, 8)
     train_temporal_part(autoencoder, moving, num_steps=plan.vae_steps, folder=args.work, device=args.device)
@@ -125,9 +126,9 @@ def main() -> None:
     scenes = video_stages.load_scenes(FOLDER, plan, args)
     autoencoder, *latents = train_autoencoder(scenes, plan, args)
     set_latent_scale(autoencoder, latents[1])
-    encoder = build_text_encoder(len(scenes.tokenizer))
+    encoder = video_stages.started(build_text_encoder(len(scenes.tokenizer)), args, "text_encoder")
     video_stages.train_text_encoder(encoder, scenes, plan, args, masked=True)
-    transformer = build_transformer()
+    transformer = video_stages.started(build_transformer(), args, "transformer")
     transformer = video_stages.train_transformer(
         transformer,
         OpenSoraVelocity(encoder, transformer, scenes.empty, args.device),

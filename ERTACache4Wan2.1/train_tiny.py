@@ -117,7 +117,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     scenes = video_stages.load_scenes(FOLDER, plan, args)
     autoencoder = video_vae.train_video_vae(
-        build_vae(),
+        video_stages.started(build_vae(), args, "vae"),
         scenes.moving,
         VAE_PHASES,
         num_steps=plan.vae_steps,
@@ -127,10 +127,10 @@ def main() -> None:
     )
     latents = video_stages.encoded_scenes(autoencoder, scenes, plan, args)
     set_latent_scale(autoencoder, latents[1])
-    encoder = build_text_encoder(len(scenes.tokenizer))
+    encoder = video_stages.started(build_text_encoder(len(scenes.tokenizer)), args, "text_encoder")
     video_stages.train_text_encoder(encoder, scenes, plan, args, masked=True)
     transformer = video_stages.train_transformer(
-        build_transformer(),
+        video_stages.started(build_transformer(), args, "transformer"),
         WanVelocity(encoder, args.device),
         tuple(normalised(autoencoder, part) for part in latents),
         scenes,

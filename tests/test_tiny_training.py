@@ -4,20 +4,27 @@ import math
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 
-from tiny_training import clips, data, flow, motion, text
+from tiny_training import clips, data, flow, motion, text, video_stages
 from tiny_training.arrays import filled_array
-from tiny_training.loop import optimizers_for
+from tiny_training.loop import Stage, optimizers_for
 from tiny_training.muon import Muon, orthogonalized
 from tiny_training.render import render_frame
 from tiny_training.scene import DIRECTIONS, PLACES
-from tiny_training.video_vae import Crops, draw_crops, set_memory_format
+from tiny_training.video_vae import Crops, _colour_error, draw_crops, set_memory_format
+
+SMALL_FLUX = {
+    "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,
+    "joint_attention_dim": 8, "pooled_projection_dim": 8, "axes_dims_rope": (2, 2, 4),
+}  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
 VIDEO_FOLDERS = ["ERTACache4Wan2.1", "ERTACache4CogVideoX"]
@@ -136,6 +143,26 @@ def test_muon_descends_in_either_memory_format():
         results.append(losses)
     assert results[0][-1] < 0.1 * results[0][0]
     assert results[0] == pytest.approx(results[1], rel=1e-2)
+
+
+def test_a_wrong_colour_costs_more_than_a_wrong_texture_of_the_same_size():
+    """The absolute error alone cannot tell them apart, and leaves an axis of colour out for long."""
+    target = torch.zeros(1, 3, 2, 8, 8)
+    checkers = torch.tensor([1.0, -1.0]).repeat(4).view(1, 1, 1, 1, 8) * torch.ones_like(target)
+    assert _colour_error(target + 0.5, target) == 0.25 and _colour_error(target + 0.5 * checkers, target) == 0
+
+
+def test_training_goes_on_from_the_parts_of_a_pipeline(tmp_path):
+    """With no steps a stage keeps the weights that it starts from."""
+    trained, fresh = (FluxTransformer2DModel(**SMALL_FLUX) for _ in range(2))
+    trained.save_pretrained(tmp_path / "transformer")
+    begun = video_stages.started(fresh, Namespace(start_from=tmp_path), "transformer")
+    Stage("flow", begun, lambda step: pytest.fail("a step was made"), 0, 1e-3, tmp_path).run()
+    assert all(torch.equal(a, b) for a, b in zip(begun.parameters(), trained.parameters(), strict=True))
+    other = FluxTransformer2DModel(**SMALL_FLUX)
+    before = [p.clone() for p in other.parameters()]
+    video_stages.started(other, Namespace(start_from=None), "transformer")
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), before, strict=True))
 
 
 def test_crops_come_from_the_clips_and_fill_the_frame():

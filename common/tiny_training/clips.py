@@ -84,6 +84,7 @@ def parse_arguments(description: str, work: Path, out: Path, plan: Plan) -> tupl
     parser.add_argument("--work", type=Path, default=work, help=f"checkpoints and latents (default: {work})")
     parser.add_argument("--data", type=Path, help="rendered scenes, the same for all video pipelines (default: --work)")
     parser.add_argument("--out", type=Path, help=f"where the pipeline goes (default: {out})")
+    parser.add_argument("--start-from", type=Path, help="a pipeline whose weights training goes on from")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="a step or two of every stage, into WORK/tiny")
     for field in fields(Plan):

@@ -63,7 +63,12 @@ class Stage:
         return self.folder / f"{self.name}.pt"
 
     def run(self) -> nn.Module:
-        """Train to `num_steps`, resuming from a checkpoint, and return the model with averaged weights."""
+        """Train to `num_steps`, resuming from a checkpoint, and return the model with averaged weights.
+
+        With no steps at all the model stays as it is.
+        """
+        if self.num_steps == 0:
+            return self.model.eval()
         # also where a parent process told this one to ignore Ctrl-C, and for a polite kill
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, signal.default_int_handler)

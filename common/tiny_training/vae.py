@@ -15,7 +15,7 @@ EDGE_WEIGHT = 0.5
 
 
 def reconstruction_loss(picture: Tensor, target: Tensor) -> Tensor:
-    """L1 on pixels and on their horizontal and vertical differences (B, C, H, W), which keeps edges sharp."""
+    """L1 on pixels and on their horizontal and vertical differences (..., H, W), which keeps edges sharp."""
     error = picture - target
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + EDGE_WEIGHT * edges

@@ -30,6 +30,14 @@ def load_scenes(folder: Path, plan: Plan, args: argparse.Namespace) -> Scenes:
     )
 
 
+def started(module: nn.Module, args: argparse.Namespace, name: str) -> nn.Module:
+    """The module with the weights of the part `name` of the pipeline that training goes on from, if one is given."""
+    if args.start_from is not None:
+        trained = type(module).from_pretrained(args.start_from / name)  # type: ignore[operator]
+        module.load_state_dict(trained.state_dict())
+    return module
+
+
 def encoded_scenes(
     autoencoder: nn.Module, scenes: Scenes, plan: Plan, args: argparse.Namespace
 ) -> tuple[np.ndarray, np.ndarray]:
