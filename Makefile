@@ -44,6 +44,7 @@ figures:
 		$(PYTHON) -m ertacache.table "$$results" --into "$$folder/README.md" && \
 		$(PYTHON) -m ertacache.plots "$$results" --out "$$folder/figures" || exit 1; \
 	done
+	$(PYTHON) -m ertacache.ablation_table bench/results/flux_tiny.json --into docs/method.md
 	$(PYTHON) -m ertacache.overview $(wildcard $(foreach page,$(PAGES),bench/results/$(firstword $(subst :, ,$(page))).json)) --into README.md
 	$(PYTHON) bench/speed_page.py
 

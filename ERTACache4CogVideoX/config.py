@@ -20,6 +20,8 @@ NUM_INFERENCE_STEPS = 50  # scheduler steps
 GUIDANCE_SCALE = 6.0  # both branches in one call a step; 1 and less: off, and half of the work
 DYNAMIC_GUIDANCE = False  # let the guidance scale change with the timestep, as CogVideoX defines it
 MAX_SEQUENCE_LENGTH = 226  # text tokens; the 2B model takes no other number
+
+# sampler
 SOLVER = "ddim"  # ddim, or dpm (second order, draws noise at every step)
 
 # how to accelerate: exactly one of the four goals is set, the others are None
@@ -34,10 +36,10 @@ CALIBRATION: str | None = None  # a calibration file to use; None: the one in CA
 CALIBRATION_FOLDER = "calibration"
 CALIBRATION_PROMPTS = "prompts/calibration.txt"  # a prompt a line; never used to measure quality
 NUM_CALIBRATION_PROMPTS = 8  # the first ones of that file
-MICRO_BATCH = 2  # samples that the transformer sees at a time while it is calibrated; with guidance a prompt is two
+MICRO_BATCH = 2  # samples the transformer sees at a time in calibration and comparison; with guidance a prompt is two
 MEMORY_LIMIT_GIB: float | None = None  # recorded trajectories in host memory; above it in files under TMPDIR
-SEARCH_BUDGET = 0  # schedules that may be tried for real; each costs COMPUTED_STEPS calls per prompt
-REFINE = 0  # prompts to fit the coefficients on again, end to end (8 do): several dB for 2 COMPUTED_STEPS^2 calls each
+SEARCH_BUDGET = 0  # schedules that may be tried for real; each costs COMPUTED_STEPS steps per prompt
+REFINE = 0  # prompts to fit the coefficients on again, end to end (8 do): several dB for 2 COMPUTED_STEPS^2 steps each
 
 # where results go
 OUT = "sample"  # folder, from where the command is given

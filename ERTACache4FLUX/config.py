@@ -3,15 +3,15 @@
 # model
 MODEL = "auto"  # "auto", "tiny", or a hub id or folder; auto: REAL_MODEL if a GPU and its weights are here, else tiny
 REAL_MODEL = "black-forest-labs/FLUX.1-dev"  # gated: accept its licence on the hub first
-REAL_MODEL_GIB = 34  # GPU memory that auto asks for, in GiB
+REAL_MODEL_GIB = 34  # GPU memory that auto asks for, in GiB: 31 of weights, the rest for a guess of the activations
 DTYPE = "bfloat16"  # float32, bfloat16 or float16
 OFFLOAD = "none"  # none, model (parts wait in host memory), or sequential (layer by layer: slow, smallest)
 
 # what to generate
 PROMPTS = "prompts/examples.txt"  # file with a prompt a line, from this folder; --prompt TEXT replaces it
 SEED = 0  # of the initial noise, the same for every prompt
-HEIGHT = 1024  # pixels
-WIDTH = 1024  # pixels
+HEIGHT = 1024  # pixels, a multiple of 16
+WIDTH = 1024  # pixels, a multiple of 16
 NUM_INFERENCE_STEPS = 28  # scheduler steps
 GUIDANCE_SCALE = 3.5  # given to the model as an embedding
 MAX_SEQUENCE_LENGTH = 512  # text tokens
@@ -28,10 +28,10 @@ CALIBRATION: str | None = None  # a calibration file to use; None: the one in CA
 CALIBRATION_FOLDER = "calibration"
 CALIBRATION_PROMPTS = "prompts/calibration.txt"  # a prompt a line; never used to measure quality
 NUM_CALIBRATION_PROMPTS = 8  # the first ones of that file
-MICRO_BATCH = 1  # samples that the transformer sees at a time while calibrations and comparisons are made
+MICRO_BATCH = 1  # samples the transformer sees at a time in calibration and comparison
 MEMORY_LIMIT_GIB: float | None = None  # recorded trajectories in host memory; above it in files under TMPDIR
-SEARCH_BUDGET = 0  # schedules that may be tried for real; each costs COMPUTED_STEPS calls per prompt
-REFINE = 0  # prompts to fit the coefficients on again, end to end (8 do): several dB for 2 COMPUTED_STEPS^2 calls each
+SEARCH_BUDGET = 0  # schedules that may be tried for real; each costs COMPUTED_STEPS steps per prompt
+REFINE = 0  # prompts to fit the coefficients on again, end to end (8 do): several dB for 2 COMPUTED_STEPS^2 steps each
 
 # where results go
 OUT = "sample"  # folder, from where the command is given

@@ -9,10 +9,11 @@ from torch import Tensor
 from transformer import modulated_input
 
 from ertacache import command, models, settings
+from ertacache.errors import UsageError
 from ertacache.files import write_atomically
 from ertacache.generation import COMPARE_FLAG, ModelFolder, generate
 from ertacache.pictures import png_bytes
-from ertacache.settings import Settings, UsageError
+from ertacache.settings import Settings
 
 FOLDER = Path(__file__).resolve().parent
 

@@ -37,10 +37,10 @@ CALIBRATION: str | None = None  # a calibration file to use; None: the one in CA
 CALIBRATION_FOLDER = "calibration"
 CALIBRATION_PROMPTS = "prompts/calibration.txt"  # a prompt a line; never used to measure quality
 NUM_CALIBRATION_PROMPTS = 8  # the first ones of that file
-MICRO_BATCH = 2  # samples that the transformer sees at a time while it is calibrated; with guidance a prompt is two
+MICRO_BATCH = 2  # samples the transformer sees at a time in calibration and comparison; with guidance a prompt is two
 MEMORY_LIMIT_GIB: float | None = None  # recorded trajectories in host memory; above it in files under TMPDIR
-SEARCH_BUDGET = 0  # schedules that may be tried for real; each costs COMPUTED_STEPS calls per prompt
-REFINE = 0  # prompts to fit the coefficients on again, end to end (8 do): several dB for 2 COMPUTED_STEPS^2 calls each
+SEARCH_BUDGET = 0  # schedules that may be tried for real; each costs COMPUTED_STEPS steps per prompt
+REFINE = 0  # prompts to fit the coefficients on again, end to end (8 do): several dB for 2 COMPUTED_STEPS^2 steps each
 
 # where results go
 OUT = "sample"  # folder, from where the command is given

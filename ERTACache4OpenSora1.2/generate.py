@@ -11,10 +11,11 @@ from transformer import modulated_input
 from weights import load_official, needed_files, official_layout
 
 from ertacache import command, models, settings
+from ertacache.errors import UsageError
 from ertacache.files import write_atomically
 from ertacache.generation import COMPARE_FLAG, ModelFolder, generate
 from ertacache.pictures import png_bytes
-from ertacache.settings import Settings, UsageError
+from ertacache.settings import Settings
 from ertacache.videos import write_mp4
 
 FOLDER = Path(__file__).resolve().parent

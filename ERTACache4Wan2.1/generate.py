@@ -10,9 +10,10 @@ from torch import Tensor
 from transformer import modulated_input
 
 from ertacache import command, models, settings
+from ertacache.errors import UsageError
 from ertacache.generation import COMPARE_FLAG, ModelFolder, generate
 from ertacache.models import ModelError
-from ertacache.settings import Settings, UsageError
+from ertacache.settings import Settings
 from ertacache.videos import write_mp4
 
 FOLDER = Path(__file__).resolve().parent

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from record import ROOT
 
-BEGIN, END = "<!-- tree:begin -->", "<!-- tree:end -->"
+from ertacache.pages import replace_between
+
+MARKER = "tree"
 FIRST_FOLDER = "ERTACache4FLUX"  # the others are listed by what they have beside it
 # what cannot say it itself, or says it at length
 SAID = {
@@ -30,6 +32,7 @@ SAID = {
     "ERTACache4FLUX/calibration/": "calibrations: checked-in ones of the tiny pipeline, and those that run.sh makes",
     "ERTACache4FLUX/figures/": "quality against speed-up, and the schedules",
     "ERTACache4FLUX/prompts/": "to generate (examples), to calibrate on, and to measure on (held out)",
+    "ERTACache4FLUX/strip.png": "uncached, ERTACache and the best rival at its cost, side by side",
     "ERTACache4FLUX/tiny/": "embedded trained pipeline, and config.py with what it overrides",
     "bench/results/": "results as JSON, from which every table and figure is made",
     "common/ertacache/data/": "LPIPS' linear layers, and the parts of report.html",
@@ -96,11 +99,7 @@ def model_folder(folder: Path) -> dict[str, str]:
 
 def replaced(page: str) -> str:
     """The page with the list between its markers; ValueError where they are not there."""
-    before, marker, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (marker and end):
-        raise ValueError(f"expected the markers {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n```text\n{tree()}\n```\n\n{END}{after}"
+    return replace_between(page, f"```text\n{tree()}\n```", MARKER)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,14 +15,10 @@ from typing import Any
 
 from record import RESULTS, ROOT
 
+from ertacache.pages import grid, replace_between
+
 PAGE = ROOT / "docs" / "speed.md"
 Record = dict[str, Any]
-
-
-def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; the first `left` columns are text, the others numbers."""
-    rule = ["---" if index < left else "---:" for index in range(len(header))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [list(header), rule, *map(list, lines)])
 
 
 def ran_on(record: Record) -> str:
@@ -65,7 +61,7 @@ def latency(records: Sequence[Record]) -> str:
         for record in records
         for row in record["rows"]
     ]
-    return f"{table(header, lines)}\n\n{_machines(records)}"
+    return f"{grid(header, lines)}\n\n{_machines(records)}"
 
 
 def shares(records: Sequence[Record]) -> str:
@@ -77,7 +73,7 @@ def shares(records: Sequence[Record]) -> str:
         percents = [f"{row[f'{part}_percent']:.3g}" for part in ("transformer", "scheduler", "pipeline")]
         times = [row["reused_scheduler_and_cache_seconds"], row["reused_pipeline_seconds"]]
         lines.append([f"{record['model']}, {size_of(record)}", *percents, *(f"{1000 * t:.3g}" for t in times)])
-    return table(header, lines)
+    return grid(header, lines)
 
 
 def memory(records: Sequence[Record]) -> str:
@@ -94,7 +90,7 @@ def memory(records: Sequence[Record]) -> str:
             peak = entry["peak_beyond_uncached_bytes"]
             numbers = [f"{entry['beyond_uncached_bytes'] / 2**20:.3g}", f"{entry['beyond_uncached_outputs']:.2f}"]
             lines.append([name, entry["method"], *numbers, "–" if peak is None else f"{peak / 2**20:.3g}"])
-    return table(header, lines, left=2) if lines else ""
+    return grid(header, lines, left=2) if lines else ""
 
 
 def checks(records: Sequence[Record]) -> str:
@@ -106,7 +102,7 @@ def checks(records: Sequence[Record]) -> str:
             syncs, graphs, compiled = (record["checks"][k] for k in ("host_syncs", "cuda_graphs", "compile"))
             texts = [one.get("skipped") or ", ".join(str(v) for v in one.values()) for one in (syncs, graphs, compiled)]
             lines.append([f"{record['model']}, {size_of(record)}", *texts])
-    return table(header, lines, left=4) if lines else ""
+    return grid(header, lines, left=4) if lines else ""
 
 
 def prompts(records: Sequence[Record]) -> str:
@@ -128,7 +124,7 @@ def prompts(records: Sequence[Record]) -> str:
     ]
     figure = "![held-out PSNR over calibration prompts](speed-prompts.png)"
     held = ", ".join(str(record["held_out_prompts"]) for record in records)
-    return f"{table(header, lines, left=2)}\n\nHeld-out prompts: {held}.\n\n{_machines(records)}\n\n{figure}"
+    return f"{grid(header, lines, left=2)}\n\nHeld-out prompts: {held}.\n\n{_machines(records)}\n\n{figure}"
 
 
 def scaling(records: Sequence[Record]) -> str:
@@ -144,7 +140,7 @@ def scaling(records: Sequence[Record]) -> str:
         for one in record["series"]
     ]
     figure = "![seconds of each stage over what grows](speed-scaling.png)"
-    return f"Exponents of growth.\n\n{table(header, lines, left=2)}\n\n{_machines(records)}\n\n{figure}"
+    return f"Exponents of growth.\n\n{grid(header, lines, left=2)}\n\n{_machines(records)}\n\n{figure}"
 
 
 def few_steps(records: Sequence[Record]) -> str:
@@ -163,7 +159,7 @@ def few_steps(records: Sequence[Record]) -> str:
         for row in record["rows"]
     ]
     figure = "![PSNR over speed-up at few steps](speed-few-steps.png)"
-    return f"{table(header, lines)}\n\n{_machines(records)}\n\n{figure}"
+    return f"{grid(header, lines)}\n\n{_machines(records)}\n\n{figure}"
 
 
 def _machines(records: Sequence[Record]) -> str:
@@ -196,11 +192,7 @@ def section(name: str, folder: Path = RESULTS) -> str:
 def filled(text: str, folder: Path = RESULTS) -> str:
     """The page with every section between its markers; ValueError where a marker is missing."""
     for name in SECTIONS:
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise ValueError(f"expected the markers {begin} and {end}, once each")
-        before, after = text[: text.index(begin)], text[text.index(end) :]
-        text = f"{before}{begin}\n\n{section(name, folder)}\n\n{after}"
+        text = replace_between(text, section(name, folder), name)
     return text
 
 

@@ -1,12 +1,15 @@
 """The picture of a folder's README: uncached, ERTACache, the best rival at its cost, and what differs.
 
-python bench/strip.py ERTACache4FLUX flux_tiny                      at 2/5 of the steps
+python bench/strip.py ERTACache4FLUX flux_tiny                      at 1/3 of the steps
 python bench/strip.py ERTACache4FLUX flux_tiny --computed-steps 14
+
+Of a video model it shows frames: the first, the middle and the last one of each video.
 """
 
 import argparse
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,15 @@ from ertacache.generation import latents_run, obtain_calibration
 from ertacache.metrics import psnr
 from ertacache.pictures import DIFFERENCE_GAIN, difference, to_uint8
 from ertacache.results import Row, best_rival, read_results
+from ertacache.videos import pick_frames
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = 6
+FRAMES = 3  # of a video: where it begins, is, and ends
+LABEL_INCHES, DPI = 1.6, 110
 SEED = 1000  # of every prompt, as in the comparison
 
 
@@ -35,15 +41,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("results", help="of bench/results, without its ending")
-    parser.add_argument("--computed-steps", type=int, help="default: 2/5 of the steps")
+    parser.add_argument("--computed-steps", type=int, help="default: 1/3 of the steps")
     args = parser.parse_args()
     folder = args.folder.resolve()
     sys.path.insert(0, str(folder))
     import generate
 
     rows, _ = read_results(RESULTS / f"{args.results}.json")
-    count = args.computed_steps or 2 * rows[0].num_inference_steps // 5
-    rival = best_rival([row for row in rows if row.asked_steps == count], "psnr")
+    count = args.computed_steps or rows[0].num_inference_steps // 3
+    section = [row for row in rows if row.asked_steps == count]
+    rival = best_rival(section, "psnr")
     chosen = settings.parse(folder, ["--model", "tiny", "--computed-steps", str(count)], "")
     pipe = generate.load(chosen)
     pipe.set_progress_bar_config(disable=True)
@@ -51,11 +58,10 @@ def main() -> None:
     sampler = _Sampler(pipe, generate.MODEL_FOLDER, chosen)
     with ertacache.apply(pipe, calibration):
         ours = sampler.sample()
-    strips = [("ERTACache", ours)]
+    strips = [("ERTACache", count / chosen.num_inference_steps, ours)]
     if rival is not None:
-        strips.append((rival.method, sampler.sample_rival(rival)))
-    path = write_atomically(folder / "strip.png", _figure(sampler.sample(), strips, count, chosen.num_inference_steps))
-    print(path)
+        strips.append((rival.method, rival.compute_fraction, sampler.sample_rival(rival)))
+    print(write_atomically(folder / "strip.png", figure(sampler.sample(), strips)))
 
 
 class _Sampler:
@@ -88,33 +94,40 @@ class _Sampler:
             return self.sample(**overrides)
 
 
-def _figure(reference: Tensor, strips: list[tuple[str, Tensor]], count: int, steps: int) -> bytes:
-    """Rows of pictures with what they are at the left; of a video the frames at the thirds of its length."""
-    lines = [("uncached\n" + f"{steps} calls", reference)]
-    for name, made in strips:
-        lines.append((f"{name}\n{count} calls, {float(psnr(made, reference).mean()):.1f} dB", made))
-        lines.append((f"its difference\nx {DIFFERENCE_GAIN}", difference(made, reference)))
-    figure, axes = pyplot.subplots(
-        len(lines), COLUMNS + 1, figsize=(1.5 * COLUMNS + 1.6, 1.5 * len(lines)), width_ratios=[1.1, *[1] * COLUMNS]
-    )
-    for (label, pictures), line in zip(lines, axes, strict=True):
-        line[0].text(0.97, 0.5, label, ha="right", va="center", fontsize=10)
-        for cell, picture in zip(line[1:], _still(pictures), strict=True):
+def figure(reference: Tensor, strips: Sequence[tuple[str, float, Tensor]]) -> bytes:
+    """PNG: rows of pictures with what they are at the left.
+
+    Args:
+        reference: uncached pictures (n, 3, H, W), or videos (n, F, 3, H, W), in [0, 1].
+        strips: (method, cost as a fraction of the uncached run's, what it made) of each method.
+    """
+    lines = [("uncached", reference)]
+    for name, cost, made in strips:
+        quality = float(psnr(made, reference).mean())
+        lines.append((f"{name}\n{cost:.0%} of the cost\n{quality:.1f} dB", made))
+        lines.append((f"its difference\nto uncached, x {DIFFERENCE_GAIN}", difference(made, reference)))
+    shown = [(label, _still(made)) for label, made in lines]
+    columns = len(shown[0][1])
+    size = (1.5 * columns + LABEL_INCHES, 1.5 * len(lines))
+    drawn, axes = pyplot.subplots(len(lines), columns + 1, figsize=size, width_ratios=[1.1, *[1] * columns])
+    for (label, pictures), line in zip(shown, axes, strict=True):
+        line[0].text(0.95, 0.5, label, ha="right", va="center", fontsize=10)
+        for cell, picture in zip(line[1:], pictures, strict=True):
             cell.imshow(to_uint8(picture), interpolation="nearest")
         for cell in line:
             cell.axis("off")
-    figure.subplots_adjust(0, 0, 1, 1, 0.03, 0.03)
+    drawn.subplots_adjust(0, 0, 1, 1, 0.03, 0.03)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
+    drawn.savefig(buffer, format="png", dpi=DPI)
+    pyplot.close(drawn)
     return buffer.getvalue()
 
 
 def _still(results: Tensor) -> list[Tensor]:
-    """COLUMNS pictures: of pictures all, of videos three frames of as many as fit."""
+    """As many pictures as fit: of pictures the first ones, of videos some frames each."""
     if results.ndim == 4:
-        return list(results)
-    last = results.shape[1] - 1
-    frames = [0, last // 2, last]
+        return list(results[:COLUMNS])
+    frames = pick_frames(results.shape[1], FRAMES)
     return [video[frame] for video in results[: COLUMNS // len(frames)] for frame in frames]
 
 

@@ -11,9 +11,8 @@ from toys import ToyPipeline, curved
 import ertacache
 from ertacache import generation, settings, study
 from ertacache.announcement import Work, shown_size, shown_time
-from ertacache.errors import CalibrationError
+from ertacache.errors import CalibrationError, UsageError
 from ertacache.schedule_search import growth_evaluations
-from ertacache.settings import UsageError
 from ertacache.trajectory import TrajectoryStore
 
 ROOT = Path(__file__).parents[1]

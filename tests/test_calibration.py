@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from toys import ToyPipeline, curved
 
 import ertacache
+from ertacache import provenance
 from ertacache.calibration import SCHEMA, Calibration
 from ertacache.errors import CalibrationError
 
@@ -25,6 +27,15 @@ def test_round_trip(made, tmp_path):
     assert Calibration.load(path) == made
     assert [p.name for p in path.parent.iterdir()] == ["calibration.json"]
     assert path.stat().st_size < 10_000
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch):
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(provenance, "version", absent)
+    versions = provenance.package_versions()
+    assert versions["ertacache"] == ertacache.__version__ and versions["torch"] == "unknown"
 
 
 def test_summary_says_what_a_person_asks(made):

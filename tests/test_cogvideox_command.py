@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
+from mp4 import read_mp4
 from tiny_cogvideox import FOLDER, NUM_FRAMES, SIDE, TEXT_TOKENS, cogvideox_pipeline, folder_module
 
 from ertacache import reproduce, settings
 from ertacache.baselines import Multistep, NotApplicable
-from ertacache.settings import UsageError
-from ertacache.videos import read_mp4
+from ertacache.errors import UsageError
 
 GENERATE = folder_module("generate")
 SIZES = ("--height", str(SIDE), "--width", str(SIDE), "--num-frames", str(NUM_FRAMES))

@@ -19,8 +19,9 @@ from toys import ToyPipeline, curved
 import ertacache
 from ertacache import cli, reproduce, settings
 from ertacache.calibration import Calibration
-from ertacache.errors import CalibrationError
+from ertacache.errors import CalibrationError, UsageError
 from ertacache.generation import COMPARE_FLAG
+from ertacache.pages import markers
 from ertacache.plots import main as plots_main
 from ertacache.schema import MAX_FILE_BYTES
 
@@ -97,7 +98,8 @@ def test_the_front_page_names_what_is_there():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in readme_tree.top_level():
         assert name in page, f"{name} is not in the README: `make tree`"
-    listed = page.split(readme_tree.BEGIN)[1].split(readme_tree.END)[0]
+    begin, end = markers(readme_tree.MARKER)
+    listed = page.split(begin)[1].split(end)[0]
     for line in listed.strip().splitlines()[1:-1]:
         assert (ROOT / line.split("  ")[0]).exists(), line
 
@@ -182,7 +184,7 @@ def check_command(folder: Path, command: str, capsys) -> None:
     ],
 )
 def test_a_command_that_does_not_exist_is_noticed(command, capsys):
-    with pytest.raises((AssertionError, settings.UsageError)):
+    with pytest.raises((AssertionError, UsageError)):
         check_command(FIRST_FOLDER, command, capsys)
 
 

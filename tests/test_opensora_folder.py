@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from mp4 import read_mp4
 from opensora_folder import folder_modules, pipeline
 from PIL import Image
 from tiny_opensora import FOLDER, FRAMES, SIDE
 
 from ertacache import command, models, reproduce, settings
 from ertacache.settings import read_constants, read_prompts
-from ertacache.videos import read_mp4
 
 SMALL = ["--dtype", "float32", "--height", SIDE, "--width", SIDE, "--num-frames", FRAMES]
 FAST = [*SMALL, "--num-inference-steps", 3, "--num-calibration-prompts", 2, "--prompt", "A red cat!"]

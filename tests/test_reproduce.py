@@ -7,12 +7,13 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from ertacache import reproduce, study
+from ertacache import ablation_table, reproduce, study
 from ertacache.comparison import Comparison
+from ertacache.errors import UsageError
 from ertacache.files import write_atomically
 from ertacache.generation import ModelFolder
+from ertacache.pages import markers
 from ertacache.pictures import png_bytes
-from ertacache.settings import UsageError
 
 FOLDER = Path(__file__).parents[1] / "ERTACache4FLUX"
 PROMPTS = ["a red circle at the left", "a large blue star at the top"]
@@ -95,3 +96,21 @@ def test_a_calibration_prompt_is_not_measured_on(pipe, tmp_path):
     (tmp_path / "p.txt").write_text(seen + "\n")
     with pytest.raises(UsageError, match="calibration prompt"):
         run(pipe, tmp_path / "o", "--prompts", str(tmp_path / "p.txt"))
+
+
+def test_every_part_of_the_ablation_is_a_row_named_as_on_the_page(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "TIMING_REPEATS", 1)
+    small = ["--computed-steps", "3", "--seeds", "3", "--num-prompts", "1", "--refine", "2"]
+    run(pipe, tmp_path / "o", "--methods", "ertacache,ablation", *small)
+    made = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert [row["role"] for row in made] == ["reference", "ours", *["ablation"] * (len(made) - 2)]
+    assert all(len(row["computed_steps"]) == row["asked_steps"] == 3 for row in made[1:])
+    page = (FOLDER.parent / "docs" / "method.md").read_text(encoding="utf-8")
+    begin, end = markers(ablation_table.MARKER)
+    lines = page.split(begin)[1].split(end)[0].strip().splitlines()
+    listed = [line.split(" | ")[0].strip("|* ") for line in lines if line.startswith("| ")][2:]
+    assert listed == [row["method"] for row in [*made[2:], made[1]]]
+    # rows whose names say the same schedule have the same one
+    schedules = {row["method"]: row["computed_steps"] for row in made}
+    assert schedules["+ our schedule"] == schedules["our schedule, linear extrapolation"] == schedules["ertacache"]
+    assert schedules["uniform schedule, residual reuse"] == [0, 2, 4]

@@ -3,7 +3,7 @@
 import pytest
 
 from ertacache import settings
-from ertacache.settings import UsageError
+from ertacache.errors import UsageError
 
 CONFIG = '''
 """Constants."""

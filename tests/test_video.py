@@ -1,20 +1,12 @@
-"""Videos: an MP4 that plays at the size it was given, names for VBench, strips."""
+"""Videos: an MP4 that plays at the size it was given, names for VBench, and which frames stand for it."""
 
 import numpy as np
 import pytest
 import torch
+from mp4 import read_mp4
 from torch import Tensor
 
-from ertacache.videos import (
-    GAP,
-    VideoError,
-    comparison_strips,
-    contact_strip,
-    pick_frames,
-    read_mp4,
-    vbench_name,
-    write_mp4,
-)
+from ertacache.videos import VideoError, pick_frames, vbench_name, write_mp4
 
 
 def moving_bar(frames: int = 9, height: int = 48, width: int = 64) -> Tensor:
@@ -45,10 +37,7 @@ def test_one_frame_is_a_video(tmp_path):
 def test_what_is_no_video_is_refused_and_nothing_written(tmp_path):
     with pytest.raises(VideoError, match=r"\(F, 3, H, W\)"):
         write_mp4(tmp_path / "clip.mp4", torch.zeros(3, 16, 16), fps=16)
-    with pytest.raises(VideoError, match="cannot be read"):
-        (tmp_path / "text.mp4").write_text("no video")
-        read_mp4(tmp_path / "text.mp4")
-    assert [p.name for p in tmp_path.iterdir()] == ["text.mp4"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failing_encoder_leaves_the_old_file(tmp_path):
@@ -69,13 +58,3 @@ def test_names_for_vbench():
 def test_frames_are_picked_from_first_to_last():
     assert pick_frames(17, 5) == [0, 4, 8, 12, 16]
     assert pick_frames(3, 8) == [0, 1, 2]
-
-
-def test_strips_hold_the_frames_side_by_side():
-    video = moving_bar(9, 8, 10)
-    strip = contact_strip(video, 3)
-    assert strip.shape == (3, 8, 3 * (10 + GAP) - GAP)
-    assert torch.equal(strip[:, :, -10:], video[8]) and torch.equal(strip[:, :, 10], torch.ones(3, 8))
-    both = comparison_strips(video, video, 3)
-    assert both.shape == (3, 3 * (8 + GAP) - GAP, strip.shape[2])
-    assert both[:, -8:, :10].max() == 0  # no difference

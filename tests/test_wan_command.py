@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mp4 import read_mp4
 from tiny_wan import wan_pipeline
 
 from ertacache import command
 from ertacache.settings import read_constants, read_prompts
-from ertacache.videos import read_mp4
 
 FOLDER = Path(__file__).parents[1] / "ERTACache4Wan2.1"
 MODULES = ("generate", "scheduler", "transformer")  # names that every folder has

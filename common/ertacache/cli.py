@@ -1,22 +1,14 @@
 """The command `ertacache`: looks into calibration files. `python -m ertacache` is the same."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from ertacache import command
 from ertacache.calibration import Calibration
 from ertacache.model_folder_check import check_folder
 from ertacache.schema import printable
-from ertacache.settings import UsageError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,8 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> None:
-    parser = _Parser(prog="ertacache", description="Look into ERTACache calibration files.")
-    actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
+    parser = command.Parser(prog="ertacache", description="Look into ERTACache calibration files.")
+    actions = parser.add_subparsers(dest="action", required=True, parser_class=command.Parser)
     inspect = actions.add_parser("inspect", help="print schedule, predicted quality and provenance")
     inspect.add_argument("file", metavar="FILE")
     inspect.add_argument("--json", action="store_true", help="print them as JSON")

@@ -1,15 +1,22 @@
 """Runs a command: one line on stderr and an exit code for whatever goes wrong."""
 
+import argparse
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
-from ertacache.errors import ERTACacheError, MismatchWarning
-from ertacache.settings import UsageError
+from ertacache.errors import ERTACacheError, MismatchWarning, UsageError
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError for a wrong flag, where argparse prints its usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
 
 
 def run(main: Callable[[], Any]) -> int:

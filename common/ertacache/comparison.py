@@ -67,7 +67,7 @@ class Comparison:
         keep: Callable[[Contender, str, int, Tensor], None] | None = None,
     ):
         """`batch` prompts share a run where a method allows it; `keep` is given every result that is measured."""
-        self.pipe, self.arguments, self.batch, self.keep = pipe, arguments, batch, keep
+        self.pipe, self.arguments, self.keep = pipe, arguments, keep
         self.pairs = [(prompt, seed) for seed in seeds for prompt in prompts]
         starts = range(0, len(self.pairs), batch)
         # (index of its first pair, pairs): whole batches, so that several processes make what one would make

@@ -5,6 +5,14 @@ class ERTACacheError(Exception):
     """Base class of the errors raised by this library."""
 
 
+class UsageError(ERTACacheError, ValueError):
+    """A flag or a constant has a value that cannot be; the command ends with exit code 2."""
+
+
+class ResultsError(ERTACacheError, ValueError):
+    """Results cannot be read, or a page or figure is not what they make."""
+
+
 class CalibrationError(ERTACacheError, ValueError):
     """A calibration cannot be made, read or written."""
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from ertacache.history import OutputHistory
-from ertacache.rectification import DEFAULT_RIDGE, combine, drift_target, fit_rectification
+from ertacache.rectification import combine, drift_target, fit_rectification
 from ertacache.solver import StepCall, affine_step
 
 HISTORY_LENGTH = 4  # computed outputs that a step combines: what an uncached run holds, and three more
@@ -29,23 +29,18 @@ class Fitter:
         schedule: list[int],
         reference: list[Tensor],
         rows: list[int] | None = None,
-        history_length: int = HISTORY_LENGTH,
-        ridge: float = DEFAULT_RIDGE,
         on_computed: bool = True,
     ):
         self.schedule = frozenset(schedule)
         self.reference = reference
         self.rows = rows
-        self.ridge = ridge
         self.on_computed = on_computed
-        self.history = OutputHistory(history_length)
+        self.history = OutputHistory(HISTORY_LENGTH)
         self.coefficients: list[list[float]] = []
-        self.errors: list[float] = []
-        self.final: Tensor | None = None
 
     def begin(self, scheduler: Any) -> None:
         self.history.clear()
-        self.coefficients, self.errors = [], []
+        self.coefficients = []
 
     def should_compute(self, step: int) -> bool:
         return step in self.schedule
@@ -69,14 +64,11 @@ class Fitter:
         reference_next = self.reference[step + 1].to(offset.device).float()
         target = drift_target(reference_next, offset, gain)
         rows = slice(None) if self.rows is None else self.rows
-        return fit_rectification([h[rows] for h in self.history], target[rows], self.ridge)
+        return fit_rectification([h[rows] for h in self.history], target[rows])
 
     def after_step(self, step: int, sample: Tensor) -> None:
         if step + 1 in self.schedule:
             self.history.before_computing()
-        self.final = sample.detach()
-        difference = self.final.float() - self.reference[step + 1].to(sample.device).float()
-        self.errors.append(float(difference.square().mean().sqrt()))
 
     def end(self) -> None:
         self.history.clear()

@@ -16,10 +16,10 @@ import ertacache
 from ertacache import policy, provenance, timing
 from ertacache.baselines import TeaCache, Tuner
 from ertacache.calibration import Calibration, to_json
-from ertacache.errors import CalibrationError
+from ertacache.errors import CalibrationError, UsageError
 from ertacache.files import write_atomically
 from ertacache.metrics import psnr, ssim, temporal_error
-from ertacache.settings import Settings, UsageError, prompts_of, read_prompts
+from ertacache.settings import Settings, prompts_of, read_prompts
 
 SLUG_LENGTH = 48
 COMPARE_FLAG = ("--compare", {"action": "store_true", "help": "also make the uncached twins and measure against them"})

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from ertacache.calibration import Calibration
-from ertacache.errors import MismatchError, MismatchWarning
+from ertacache.errors import MismatchError, MismatchWarning, UsageError
 from ertacache.replay import AGAIN, check_model, check_scheduler, check_weights
 from ertacache.schema import printable
-from ertacache.settings import UsageError
 
 
 def check_folder(calibration: Calibration, folder: Path) -> list[str]:

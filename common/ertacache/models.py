@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ertacache.errors import ERTACacheError
-from ertacache.settings import Settings, UsageError, apply_overrides
+from ertacache.errors import ERTACacheError, UsageError
+from ertacache.settings import Settings, apply_overrides
 
 
 class ModelError(ERTACacheError, RuntimeError):

@@ -33,7 +33,6 @@ def fit_paper(
     computed_steps: int | None = None,
     schedule: list[int] | None = None,
     rows: list[int] | None = None,
-    fraction: str = "next",
     adjust: bool = True,
     error_model: bool = True,
 ) -> PaperFit:
@@ -41,7 +40,6 @@ def fit_paper(
 
     Args:
         rows: prompts to fit to; None for all.
-        fraction: what |o~_i - o_i|_1 is divided by in phi: "next" for |o_i - o_{i+1}|_1, "own" for |o_i|_1.
         adjust, error_model: leave a part out, for ablations.
     """
     residual = residuals(recorded, rows)
@@ -65,7 +63,7 @@ def fit_paper(
             models.append(None)
             continue
         reused = latents[step] + residual[kept]
-        factors.append(adjustment_factor(_l1(reused - outputs[step]), _l1(_denominator(outputs, step, fraction))))
+        factors.append(adjustment_factor(_l1(reused - outputs[step]), _l1(_change(outputs, step))))
         models.append(list(fit_error_model(reused, outputs[step])) if error_model else None)
     sigmas, timesteps = _adjusted_grid(recorded, factors) if adjust else (None, None)
     if sigmas is None and timesteps is None:
@@ -82,10 +80,8 @@ def _adjusted_grid(recorded: Recorder, factors: list[float]) -> tuple[list[float
     return None, None
 
 
-def _denominator(outputs: list[Tensor], step: int, fraction: str) -> Tensor:
-    if fraction == "own":
-        return outputs[step]
-    # the last step has no next output: backward difference
+def _change(outputs: list[Tensor], step: int) -> Tensor:
+    """o_i - o_{i+1}; the last step has no next output, so there backward."""
     return outputs[step] - outputs[step + 1 if step + 1 < len(outputs) else step - 1]
 
 

@@ -1,4 +1,4 @@
-"""Pixels to PNG, and the strip that shows uncached, cached and their difference."""
+"""Pixels to PNG, and the difference of two pictures as one that can be seen."""
 
 import io
 
@@ -14,13 +14,10 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
     return (pixels.movedim(-3, -1).float().clamp(0, 1) * 255).round().to("cpu").numpy().astype(np.uint8)
 
 
-def png_bytes(pixels: Tensor, enlarge: int = 1) -> bytes:
-    """PNG of pixels (3, H, W) in [0, 1], each pixel repeated `enlarge` times."""
-    image = Image.fromarray(to_uint8(pixels))
-    if enlarge > 1:
-        image = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
+def png_bytes(pixels: Tensor) -> bytes:
+    """PNG of pixels (3, H, W) in [0, 1]."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    Image.fromarray(to_uint8(pixels)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -6,7 +6,6 @@
 Each PNG carries a hash of the rows it shows, so --check does not depend on how a machine renders text.
 """
 
-import argparse
 import hashlib
 import json
 import sys
@@ -19,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ertacache import command
 from ertacache.chart_data import (
     AXES,
     MARKERS,
@@ -29,6 +29,7 @@ from ertacache.chart_data import (
     rival_styles,
     spread_labels,
 )
+from ertacache.errors import ResultsError
 from ertacache.results import METRICS, Row, read_results
 
 _SHAPES = dict(zip(MARKERS, ("o", "s", "^", "D", "X"), strict=True))
@@ -51,12 +52,12 @@ _STYLE = {
 _DATA_KEY = "ertacache-rows-sha256"
 
 
-def plot_quality(rows: Sequence[Row], metric: str = "psnr", axis: str = "speedup") -> Figure:
-    """`metric` (psnr, ssim or lpips) of all methods against speed-up; `axis` is speedup (measured) or flops.
+def plot_quality(rows: Sequence[Row], metric: str = "psnr") -> Figure:
+    """`metric` (psnr, ssim or lpips) of all methods against measured speed-up.
 
     Raises ValueError when no row has that metric.
     """
-    series = quality_series(rows, metric, axis)
+    series = quality_series(rows, metric)
     if not series:
         raise ValueError(f"no row has a value of {metric}")
     with rc_context(_STYLE):
@@ -72,7 +73,7 @@ def plot_quality(rows: Sequence[Row], metric: str = "psnr", axis: str = "speedup
         if not facts.higher_is_better:
             axes.invert_yaxis()
         unit = f" ({facts.unit})" if facts.unit else ""
-        axes.set(xlabel=AXES[axis], ylabel=f"{facts.label}{unit} {facts.arrow}")
+        axes.set(xlabel=AXES["speedup"], ylabel=f"{facts.label}{unit} {facts.arrow}")
         axes.set_title(f"{facts.label} against speed-up: up and to the right is better")
         _label_ends(axes, series)
     return figure
@@ -144,31 +145,29 @@ def rows_hash(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code, 1 for a failure and for figures that --check finds to be of other rows."""
-    parser = argparse.ArgumentParser(prog="ertacache.plots", description="Figures from results.json.")
+    """The command; returns its exit code: 0, 1 for a failure or figures that --check finds outdated, 2 for a flag."""
+    return command.run(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> None:
+    parser = command.Parser(prog="ertacache.plots", description="Figures from results.json.")
     parser.add_argument("results", type=Path)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if a figure is out of date")
     options = parser.parse_args(arguments)
-    try:
-        rows, _ = read_results(options.results)
-        digest = rows_hash(rows)
-        names = [f"quality-{m}" for m in METRICS if quality_series(rows, m)] + ["schedule"]
-        for name in names:
-            path = options.out / f"{name}.png"
-            if options.check:
-                with Image.open(path) as picture:
-                    if picture.info.get(_DATA_KEY) != digest:
-                        raise ValueError(f"{path} shows other rows than {options.results}")
-                continue
-            options.out.mkdir(parents=True, exist_ok=True)
-            ours = [row for row in rows if row.role == "ours"]
-            figure = plot_schedule(ours) if name == "schedule" else plot_quality(rows, name.removeprefix("quality-"))
-            save_figure(figure, path, digest)
-    except (OSError, ValueError) as error:
-        print(f"ertacache.plots: {error}", file=sys.stderr)
-        return 1
-    return 0
+    rows, _ = read_results(options.results)
+    digest = rows_hash(rows)
+    for name in [f"quality-{m}" for m in METRICS if quality_series(rows, m)] + ["schedule"]:
+        path = options.out / f"{name}.png"
+        if options.check:
+            with Image.open(path) as picture:
+                if picture.info.get(_DATA_KEY) != digest:
+                    raise ResultsError(f"{path} shows other rows than {options.results}: run make figures")
+            continue
+        options.out.mkdir(parents=True, exist_ok=True)
+        ours = [row for row in rows if row.role == "ours"]
+        figure = plot_schedule(ours) if name == "schedule" else plot_quality(rows, name.removeprefix("quality-"))
+        save_figure(figure, path, digest)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ reused.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,7 +110,6 @@ def swap_search(
     error_of: Callable[[list[int]], float],
     num_steps: int,
     budget: int,
-    report: Callable[[Any], None] = lambda _: None,
 ) -> list[int]:
     """Move one computed step at a time to a neighbouring free place; keep a move that lowers the true error.
 
@@ -130,7 +128,6 @@ def swap_search(
             tried.add(tuple(candidate))
             budget -= 1
             error = error_of(candidate)
-            report((candidate, error, best_error))
             if error < best_error:
                 best, best_error, improved = candidate, error, True
                 break

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+import ertacache
 from ertacache.patching import CachedTransformer, uncompiled
 
 FINGERPRINT_VALUES = 4  # of every parameter: a LoRA or a fine-tuning may change a few of them only
-VERSIONED = ("ertacache", "torch", "diffusers", "transformers")
+VERSIONED = ("torch", "diffusers", "transformers")
 
 
 def model_identity(transformer: nn.Module, name: str | None = None) -> dict[str, Any]:
@@ -112,8 +113,11 @@ def prompts_hash(prompts: Sequence[str], seeds: Sequence[int] = ()) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    found = {}
+    """Versions of what a result depends on.
+
+    This library says its own, since it may run from a checkout that is not installed.
+    """
+    found = {"ertacache": ertacache.__version__}
     for package in VERSIONED:
         try:
             found[package] = version(package)

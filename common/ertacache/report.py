@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -16,9 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ertacache.chart_data import CHARTED, curve_at, rival_styles
+from ertacache.files import write_atomically
 from ertacache.report_svg import error_svg, quality_svg, schedule_svg
 from ertacache.results import METRICS, Curve, Row
 from ertacache.table import Table, all_tables, load_published, margins
+from ertacache.videos import pick_frames
 
 _DATA = Path(__file__).with_name("data")
 _WIDE, _NARROW = 820, 380
@@ -61,10 +62,7 @@ def write_report(
     template = (_DATA / "report_template.html").read_text(encoding="utf-8")
     # one pass, so that text which looks like a place holder is left alone
     text = re.sub(r"<!--@(\w+)@-->|/\*@(\w+)@\*/", lambda m: parts[m[1] or m[2]], template)
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, text)
 
 
 def _ran_on(rows: Sequence[Row]) -> str:
@@ -145,8 +143,7 @@ def _frames(example: Mapping[str, Any]) -> NDArray[np.uint8]:
 
 def _sprite(frames: NDArray[np.uint8]) -> tuple[str, dict[str, Any]]:
     """All frames side by side as one data URI, and its {frames, width, height, pixelated}; frames (F, H, W, 3)."""
-    if len(frames) > _MAX_FRAMES:
-        frames = frames[np.linspace(0, len(frames) - 1, _MAX_FRAMES).round().astype(int)]
+    frames = frames[pick_frames(len(frames), _MAX_FRAMES)]
     count, height, width, _ = frames.shape
     small = max(height, width) <= _LOSSLESS_SIDE
     side = min(1.0, (_MAX_SIDE if count == 1 else _MAX_VIDEO_SIDE) / max(height, width))

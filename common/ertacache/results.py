@@ -6,11 +6,13 @@ results.meta.json, so that a reader of the rows needs to know nothing but the fi
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from ertacache.errors import ResultsError
+from ertacache.files import write_atomically
 
 ROLES = ("reference", "ours", "rival", "ablation")
 # A rival is compared when its cost lies in [ours, ours + COMPARABLE_BAND], as a fraction of transformer FLOPs.
@@ -119,6 +121,12 @@ def best_rival(rows: Sequence[Row], name: str) -> Row | None:
     return (max if higher else min)(rivals, key=lambda r: getattr(r, name), default=None)
 
 
+def metric_text(row: Row | None, name: str) -> str:
+    """A metric of a row with its decimals, and in words where it, or the row, is not there."""
+    value = getattr(row, name, None)
+    return "not measured" if value is None else METRICS[name].show(value)
+
+
 def write_results(path: str | Path, rows: Sequence[Row], meta: Mapping[str, Any] | None = None) -> None:
     """Write the rows as JSON, and `meta` beside them as <stem>.meta.json; each file appears whole or not at all."""
     path = Path(path)
@@ -130,23 +138,23 @@ def write_results(path: str | Path, rows: Sequence[Row], meta: Mapping[str, Any]
 def read_results(path: str | Path) -> tuple[list[Row], dict[str, Any]]:
     """The rows of a results file and its meta (empty where there is none).
 
-    Raises ValueError of one line that names the file, the row and the field; OSError when the file cannot be read.
+    Raises ResultsError of one line that names the file, the row and the field; OSError when the file cannot be read.
     """
     path = Path(path)
     values = _read_json(path)
     if not isinstance(values, list):
-        raise ValueError(f"{path}: expected a list of rows, got {type(values).__name__}")
+        raise ResultsError(f"{path}: expected a list of rows, got {type(values).__name__}")
     rows = [_row(value, f"{path}: row {index}") for index, value in enumerate(values)]
     meta_path = path.with_suffix(".meta.json")
     meta = _read_json(meta_path) if meta_path.exists() else {}
     if not isinstance(meta, dict):
-        raise ValueError(f"{meta_path}: expected an object, got {type(meta).__name__}")
+        raise ResultsError(f"{meta_path}: expected an object, got {type(meta).__name__}")
     return rows, meta
 
 
 def _row(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected an object, got {type(value).__name__}")
+        raise ResultsError(f"{where}: expected an object, got {type(value).__name__}")
     known = [f.name for f in fields(Row)]
     # every field is written, so one that is absent means a truncated or foreign file, even where Row has a default
     for problem, names in (
@@ -154,28 +162,22 @@ def _row(value: Any, where: str) -> Row:
         ("unknown", [n for n in value if n not in known]),
     ):
         if names:
-            raise ValueError(f"{where}: {names[0]}: {problem} field")
+            raise ResultsError(f"{where}: {names[0]}: {problem} field")
     try:
         return Row(**value)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ResultsError(f"{where}: {error}") from None
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+        raise ResultsError(f"{path}: not JSON: {error}") from None
 
 
 def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _check_steps(steps: list[int], num_steps: int) -> None:

@@ -9,18 +9,15 @@ import runpy
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
-from ertacache.errors import ERTACacheError
+from ertacache.command import Parser
+from ertacache.errors import UsageError
 
 GOALS = ("speedup", "computed_steps", "min_psnr", "threshold")
 METHODS = ("none", "paper", "teacache", "ertacache")
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "sequential")
-
-
-class UsageError(ERTACacheError, ValueError):
-    """A flag or a constant has a value that cannot be; the command ends with exit code 2."""
 
 
 class Settings(argparse.Namespace):
@@ -43,11 +40,6 @@ class Settings(argparse.Namespace):
     def path(self, name: str) -> Path:
         """A path of the configuration, relative to the model folder."""
         return self.folder / getattr(self, name)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
 
 
 def read_constants(path: Path) -> dict[str, tuple[Any, tuple[type, ...]]]:
@@ -93,7 +85,7 @@ def parse(
         UsageError: an unknown flag, or a value of the wrong type.
     """
     constants = read_constants(folder / "config.py")
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = Parser(description=description, allow_abbrev=False)
     taken = {name for name, _ in extra}
     for name, (value, kinds) in constants.items():
         if f"--{name.replace('_', '-')}" in taken:

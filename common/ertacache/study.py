@@ -17,12 +17,12 @@ from ertacache import ablation, processes, provenance, settings, solver
 from ertacache.baselines import NotApplicable, Rival, Tuner
 from ertacache.calibration import Calibration
 from ertacache.comparison import Comparison, Contender
-from ertacache.errors import ERTACacheError
+from ertacache.errors import ERTACacheError, UsageError
 from ertacache.generation import ModelFolder, latents_run, slug
 from ertacache.ledger import Ledger
 from ertacache.lpips import Lpips, LpipsUnavailableError, load_lpips
 from ertacache.runs import Runs, recorded_runs
-from ertacache.settings import Settings, UsageError
+from ertacache.settings import Settings
 from ertacache.study_output import row_of, write_outcome
 from ertacache.videos import vbench_name
 

@@ -5,14 +5,15 @@ python -m ertacache.table RESULTS.json --into README.md         put them between
 python -m ertacache.table RESULTS.json --into README.md --check exit code 1 when the README says something else
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from ertacache import command
+from ertacache.pages import fill, grid
 from ertacache.results import METRICS, TEMPORAL_ERROR, Row, best_rival, read_results
 
 MARKER = "results"
@@ -70,10 +71,8 @@ def table_markdown(rows: Sequence[Row], published: Mapping[str, Any] | None = No
             ["**" + cell + "**" if index in table.ours else cell for cell in map(_escape, line)]
             for index, line in enumerate(table.lines)
         ]
-        rule = ["---" if index < 2 else "---:" for index in range(len(table.header))]
-        grid = ["| " + " | ".join(line) + " |" for line in [table.header, rule, *lines]]
         notes = "<br>\n".join(f"[{number}] {_escape(note)}" for number, note in enumerate(table.notes, 1))
-        blocks = [f"### {_escape(table.title)}", "\n".join(grid), *map(_escape, table.remarks), notes]
+        blocks = [f"### {_escape(table.title)}", grid(table.header, lines, left=2), *map(_escape, table.remarks), notes]
         parts.append("\n\n".join(block for block in blocks if block))
     return "\n\n".join(parts) + "\n"
 
@@ -210,45 +209,24 @@ def _escape(text: str) -> str:
     return text
 
 
-def replace_between(text: str, content: str, marker: str = MARKER) -> str:
-    """`text` with `content` between its two markers; ValueError when they are not there once and in order."""
-    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"expected the markers {begin} and {end}, once each")
-    return f"{text[: text.index(begin)]}{begin}\n\n{content.strip()}\n\n{text[text.index(end) :]}"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0, or 1 for a failure and for a README that --check finds to differ."""
-    parser = _Parser(prog="ertacache.table", description="Tables from results.json.")
+    """The command; returns its exit code: 0, 1 for a failure or a README that --check finds to differ, 2 for a flag."""
+    return command.run(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> None:
+    parser = command.Parser(prog="ertacache.table", description="Tables from results.json.")
     parser.add_argument("results", type=Path)
     parser.add_argument("--into", type=Path, metavar="README.md", help="file with the two markers")
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if the file would change")
     options = parser.parse_args(arguments)
     if options.check and options.into is None:
         parser.error("--check needs --into")
-    try:
-        rows, _ = read_results(options.results)
-        markdown = table_markdown(rows, load_published())
-        if options.into is None:
-            print(markdown, end="")
-            return 0
-        before = options.into.read_text(encoding="utf-8")
-        after = replace_between(before, markdown)
-        if options.check and before != after:
-            raise ValueError(f"differs from {options.results}: run python -m ertacache.table with --into")
-        if before != after:
-            options.into.write_text(after, encoding="utf-8")
-    except (OSError, ValueError) as error:
-        print(f"ertacache.table: {options.into or options.results}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    markdown = table_markdown(read_results(options.results)[0], load_published())
+    if options.into is None:
+        print(markdown, end="")
+    else:
+        fill(options.into, markdown, MARKER, options.check)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,25 @@
-"""Videos: pixels to MP4, contact strips, and the file names that VBench's evaluator looks for.
+"""Videos: pixels to MP4, the frames that stand for one, and the file names that VBench's evaluator looks for.
 
 F: frames; H, W: height and width in pixels. Frames are float (F, 3, H, W) in [0, 1] everywhere.
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ertacache.errors import ERTACacheError
-from ertacache.pictures import difference, to_uint8
+from ertacache.pictures import to_uint8
 
 MP4_QUALITY = 8  # of imageio's scale from 0 to 10, where 10 is the best
-GAP = 2  # pixels between the frames of a strip
 # What cannot stand in a file name somewhere; VBench itself uses the prompt as it is.
 SEPARATORS = str.maketrans({"/": "_", "\\": "_", "\0": "_", "\n": " ", "\r": " "})
 MAX_NAME_BYTES = 240
 
 
 class VideoError(ERTACacheError, RuntimeError):
-    """A video cannot be written or read."""
+    """A video cannot be written."""
 
 
 def write_mp4(path: str | Path, frames: Tensor, fps: float, quality: float = MP4_QUALITY) -> Path:
@@ -71,22 +68,6 @@ def write_mp4(path: str | Path, frames: Tensor, fps: float, quality: float = MP4
     return path
 
 
-def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
-    """All frames of a video as uint8 (F, H, W, 3), and its frames per second.
-
-    Raises:
-        VideoError: it cannot be decoded.
-    """
-    import imageio.v2 as imageio
-
-    try:
-        with imageio.get_reader(path, format="FFMPEG") as reader:
-            fps = float(reader.get_meta_data()["fps"])
-            return np.stack([np.asarray(frame) for frame in reader]), fps
-    except (OSError, RuntimeError, ValueError, IndexError) as error:
-        raise VideoError(f"{path} cannot be read as a video ({error})") from error
-
-
 def vbench_name(prompt: str, index: int) -> str:
     """<prompt>-<index>.mp4, the name under which VBench's evaluator looks for a video.
 
@@ -102,21 +83,3 @@ def pick_frames(num_frames: int, count: int) -> list[int]:
     if count >= num_frames:
         return list(range(num_frames))
     return np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
-
-
-def contact_strip(video: Tensor, count: int = 8) -> Tensor:
-    """`count` frames side by side with white gaps: (F, 3, H, W) -> (3, H, count (W + gap) - gap)."""
-    frames = video[pick_frames(len(video), count)]
-    padded = torch.nn.functional.pad(frames, (0, GAP), value=1.0)
-    return torch.cat(list(padded), dim=2)[..., :-GAP]
-
-
-def comparison_strips(video: Tensor, reference: Tensor, count: int = 8) -> Tensor:
-    """Three contact strips below each other: uncached, cached, and their difference times `DIFFERENCE_GAIN`."""
-    return stacked([contact_strip(v, count) for v in (reference, video, difference(video, reference))])
-
-
-def stacked(strips: Sequence[Tensor]) -> Tensor:
-    """Strips of one width below each other with white gaps: (3, H_i, W) each -> (3, sum of (H_i + gap) - gap, W)."""
-    padded = [torch.nn.functional.pad(strip, (0, 0, 0, GAP), value=1.0) for strip in strips]
-    return torch.cat(padded, dim=1)[:, :-GAP]
