@@ -8,7 +8,10 @@ from ertacache.overview import main as overview_main
 from ertacache.table import main as table_main
 
 ROOT = Path(__file__).parents[1]
-TABLES = {"ERTACache4FLUX/README.md": "bench/results/flux_tiny.json"}
+TABLES = {
+    "ERTACache4FLUX/README.md": "bench/results/flux_tiny.json",
+    "ERTACache4OpenSora1.2/README.md": "bench/results/opensora_tiny.json",
+}
 
 
 @pytest.mark.parametrize(("readme", "results"), TABLES.items())
