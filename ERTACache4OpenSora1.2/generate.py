@@ -13,7 +13,8 @@ from weights import load_official, needed_files, official_layout
 from ertacache import command, models, settings
 from ertacache.errors import UsageError
 from ertacache.files import write_atomically
-from ertacache.generation import COMPARE_FLAG, ModelFolder, generate
+from ertacache.generation import COMPARE_FLAG, generate
+from ertacache.model_folder import ModelFolder
 from ertacache.pictures import png_bytes
 from ertacache.settings import Settings
 from ertacache.videos import write_mp4

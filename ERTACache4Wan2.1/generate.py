@@ -11,7 +11,8 @@ from transformer import modulated_input
 
 from ertacache import command, models, settings
 from ertacache.errors import UsageError
-from ertacache.generation import COMPARE_FLAG, ModelFolder, generate
+from ertacache.generation import COMPARE_FLAG, generate
+from ertacache.model_folder import ModelFolder
 from ertacache.models import ModelError
 from ertacache.settings import Settings
 from ertacache.videos import write_mp4

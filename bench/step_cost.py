@@ -18,7 +18,7 @@ import ertacache
 from ertacache import provenance, settings
 from ertacache.calibration import Calibration
 from ertacache.files import write_atomically
-from ertacache.generation import obtain_calibration
+from ertacache.kept import obtain_calibration
 
 ROOT = Path(__file__).resolve().parents[1]
 REPEATS = 7

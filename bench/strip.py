@@ -21,7 +21,8 @@ import ertacache
 from ertacache import settings
 from ertacache.baselines import Tuner, all_rivals
 from ertacache.files import write_atomically
-from ertacache.generation import latents_run, obtain_calibration
+from ertacache.generation import latents_run
+from ertacache.kept import obtain_calibration
 from ertacache.metrics import psnr
 from ertacache.pictures import DIFFERENCE_GAIN, difference, to_uint8
 from ertacache.results import Row, best_rival, read_results

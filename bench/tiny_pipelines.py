@@ -13,7 +13,7 @@ from record import ROOT
 
 from ertacache import settings
 from ertacache.calibration import Calibration
-from ertacache.generation import obtain_calibration
+from ertacache.kept import obtain_calibration
 
 FOLDERS = {
     "flux": ROOT / "ERTACache4FLUX",

@@ -9,9 +9,10 @@ import torch
 from toys import ToyPipeline, curved
 
 import ertacache
-from ertacache import generation, settings, study
+from ertacache import kept, settings, study
 from ertacache.announcement import Work, shown_size, shown_time
 from ertacache.errors import CalibrationError, UsageError
+from ertacache.model_folder import ModelFolder
 from ertacache.schedule_search import growth_evaluations
 from ertacache.trajectory import TrajectoryStore
 
@@ -142,9 +143,9 @@ def test_the_flag_reaches_the_calibration(tmp_path, monkeypatch):
     chosen = settings.parse(FOLDERS[0], argv, "test")
     given = {}
     monkeypatch.setattr(ertacache, "calibrate", lambda *_, **keywords: given.update(keywords))
-    model = generation.ModelFolder("made up", lambda _: {}, lambda *_: None)
+    model = ModelFolder("made up", lambda _: {}, lambda *_: None)
     with pytest.raises(AttributeError):  # what stands for a calibration cannot be saved
-        generation.obtain_calibration(None, chosen, model)
+        kept.obtain_calibration(None, chosen, model)
     assert given["memory_limit"] == 2**29
 
 
@@ -153,8 +154,17 @@ def test_the_flag_reaches_the_calibrations_of_a_comparison(monkeypatch):
     given = []
     monkeypatch.setattr(ertacache, "calibrate", lambda *_, **keywords: given.append(keywords) or SimpleNamespace())
     monkeypatch.setattr(study, "recorded_runs", lambda *_, **keywords: given.append(keywords))
-    kept = SimpleNamespace(get=lambda _, make: make())
-    made = SimpleNamespace(pipe=None, chosen=chosen, calibration_prompts=["a"], arguments={}, ledger=kept)
+    monkeypatch.setattr(study, "kept_calibration", lambda *_: None)
+    ledger = SimpleNamespace(get=lambda _, make: make())
+    made = SimpleNamespace(
+        pipe=None,
+        chosen=chosen,
+        model=None,
+        calibration_prompts=["a"],
+        arguments={},
+        ledger=ledger,
+        _asking=lambda _: None,
+    )
     with pytest.raises(AttributeError):  # what stands for a calibration cannot be kept
         study.Study._calibration(made, "ertacache", 3)
     study.Study._recorded(made)

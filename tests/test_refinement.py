@@ -10,6 +10,7 @@ from test_attach import run
 from toys import ToyPipeline, curved
 
 import ertacache
+from ertacache.announcement import Work
 from ertacache.calibration import Calibration
 from ertacache.errors import CalibrationError
 from ertacache.fitting import Fitter
@@ -133,7 +134,7 @@ def test_a_step_that_leads_away_is_not_taken(monkeypatch):
     runs = recorded()
     coefficients = fitted(runs)
     monkeypatch.setattr(LinearisedRun, "solve", lambda self, rows, ridge: np.full(len(self.places), 3.0))
-    refined = refine(runs, SCHEDULE, coefficients)
+    refined = refine(runs, linearise(runs, SCHEDULE, coefficients))
     assert refined.coefficients == coefficients and refined.ridge is None
 
 
@@ -159,6 +160,7 @@ def test_the_ridge_is_chosen_on_prompts_left_out():
         return sum(np.log(linear.errors(changes[p % 4])[p]) for p in rows)
 
     assert left_out(ridge) == min(map(left_out, RIDGES)) and left_out(ridge) < left_out(RIDGES[0])
+    assert linear.promised_error() == pytest.approx(left_out(ridge) / 8 / np.log(10))
 
 
 def test_announced_evaluations_are_spent():
@@ -169,6 +171,10 @@ def test_announced_evaluations_are_spent():
     before = pipe.transformer.calls
     calibrate(pipe, micro_batch=1, search_budget=1)
     assert pipe.transformer.calls - before == (STEPS + 4 * 5) * 6 + growth_evaluations(STEPS, 6)
+    before = pipe.transformer.calls
+    calibrate(pipe, micro_batch=1, search_budget=4, refine=6)
+    most = Work(6, 2, search_budget=4, refine=6).evaluations(STEPS, 5)
+    assert most - (RIDGE_TRIES - 1) * 5 * 6 <= pipe.transformer.calls - before <= most
 
 
 # -- the choice of the steps -------------------------------------------------------------------------------
@@ -197,6 +203,21 @@ def test_a_budget_never_leads_to_a_worse_schedule():
     plain = choose_schedule(runs, 5, 0, None)
     for budget in (1, 2, 3, 12):
         assert runs.fitted_error(choose_schedule(runs, 5, budget, growth)) <= runs.fitted_error(plain) + 1e-9
+
+
+def test_schedules_are_judged_by_what_refinement_makes_of_them():
+    """What it promises for the chosen schedule is the least of all that were tried."""
+    runs = recorded()
+    growth = error_growth(runs)
+    promised: dict[tuple[int, ...], float] = {}
+
+    def judge(schedule: list[int]) -> float:
+        promised[tuple(schedule)] = linearise(runs, schedule, fitted(runs, schedule)).promised_error()
+        return promised[tuple(schedule)]
+
+    chosen = choose_schedule(runs, 5, 12, growth, judge)
+    assert len(promised) <= 12 and promised[tuple(chosen)] == min(promised.values())
+    assert calibrate(ToyPipeline(curved), refine=6, search_budget=12).computed_steps == chosen
 
 
 # -- the file ----------------------------------------------------------------------------------------------

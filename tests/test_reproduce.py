@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from ertacache import ablation_table, reproduce, study
+from ertacache import ablation_table, kept, reproduce, settings, study
 from ertacache.comparison import Comparison
 from ertacache.errors import UsageError
 from ertacache.files import write_atomically
-from ertacache.generation import ModelFolder
+from ertacache.model_folder import ModelFolder
 from ertacache.pages import markers
 from ertacache.pictures import png_bytes
 
@@ -82,6 +82,28 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(pipe, tmp_path, mon
     run(pipe, tmp_path / "b")
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
     assert len(rows(tmp_path / "a")) == 5
+
+
+def test_a_kept_calibration_is_compared_and_not_made_again(pipe, tmp_path, monkeypatch):
+    """One that run.sh kept, on the same prompts and weights; with other prompts a new one is made."""
+    asked = ["--calibration-folder", str(tmp_path), "--refine", "0", "--search-budget", "0", "--computed-steps", "3"]
+    argv = ["--model", "tiny", "--num-inference-steps", "6", "--num-calibration-prompts", "2", *asked]
+    kept.obtain_calibration(pipe, settings.parse(FOLDER, argv, ""), ModelFolder("FLUX", arguments, save))
+    (path,) = tmp_path.glob("*.json")
+    changed = json.loads(path.read_text())
+    changed["computed_steps"], changed["coefficients"] = [0, 1, 5], [[1.0]] * 6
+    path.write_text(json.dumps(changed))
+    few = [*asked, "--seeds", "3", "--num-prompts", "1", "--methods", "ertacache"]
+    run(pipe, tmp_path / "same", *few)
+    assert rows(tmp_path / "same")[1]["computed_steps"] == [0, 1, 5]
+    run(pipe, tmp_path / "other", *few, "--num-calibration-prompts", "3")
+    assert rows(tmp_path / "other")[1]["computed_steps"] != [0, 1, 5]
+    with torch.no_grad():
+        parameter = next(pipe.transformer.parameters())
+        parameter.mul_(1.5)
+        run(pipe, tmp_path / "weights", *few)
+        parameter.div_(1.5)
+    assert rows(tmp_path / "weights")[1]["computed_steps"] != [0, 1, 5]
 
 
 def test_vbench_layout(pipe, tmp_path):

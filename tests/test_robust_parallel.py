@@ -15,8 +15,8 @@ import torch
 import ertacache
 from ertacache import models, processes, reproduce
 from ertacache.comparison import _joined
-from ertacache.generation import ModelFolder
 from ertacache.ledger import Ledger
+from ertacache.model_folder import ModelFolder
 
 HERE = Path(__file__).parent
 

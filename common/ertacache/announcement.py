@@ -7,7 +7,7 @@ from typing import Any
 
 from ertacache import policy
 from ertacache.recording import Recorder
-from ertacache.refinement import refinement_evaluations
+from ertacache.refinement import JUDGED_PROMPTS, linearisation_evaluations, refinement_evaluations
 from ertacache.schedule_search import growth_evaluations
 
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
@@ -55,8 +55,12 @@ class Work:
         """Evaluations of one calibration from the recorded runs."""
         if self.paper or computed == steps:
             return self.folds * computed * self.prompts
-        refining = refinement_evaluations(computed, min(self.refine, self.prompts))
-        return (self.folds + 1 + self.search_budget) * computed * self.prompts + refining
+        made = (self.folds + 1 + self.search_budget) * computed * self.prompts
+        if not self.refine:
+            return made
+        few = min(self.refine, self.prompts)
+        judging = self.search_budget * linearisation_evaluations(computed, min(few, JUDGED_PROMPTS))
+        return made + judging + refinement_evaluations(computed, few)
 
     def _growth(self, steps: int) -> int:
         return growth_evaluations(steps, self.prompts) if self.search_budget and not self.paper else 0

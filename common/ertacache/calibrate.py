@@ -20,7 +20,7 @@ from ertacache.metrics import psnr, worst_decile
 from ertacache.paper import fit_paper
 from ertacache.recording import Recorder
 from ertacache.rectification import Coefficients
-from ertacache.refinement import Refined
+from ertacache.refinement import JUDGED_PROMPTS, Refined, linearise
 from ertacache.refinement import refine as refine_end_to_end
 from ertacache.replay import Replay
 from ertacache.rerun import Rerun
@@ -55,7 +55,8 @@ def calibrate(
     Args:
         pipe: a diffusers pipeline with a transformer and a scheduler.
         prompts: calibration prompts. Run i takes prompt i and seed i, the shorter list repeated.
-        search_budget: how many schedules may be tried for real; each costs K steps of all prompts.
+        search_budget: how many schedules may be tried for real; each costs K steps of all prompts, and with `refine`
+            about 2 K^2 steps of up to 16 prompts.
         refine: prompts, the first ones, for which the coefficients are fitted a second time, end to end; each costs
             about 2 K^2 steps. 0 leaves it out.
         folds: cross-validation folds of the quality prediction; 0 leaves it out.
@@ -159,16 +160,30 @@ class _Maker:
             return _calibration(
                 recorded, list(range(computed_steps)), "ertacache", coefficients=[[1.0]] * computed_steps
             )
-        schedule = choose_schedule(self.runs, computed_steps, self.search_budget, self._growth)
-        fitter = Fitter(schedule, recorded.latents)
-        self.runs.run(fitter)
-        coefficients = Coefficients.of_outputs(fitter.coefficients)
-        if self.refine:
-            self.refined = refine_end_to_end(self.runs.first(self.refine), schedule, coefficients)
-            coefficients = self.refined.coefficients
+        schedule, coefficients = self._refined(computed_steps) if self.refine else self._stepwise(computed_steps)
         sample = coefficients.sample if any(coefficients.sample) else None
         fitted = {"coefficients": coefficients.outputs, "sample_coefficients": sample}
         return _calibration(recorded, schedule, "ertacache", **fitted)
+
+    def _stepwise(self, computed_steps: int) -> tuple[list[int], Coefficients]:
+        schedule = choose_schedule(self.runs, computed_steps, self.search_budget, self._growth)
+        return schedule, self._fitted(schedule)
+
+    def _refined(self, computed_steps: int) -> tuple[list[int], Coefficients]:
+        """Schedules are judged by what refinement promises for them: the step-by-step fit ranks them otherwise."""
+        few, judged = self.runs.first(self.refine), self.runs.first(min(self.refine, JUDGED_PROMPTS))
+
+        def promised(schedule: list[int]) -> float:
+            return linearise(judged, schedule, self._fitted(schedule)).promised_error()
+
+        schedule = choose_schedule(self.runs, computed_steps, self.search_budget, self._growth, promised)
+        self.refined = refine_end_to_end(few, linearise(few, schedule, self._fitted(schedule)))
+        return schedule, self.refined.coefficients
+
+    def _fitted(self, schedule: list[int]) -> Coefficients:
+        fitter = Fitter(schedule, self.runs.recorded.latents)
+        self.runs.run(fitter)
+        return Coefficients.of_outputs(fitter.coefficients)
 
     def _fit_paper(self, computed_steps: int | None, rows: list[int] | None = None) -> Calibration:
         recorded = self.runs.recorded

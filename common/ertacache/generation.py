@@ -1,11 +1,9 @@
 """What run.sh does in every model folder: calibrate if needed, generate with the cache, save, report."""
 
 import hashlib
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +11,17 @@ import torch
 from torch import Tensor
 
 import ertacache
-from ertacache import policy, provenance, timing
+from ertacache import provenance, timing
 from ertacache.baselines import TeaCache, Tuner
 from ertacache.calibration import Calibration, to_json
-from ertacache.errors import CalibrationError, UsageError
+from ertacache.errors import UsageError
 from ertacache.files import write_atomically
+from ertacache.kept import calibration_prompts, computed_steps, obtain_calibration
 from ertacache.metrics import psnr, ssim, temporal_error
-from ertacache.settings import Settings, prompts_of, read_prompts
+from ertacache.model_folder import ModelFolder, slug
+from ertacache.settings import Settings, prompts_of
 
-SLUG_LENGTH = 48
 COMPARE_FLAG = ("--compare", {"action": "store_true", "help": "also make the uncached twins and measure against them"})
-
-
-@dataclass(frozen=True)
-class ModelFolder:
-    """What a model folder contributes: its pipeline, its arguments, its file format.
-
-    Attributes:
-        arguments: settings -> keyword arguments of the pipeline (without prompt and generator).
-        save: writes decoded pixels, float (3, H, W) or (F, 3, H, W) in [0, 1], to a path without extension and
-            returns the path written.
-        teacache_signal: the tensor that TeaCache watches; see the folder's transformer.py.
-        variant: settings -> what else moves the noise grid (solver, shift, ...), as part of a calibration's name.
-    """
-
-    name: str
-    arguments: Callable[[Settings], dict[str, Any]]
-    save: Callable[[Tensor, Path, Settings], Path]
-    teacache_signal: Callable[..., Tensor] | None = None
-    variant: Callable[[Settings], str] | None = None
 
 
 def generate(pipe: Any, settings: Settings, model: ModelFolder) -> Path:
@@ -101,14 +81,14 @@ def _teacache(pipe: Any, settings: Settings, model: ModelFolder) -> Any:
         raise UsageError(f"--method teacache is not available for {model.name}")
     rival = TeaCache(model.teacache_signal)
     arguments = model.arguments(settings)
-    runs = [latents_run(pipe, prompt, seed, arguments) for seed, prompt in enumerate(_calibration_prompts(settings))]
+    runs = [latents_run(pipe, prompt, seed, arguments) for seed, prompt in enumerate(calibration_prompts(settings))]
     print(f"teacache: fitting its polynomial on {len(runs)} prompts", file=sys.stderr)
     name, value = settings.goal()
     tuner = Tuner(pipe, runs[:1], settings.num_inference_steps)
     tuner.prepare(rival, runs)
     setting = {"threshold": value}
     if name != "threshold":
-        tuned = tuner.tune(rival, _computed_steps(settings) / settings.num_inference_steps)
+        tuned = tuner.tune(rival, computed_steps(settings) / settings.num_inference_steps)
         setting = tuned.setting
         print(
             f"teacache: threshold {setting['threshold']:g} costs {tuned.fraction:.2f} of the uncached FLOPs",
@@ -127,84 +107,7 @@ def latents_run(pipe: Any, prompt: str, seed: int, arguments: dict[str, Any]) ->
     return run
 
 
-def _computed_steps(settings: Settings) -> int:
-    name, value = settings.goal()
-    return value if name == "computed_steps" else policy.computed_steps_for(settings.num_inference_steps, value)
-
-
-# -- calibrations ----------------------------------------------------------------------------------------
-
-
-def obtain_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> tuple[Calibration, Path]:
-    """The calibration for the settings: the named file, the kept one, or a new one, which is then kept."""
-    if settings.calibration is not None:
-        path = Path(settings.calibration)
-        if not path.is_absolute() and "calibration" not in settings.given:
-            path = settings.folder / path
-        return _checked(Calibration.load(path), settings, path), path
-    path = settings.path("calibration_folder") / calibration_name(settings, model)
-    if path.exists():
-        return _checked(Calibration.load(path), settings, path), path
-    print(f"no calibration for this setting yet: making {path.name}", file=sys.stderr)
-    prompts = _calibration_prompts(settings)
-    goal, value = settings.goal()
-    made = ertacache.calibrate(
-        pipe,
-        prompts,
-        seeds=range(len(prompts)),
-        method=settings.method,
-        search_budget=settings.search_budget,
-        refine=settings.refine if settings.method == "ertacache" else 0,
-        micro_batch=settings.micro_batch,
-        memory_limit=settings.memory_limit(),
-        **{goal: value},
-        **model.arguments(settings),
-    )
-    made.save(path)
-    return made, path
-
-
-def _checked(calibration: Calibration, settings: Settings, path: Path) -> Calibration:
-    if calibration.method != settings.method:
-        raise CalibrationError(f"{path} is for method {calibration.method}; use --method {calibration.method} with it")
-    return calibration
-
-
-def _calibration_prompts(settings: Settings) -> list[str]:
-    return read_prompts(settings.path("calibration_prompts"))[: settings.num_calibration_prompts]
-
-
-def calibration_name(settings: Settings, model: ModelFolder) -> str:
-    """File name of the calibration for a setting: model, size, steps, guidance, noise grid, method and goal."""
-    name = "tiny" if settings.model == "tiny" else settings.model.rstrip("/").split("/")[-1]
-    goal, value = settings.goal()
-    goal_part = f"k{_computed_steps(settings)}" if goal in ("speedup", "computed_steps") else f"{goal}{value:g}"
-    size = f"{settings.width}x{settings.height}"
-    frames = getattr(settings, "num_frames", None)
-    if frames:
-        size += f"x{frames}"
-    parts = [
-        slug(name),
-        size,
-        f"n{settings.num_inference_steps}",
-        f"g{settings.guidance_scale:g}",
-        *([model.variant(settings)] if model.variant else []),
-        settings.method,
-        goal_part,
-    ]
-    if settings.search_budget and settings.method == "ertacache":
-        parts.append(f"search{settings.search_budget}")
-    if settings.refine and settings.method == "ertacache":
-        parts.append(f"refine{settings.refine}")
-    return "-".join(parts) + ".json"
-
-
 # -- what is written -------------------------------------------------------------------------------------
-
-
-def slug(text: str) -> str:
-    """A text as part of a file name: lower case letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:SLUG_LENGTH].strip("-") or "untitled"
 
 
 def _record(

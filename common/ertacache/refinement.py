@@ -27,8 +27,10 @@ NUDGE = {torch.float32: 3e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 RIDGES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)  # relative to the diagonal
 FEW_PROMPTS_RIDGE = 1e-2  # where there are too few to choose
 RIDGE_FOLDS = 4
+FEWEST_PROMPTS = 4  # to choose a ridge by cross-validation
 REWEIGHTINGS = 3
 NUDGED_OUTPUTS = 3  # the newest ones; the last gains nothing over the step-by-step fit
+JUDGED_PROMPTS = 16  # at most, that a schedule is judged on before it is chosen
 RIDGE_TRIES = 4  # ridges that are tried on the run itself
 
 
@@ -70,36 +72,46 @@ class LinearisedRun:
 
     def best_ridge(self, rows: Sequence[int]) -> float:
         """The ridge whose changes do best on prompts that they were not solved for."""
-        rows = list(rows)
-        count = min(RIDGE_FOLDS, len(rows) // 2)
-        if count < 2:
+        if len(rows) < FEWEST_PROMPTS:
             return FEW_PROMPTS_RIDGE
+        return min(RIDGES, key=lambda ridge: self._left_out_error(rows, ridge))
 
-        def score(ridge: float) -> float:
-            total = 0.0
-            for fold in range(count):
-                left_out = rows[fold::count]
-                change = self.solve([row for row in rows if row not in left_out], ridge)
-                total += float(np.log(np.maximum(self.errors(change)[left_out], 1e-300)).sum())
-            return total
+    def promised_error(self) -> float:
+        """Mean over prompts of the log squared error that refinement promises on prompts it was not solved for."""
+        rows = range(len(self.squares))
+        if len(rows) < FEWEST_PROMPTS:
+            return mean_log_error(torch.from_numpy(self.errors(self.solve(rows, FEW_PROMPTS_RIDGE))))
+        return min(self._left_out_error(rows, ridge) for ridge in RIDGES)
 
-        return min(RIDGES, key=score)
+    def _left_out_error(self, rows: Sequence[int], ridge: float) -> float:
+        count = min(RIDGE_FOLDS, len(rows) // 2)
+        errors: Array = np.zeros(len(rows))
+        for fold in range(count):
+            left_out = list(rows[fold::count])
+            change = self.solve([row for row in rows if row not in left_out], ridge)
+            errors[fold::count] = self.errors(change)[left_out]
+        return mean_log_error(torch.from_numpy(errors))
 
     def changed(self, change: Array) -> Coefficients:
         """The coefficients after `change`."""
         return self.coefficients.changed(self.places, change.tolist())
 
 
-def refinement_evaluations(computed_steps: int, prompts: int) -> int:
-    """The most transformer evaluations, over all prompts: the run, the rest of it after each nudge, and the tries."""
+def linearisation_evaluations(computed_steps: int, prompts: int) -> int:
+    """Transformer evaluations of `linearise`, over all prompts: the run, and the rest of it after each nudge."""
     rests = sum((min(s + 1, NUDGED_OUTPUTS) + 1) * (computed_steps - 1 - s) for s in range(computed_steps))
-    return ((1 + RIDGE_TRIES) * computed_steps + rests) * prompts
+    return (computed_steps + rests) * prompts
+
+
+def refinement_evaluations(computed_steps: int, prompts: int) -> int:
+    """The most transformer evaluations of `refine`, over all prompts: with the ridges that are tried."""
+    return linearisation_evaluations(computed_steps, prompts) + RIDGE_TRIES * computed_steps * prompts
 
 
 def linearise(runs: Runs, schedule: list[int], coefficients: Coefficients) -> LinearisedRun:
     """Nudge each coefficient at the end of a segment in turn, and make the rest of the run again.
 
-    `refinement_evaluations` says what it takes.
+    `linearisation_evaluations` says what it takes.
     """
     recorded, rows = runs.recorded, slice(len(runs))
     ends = [step - 1 for step in schedule[1:]] + [recorded.num_steps - 1]
@@ -168,23 +180,23 @@ class Refined:
         return self.linear.changed(self.linear.solve(rows, max(self.ridge, self.linear.best_ridge(rows))))
 
 
-def refine(runs: Runs, schedule: list[int], coefficients: Coefficients) -> Refined:
-    """Coefficients with a smaller error of the final latents, or the given ones where there are none.
+def refine(runs: Runs, linear: LinearisedRun) -> Refined:
+    """Coefficients with a smaller error of the final latents than those linearised at, or these where there are none.
 
     Cross-validation sees the run to first order only, and likes steps that lead too far for that. So larger ridges
     than its choice are tried on the run itself, as long as they do better.
 
     Args:
         runs: of the prompts that are fitted to; 8 do, 16 are better by some tenths of a decibel.
+        linear: of `linearise` on the same runs.
     """
-    linear = linearise(runs, schedule, coefficients)
     rows = range(len(runs))
     least = mean_log_error(torch.from_numpy(linear.squares) / runs.recorded.latents[0][0].numel())
-    best = Refined(coefficients, linear, None)
+    best = Refined(linear.coefficients, linear, None)
     first = RIDGES.index(linear.best_ridge(rows))
     for ridge in RIDGES[first : first + RIDGE_TRIES]:
         refined = linear.changed(linear.solve(rows, ridge))
-        error = runs.final_error(Rerun(schedule, refined))
+        error = runs.final_error(Rerun(linear.schedule, refined))
         if error < least:
             best, least = Refined(refined, linear, ridge), error
         elif best.ridge is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from ertacache import processes, settings
 from ertacache.baselines import Rival, all_rivals
 from ertacache.errors import UsageError
-from ertacache.generation import ModelFolder
+from ertacache.model_folder import ModelFolder
 from ertacache.settings import Settings
 from ertacache.study import OUR_METHODS, Study
 

@@ -1,5 +1,7 @@
 """Our choice of the computed steps: paths weighted by how errors grow, tried for real, then a swap search."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,29 +22,37 @@ NUDGE = {torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 1e-1}  # of a
 WEIGHT_POWERS = (0.0, 1.0, 2.0)  # of the growth, in the weights of squared errors
 
 
-def choose_schedule(runs: Runs, computed_steps: int, budget: int, growth: Array | None) -> list[int]:
+def choose_schedule(
+    runs: Runs,
+    computed_steps: int,
+    budget: int,
+    growth: Array | None,
+    error_of: Callable[[list[int]], float] | None = None,
+) -> list[int]:
     """The K computed steps for rectified reuse.
 
     Args:
         runs: recorded calibration runs.
-        budget: schedules whose true error may be measured, K evaluations a prompt each.
+        budget: schedules whose error may be measured.
         growth: of `error_growth`; needed where there is a budget. With none, errors weigh the same wherever they arise.
+        error_of: judges a schedule; by default the true error of the step-by-step fit, K evaluations a prompt.
     """
     recorded = runs.recorded
     gram, gains = gram_matrix(recorded.outputs), np.asarray(recorded.gains)
     if budget == 0 or growth is None:
         return path_schedule(gram, gains, computed_steps, HISTORY_LENGTH)
+    judge = error_of or runs.fitted_error
     measured: dict[tuple[int, ...], float] = {}
 
-    def error_of(schedule: list[int]) -> float:
+    def measure(schedule: list[int]) -> float:
         key = tuple(schedule)
         if key not in measured:
-            measured[key] = runs.fitted_error(schedule)
+            measured[key] = judge(schedule)
         return measured[key]
 
     candidates = [path_schedule(gram, gains, computed_steps, HISTORY_LENGTH, growth**p) for p in WEIGHT_POWERS]
-    best = min(candidates[:budget], key=error_of)
-    return policy.swap_search(best, error_of, recorded.num_steps, max(0, budget - len(measured)))
+    best = min(candidates[:budget], key=measure)
+    return policy.swap_search(best, measure, recorded.num_steps, max(0, budget - len(measured)))
 
 
 def growth_places(num_steps: int) -> list[int]:

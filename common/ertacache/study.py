@@ -18,9 +18,11 @@ from ertacache.baselines import NotApplicable, Rival, Tuner
 from ertacache.calibration import Calibration
 from ertacache.comparison import Comparison, Contender
 from ertacache.errors import ERTACacheError, UsageError
-from ertacache.generation import ModelFolder, latents_run, slug
+from ertacache.generation import latents_run
+from ertacache.kept import calibration_prompts, kept_calibration
 from ertacache.ledger import Ledger
 from ertacache.lpips import Lpips, LpipsUnavailableError, load_lpips
+from ertacache.model_folder import ModelFolder, slug
 from ertacache.runs import Runs, recorded_runs
 from ertacache.settings import Settings
 from ertacache.study_output import row_of, write_outcome
@@ -49,8 +51,7 @@ class Study:
         self.arguments = model.arguments(chosen)
         self.out = Path(chosen.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.calibration_prompts = settings.read_prompts(chosen.path("calibration_prompts"))
-        self.calibration_prompts = self.calibration_prompts[: chosen.num_calibration_prompts]
+        self.calibration_prompts = calibration_prompts(chosen)
         both = set(self.calibration_prompts) & set(prompts)
         if both:
             raise UsageError(f"prompt {sorted(both)[0]!r} is a calibration prompt: held-out prompts must be others")
@@ -142,6 +143,9 @@ class Study:
         def make() -> dict[str, Any]:
             prompts = self.calibration_prompts
             ours = method == "ertacache"
+            kept = kept_calibration(self.pipe, self._asking(count), self.model) if ours else None
+            if kept is not None:
+                return kept.to_dict()
             made = ertacache.calibrate(
                 self.pipe,
                 prompts,
@@ -158,6 +162,11 @@ class Study:
             return made.to_dict()
 
         return Calibration.from_dict(self.ledger.get(f"calibration {method} {count}", make))
+
+    def _asking(self, count: int) -> Settings:
+        """The settings of a run.sh that asks for so many computed steps."""
+        goals = dict.fromkeys(settings.GOALS)
+        return Settings(**{**vars(self.chosen), **goals, "method": "ertacache", "computed_steps": count})
 
     def _recorded(self) -> Runs:
         prompts = self.calibration_prompts
