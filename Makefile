@@ -47,6 +47,7 @@ figures:
 	$(PYTHON) -m ertacache.ablation_table bench/results/flux_tiny.json --into docs/method.md
 	$(PYTHON) -m ertacache.overview $(wildcard $(foreach page,$(PAGES),bench/results/$(firstword $(subst :, ,$(page))).json)) --into README.md
 	$(PYTHON) bench/speed_page.py
+	$(PYTHON) bench/changed_weights.py --page
 
 tree:
 	$(PYTHON) bench/readme_tree.py

@@ -1,5 +1,7 @@
 """What a LoRA or int8 weights cost with the base model's calibration: `python bench/changed_weights.py`.
 
+    python bench/changed_weights.py --page    only put the table into docs/compatibility.md (part of make figures)
+
 On the embedded FLUX pipeline: PSNR to the uncached result of the same changed weights, with the calibration of the
 base model and with one made for the changed weights. Needs peft and torchao; what is missing is left out and said.
 Writes bench/results/changed_weights.json.
@@ -20,11 +22,14 @@ from diffusers import FluxPipeline
 import ertacache
 from ertacache.files import write_atomically
 from ertacache.metrics import psnr
+from ertacache.pages import fill, grid
 from ertacache.provenance import package_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "ERTACache4FLUX"
 RESULT = ROOT / "bench" / "results" / "changed_weights.json"
+PAGE = ROOT / "docs" / "compatibility.md"
+MARKER = "weights"
 ARGUMENTS = {"height": 64, "width": 64, "num_inference_steps": 28, "guidance_scale": 3.5, "max_sequence_length": 40}
 STEPS = 14
 
@@ -49,7 +54,9 @@ def quality(pipe: Any, calibration: Any, prompts: list[str]) -> float:
 
 def calibrated(pipe: Any, count: int) -> Any:
     prompts = prompts_in("calibration.txt", count)
-    return ertacache.calibrate(pipe, prompts, seeds=range(count), computed_steps=STEPS, folds=0, **ARGUMENTS)
+    return ertacache.calibrate(
+        pipe, prompts, seeds=range(count), computed_steps=STEPS, folds=0, refine=count, **ARGUMENTS
+    )
 
 
 def with_lora(strength: float) -> Callable[[Any], None]:
@@ -85,15 +92,38 @@ CHANGES = {
     "LoRA of 3 %": with_lora(0.03),
     "LoRA of 10 %": with_lora(0.1),
     "LoRA of 30 %": with_lora(0.3),
+    "LoRA of 100 %": with_lora(1.0),
     "int8 weights": to_int8,
 }
 
 
+def table(record: dict[str, Any]) -> str:
+    """Markdown: quality with the base model's calibration and with one for the changed weights."""
+    header = ["Weights", "Base model's calibration, dB", "Recalibrated, dB"]
+    lines = [
+        [row["weights"], *(_number(row.get(name)) for name in ("base_psnr", "recalibrated_psnr"))]
+        for row in record["rows"]
+    ]
+    about = (
+        f"{record['model']} pipeline on a CPU, {record['computed_steps']} steps computed, {record['prompts']} held-out "
+        f"prompts, {record['calibration_prompts']} calibration prompts:"
+    )
+    return f"{about}\n\n{grid(header, lines)}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what changed weights cost.")
+    parser.add_argument("--page", action="store_true", help="measure nothing: put the table into docs/compatibility.md")
     parser.add_argument("--prompts", type=int, default=12, help="held-out prompts")
     parser.add_argument("--calibration-prompts", type=int, default=16)
     chosen = parser.parse_args()
+    if chosen.page:
+        fill(PAGE, table(json.loads(RESULT.read_text(encoding="utf-8"))), MARKER)
+        return 0
     prompts = prompts_in("held_out.txt", chosen.prompts)
     base = FluxPipeline.from_pretrained(FOLDER / "tiny", dtype=torch.float32)
     base.set_progress_bar_config(disable=True)
@@ -114,6 +144,8 @@ def main() -> int:
     record = {
         "model": "embedded FLUX",
         "computed_steps": f"{STEPS} of 28",
+        "prompts": chosen.prompts,
+        "calibration_prompts": chosen.calibration_prompts,
         "rows": rows,
         "versions": package_versions(),
     }

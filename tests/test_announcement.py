@@ -166,6 +166,6 @@ def test_the_flag_reaches_the_calibrations_of_a_comparison(monkeypatch):
         _asking=lambda _: None,
     )
     with pytest.raises(AttributeError):  # what stands for a calibration cannot be kept
-        study.Study._calibration(made, "ertacache", 3)
+        study.Study.calibration(made, "ertacache", 3)
     study.Study._recorded(made)
     assert [keywords["memory_limit"] for keywords in given] == [2**29, 2**29]

@@ -106,6 +106,28 @@ def test_a_kept_calibration_is_compared_and_not_made_again(pipe, tmp_path, monke
     assert rows(tmp_path / "weights")[1]["computed_steps"] != [0, 1, 5]
 
 
+def test_a_kept_calibration_of_more_effort_serves_and_one_of_less_does_not(tmp_path):
+    model = ModelFolder("FLUX", arguments, save)
+
+    def asking(search: str, refine: str, steps: str = "14") -> settings.Settings:
+        asked = ["--search-budget", search, "--refine", refine, "--computed-steps", steps]
+        return settings.parse(FOLDER, ["--model", "tiny", "--calibration-folder", str(tmp_path), *asked], "")
+
+    def found(*asked: str) -> str | None:
+        path = kept.kept_path(asking(*asked), model)
+        return path.name if path else None
+
+    base = kept.calibration_name(asking("0", "0"), model).removesuffix(".json")
+    for end in ("", "-search3-refine16", "-search24-refine8", "-search24-refine64", "-search24-refine64-mine"):
+        (tmp_path / f"{base}{end}.json").touch()
+    assert found("0", "0") == f"{base}-search24-refine64.json"
+    (tmp_path / f"{base}-search24-refine64.json").unlink()
+    assert found("3", "16") == f"{base}-search3-refine16.json"
+    assert found("4", "8") == f"{base}-search24-refine8.json"
+    assert found("4", "16") is None
+    assert found("0", "0", "1") is None
+
+
 def test_vbench_layout(pipe, tmp_path):
     run(pipe, tmp_path / "o", "--layout", "vbench", "--computed-steps", "3", "--methods", "ertacache")
     written = {str(p.relative_to(tmp_path / "o" / "vbench")) for p in (tmp_path / "o" / "vbench").rglob("*.*")}

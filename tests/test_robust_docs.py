@@ -5,6 +5,10 @@ import json
 import re
 from pathlib import Path
 
+import changed_weights
+
+from ertacache.pages import fill
+
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "compatibility.md").read_text(encoding="utf-8")
 
@@ -36,3 +40,8 @@ def test_the_numbers_of_the_fuzzing_run_are_those_of_its_result():
     )
     names = ("seconds", "inputs", "loaded_whole", "refused", "undocumented_errors", "slowest_seconds")
     assert [float(number) for number in stated.groups()] == [result[name] for name in names]
+
+
+def test_the_table_of_changed_weights_is_that_of_its_result():
+    record = json.loads(changed_weights.RESULT.read_text(encoding="utf-8"))
+    fill(changed_weights.PAGE, changed_weights.table(record), changed_weights.MARKER, check=True)

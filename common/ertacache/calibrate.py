@@ -80,12 +80,13 @@ def calibrate(
             computed_steps = policy.computed_steps_for(num_steps, speedup)
         made = maker.smallest(min_psnr) if min_psnr is not None else maker.make(computed_steps)
     runs.bar.close()
-    return replace(made, **_provenance(runs, model_id))
+    effort = {"search_budget": search_budget, "refine": refine} if method == "ertacache" else {}
+    return replace(made, **_provenance(runs, model_id, effort))
 
 
 def plain_calibration(runs: Runs, **fitted: Any) -> Calibration:
     """A calibration of given parts for the recorded runs, without a predicted quality."""
-    return replace(_calibration(runs.recorded, **fitted), **_provenance(runs, None))
+    return replace(_calibration(runs.recorded, **fitted), **_provenance(runs, None, {}))
 
 
 def _checked_goal(method: str, speedup: Any, computed_steps: Any, min_psnr: Any, threshold: Any) -> tuple[str, Any]:
@@ -236,9 +237,9 @@ def _calibration(recorded: Recorder, computed_steps: list[int], method: str, **f
     )
 
 
-def _provenance(runs: Runs, model_id: str | None) -> dict[str, Any]:
+def _provenance(runs: Runs, model_id: str | None, effort: dict[str, Any]) -> dict[str, Any]:
     pipe = runs.pipe
-    plain = {k: v for k, v in runs.kwargs.items() if isinstance(v, (int, float, str, bool))}
+    plain = {k: v for k, v in {**runs.kwargs, **effort}.items() if isinstance(v, (int, float, str, bool))}
     return {
         "scheduler": solver.identity(pipe.scheduler),
         "model": provenance.model_identity(pipe.transformer, model_id),

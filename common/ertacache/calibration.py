@@ -30,7 +30,7 @@ class Calibration:
         guidance_scale, latent_shape, dtype: of the calibrated runs; latent_shape without the batch.
         model, scheduler: what identifies them; see provenance.py and solver.py.
         prompts: sha256 and count of the calibration prompts and seeds.
-        settings: plain arguments that the pipeline was called with.
+        settings: plain arguments that the pipeline was called with, and the effort: search_budget and refine.
         predicted: cross-validated quality: psnr and psnr_p10 (worst decile) in dB to the uncached result, and folds;
             None where it could not be measured.
         versions, date: of the software and the day it was made.

@@ -1,5 +1,7 @@
 """The calibrations that a model folder keeps: under which name, when one is made, and when it is used again."""
 
+import glob
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,9 @@ def obtain_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> tup
             path = settings.folder / path
         return _checked(Calibration.load(path), settings, path), path
     path = settings.path("calibration_folder") / calibration_name(settings, model)
-    if path.exists():
-        return _checked(Calibration.load(path), settings, path), path
+    found = kept_path(settings, model)
+    if found is not None:
+        return _checked(Calibration.load(found), settings, found), found
     print(f"no calibration for this setting yet: making {path.name}", file=sys.stderr)
     prompts = calibration_prompts(settings)
     goal, value = settings.goal()
@@ -47,10 +50,23 @@ def obtain_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> tup
     return made, path
 
 
+def kept_path(settings: Settings, model: ModelFolder) -> Path | None:
+    """The kept file for the settings that most effort went into, no less of either kind than they ask for."""
+    folder, asked = settings.path("calibration_folder"), _effort(settings)
+    name = _base_name(settings, model)
+    efforts = {path: _effort_of(path.stem.removeprefix(name)) for path in folder.glob(f"{glob.escape(name)}*.json")}
+    enough = [
+        (*effort, path)
+        for path, effort in efforts.items()
+        if effort and all(spent >= wanted for spent, wanted in zip(effort, asked, strict=True))
+    ]
+    return max(enough)[-1] if enough else None
+
+
 def kept_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> Calibration | None:
     """The kept calibration for the settings; None where there is none, or one of other prompts or other weights."""
-    path = settings.path("calibration_folder") / calibration_name(settings, model)
-    if not path.exists():
+    path = kept_path(settings, model)
+    if path is None:
         return None
     calibration = Calibration.load(path)
     prompts = calibration_prompts(settings)
@@ -71,7 +87,24 @@ def calibration_prompts(settings: Settings) -> list[str]:
 
 
 def calibration_name(settings: Settings, model: ModelFolder) -> str:
-    """File name of the calibration for a setting: model, size, steps, guidance, noise grid, method and goal."""
+    """File name of a calibration: `_base_name`, and the schedules tried and prompts refined on where there are any."""
+    parts = [f"-{kind}{count}" for kind, count in zip(("search", "refine"), _effort(settings), strict=True) if count]
+    return "".join([_base_name(settings, model), *parts, ".json"])
+
+
+def _effort(settings: Settings) -> tuple[int, int]:
+    """Schedules to try and prompts to refine on."""
+    return (settings.search_budget, settings.refine) if settings.method == "ertacache" else (0, 0)
+
+
+def _effort_of(suffix: str) -> tuple[int, int] | None:
+    """The effort that the end of a file name tells; None where it tells something else."""
+    found = re.fullmatch(r"(?:-search(\d+))?(?:-refine(\d+))?", suffix)
+    return (int(found[1] or 0), int(found[2] or 0)) if found else None
+
+
+def _base_name(settings: Settings, model: ModelFolder) -> str:
+    """What a calibration is for: model, size, steps, guidance, noise grid, method and goal."""
     name = "tiny" if settings.model == "tiny" else settings.model.rstrip("/").split("/")[-1]
     goal, value = settings.goal()
     goal_part = f"k{computed_steps(settings)}" if goal in ("speedup", "computed_steps") else f"{goal}{value:g}"
@@ -88,8 +121,4 @@ def calibration_name(settings: Settings, model: ModelFolder) -> str:
         settings.method,
         goal_part,
     ]
-    if settings.search_budget and settings.method == "ertacache":
-        parts.append(f"search{settings.search_budget}")
-    if settings.refine and settings.method == "ertacache":
-        parts.append(f"refine{settings.refine}")
-    return "-".join(parts) + ".json"
+    return "-".join(parts)

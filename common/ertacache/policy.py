@@ -119,17 +119,20 @@ def swap_search(
     """
     best, best_error = list(schedule), error_of(schedule)
     tried = {tuple(schedule)}
-    distance = 1
+    distance, turn = 1, 0
     while budget > 0:
         improved = False
-        for candidate in neighbours(best, num_steps, distance):
+        moves = neighbours(best, num_steps, distance)
+        # go on where the last move was kept: those before it were tried and are hardly better by now
+        for place in range(turn, turn + len(moves)):
+            candidate = moves[place % len(moves)]
             if tuple(candidate) in tried or budget == 0:
                 continue
             tried.add(tuple(candidate))
             budget -= 1
             error = error_of(candidate)
             if error < best_error:
-                best, best_error, improved = candidate, error, True
+                best, best_error, improved, turn = candidate, error, True, place
                 break
         if not improved:
             distance += 1

@@ -114,11 +114,11 @@ class Study:
         recorded = functools.cache(self._recorded)  # once, and only where an ablation is still to be made
         contenders = []
         for count in self.counts:
-            ours = self._calibration("ertacache", count)
+            ours = self.calibration("ertacache", count)
             if "ertacache" in asked:
                 contenders.append(self._static("ertacache", "ours", count, ours))
             if "paper" in asked:
-                contenders.append(self._static("paper", "rival", count, self._calibration("paper", count)))
+                contenders.append(self._static("paper", "rival", count, self.calibration("paper", count)))
             if "ablation" in asked:
                 plain = self.ledger.get(f"ablation {count}", functools.partial(self._ablation, recorded, count, ours))
                 contenders += [
@@ -139,7 +139,9 @@ class Study:
             comparable=role == "rival" and reached >= count,
         )
 
-    def _calibration(self, method: str, count: int) -> Calibration:
+    def calibration(self, method: str, count: int) -> Calibration:
+        """That of a method with so many computed steps: ours as the folder keeps it where it does, or made anew."""
+
         def make() -> dict[str, Any]:
             prompts = self.calibration_prompts
             ours = method == "ertacache"

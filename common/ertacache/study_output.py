@@ -64,8 +64,7 @@ def write_outcome(
         "title": f"ERTACache and its rivals on {rows[0].model}",
         "date": date.today().isoformat(),
         "prompts": f"{len(study.prompts)} held-out prompts, seeds {', '.join(map(str, study.chosen.seeds))}",
-        "calibration": f"{len(study.calibration_prompts)} other prompts, {study.chosen.search_budget} schedules tried"
-        + (f", refined end to end on {study.chosen.refine}" if study.chosen.refine else ""),
+        "calibration": f"{len(study.calibration_prompts)} other prompts{_efforts(study)}",
         "settings": {k: v for k, v in study.arguments.items() if isinstance(v, (int, float, str))}
         | ({"variant": study.model.variant(study.chosen)} if study.model.variant else {}),
         "not applicable": study.not_applicable,
@@ -75,6 +74,15 @@ def write_outcome(
     examples = [example for c in [reference, *shown] for example in _examples(c, comparison)]
     write_report(study.out / "report.html", rows, examples, curves, meta)
     print(f"results.json, table.md and report.html are in {study.out}")
+
+
+def _efforts(study: "Study") -> str:
+    """What went into ours at each cost, as their files say."""
+    made = {count: study.calibration("ertacache", count).settings for count in study.counts}
+    return "".join(
+        f"; K = {count}: {effort.get('search_budget', 0)} schedules tried, refined on {effort.get('refine', 0)} prompts"
+        for count, effort in made.items()
+    )
 
 
 def _curves(contenders: list[Contender], comparison: Comparison) -> dict[str, list[Curve]]:
