@@ -55,12 +55,13 @@ class Work:
         """Evaluations of one calibration from the recorded runs."""
         if self.paper or computed == steps:
             return self.folds * computed * self.prompts
-        made = (self.folds + 1 + self.search_budget) * computed * self.prompts
         if not self.refine:
-            return made
+            return (self.folds + 1 + self.search_budget) * computed * self.prompts
         few = min(self.refine, self.prompts)
-        judging = self.search_budget * linearisation_evaluations(computed, min(few, JUDGED_PROMPTS))
-        return made + judging + refinement_evaluations(computed, few)
+        # the chosen one is among those tried; its run is made again only for more prompts than it was judged on
+        tries = self.search_budget if few > JUDGED_PROMPTS else max(0, self.search_budget - 1)
+        judging = tries * linearisation_evaluations(computed, min(few, JUDGED_PROMPTS))
+        return (self.folds + 1 + tries) * computed * self.prompts + judging + refinement_evaluations(computed, few)
 
     def _growth(self, steps: int) -> int:
         return growth_evaluations(steps, self.prompts) if self.search_budget and not self.paper else 0

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from ertacache.metrics import psnr, worst_decile
 from ertacache.paper import fit_paper
 from ertacache.recording import Recorder
 from ertacache.rectification import Coefficients
-from ertacache.refinement import JUDGED_PROMPTS, Refined, linearise
+from ertacache.refinement import JUDGED_PROMPTS, LinearisedRun, Refined, linearise
 from ertacache.refinement import refine as refine_end_to_end
 from ertacache.replay import Replay
 from ertacache.rerun import Rerun
@@ -172,13 +172,21 @@ class _Maker:
 
     def _refined(self, computed_steps: int) -> tuple[list[int], Coefficients]:
         """Schedules are judged by what refinement promises for them: the step-by-step fit ranks them otherwise."""
-        few, judged = self.runs.first(self.refine), self.runs.first(min(self.refine, JUDGED_PROMPTS))
 
-        def promised(schedule: list[int]) -> float:
-            return linearise(judged, schedule, self._fitted(schedule)).promised_error()
+        @cache
+        def linearised(count: int, schedule: tuple[int, ...]) -> LinearisedRun:
+            return linearise(self.runs.first(count), list(schedule), self._fitted(list(schedule)))
 
-        schedule = choose_schedule(self.runs, computed_steps, self.search_budget, self._growth, promised)
-        self.refined = refine_end_to_end(few, linearise(few, schedule, self._fitted(schedule)))
+        count = min(self.refine, len(self.runs))
+        judged = min(count, JUDGED_PROMPTS)
+        schedule = choose_schedule(
+            self.runs,
+            computed_steps,
+            self.search_budget,
+            self._growth,
+            lambda schedule: linearised(judged, tuple(schedule)).promised_error(),
+        )
+        self.refined = refine_end_to_end(self.runs.first(count), linearised(count, tuple(schedule)))
         return schedule, self.refined.coefficients
 
     def _fitted(self, schedule: list[int]) -> Coefficients:
