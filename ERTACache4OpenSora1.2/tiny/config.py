@@ -10,5 +10,4 @@ NUM_FRAMES = 17
 AESTHETIC_SCORE = None  # its captions have no scores: the words would be unknown ones
 NUM_CALIBRATION_PROMPTS = 16
 MICRO_BATCH = 16
-SEARCH_BUDGET = 3
 REFINE = 8
