@@ -32,6 +32,7 @@ SAID = {
     "ERTACache4FLUX/calibration/": "calibrations: checked-in ones of the tiny pipeline, and those that run.sh makes",
     "ERTACache4FLUX/figures/": "quality against speed-up, and the schedules",
     "ERTACache4FLUX/prompts/": "to generate (examples), to calibrate on, and to measure on (held out)",
+    "ERTACache4FLUX/report.html": "pictures, charts and tables of the last comparison: open it in a browser",
     "ERTACache4FLUX/strip.png": "uncached, ERTACache and the best rival at its cost, side by side",
     "ERTACache4FLUX/tiny/": "embedded trained pipeline, and config.py with what it overrides",
     "bench/results/": "results as JSON, from which every table and figure is made",
