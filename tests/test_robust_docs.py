@@ -7,7 +7,7 @@ from pathlib import Path
 
 import changed_weights
 
-from ertacache.pages import fill
+from ertacache.pages import fill, markers
 
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "compatibility.md").read_text(encoding="utf-8")
@@ -22,7 +22,9 @@ def test_every_named_test_exists():
 
 
 def test_every_row_names_a_test():
-    rows = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| Tried")]
+    begin, end = markers(changed_weights.MARKER)  # what is between them was measured, not tested
+    written = PAGE.split(begin)[0] + PAGE.split(end)[1]
+    rows = [line for line in written.splitlines() if line.startswith("| ") and not line.startswith("| Tried")]
     assert all("`T/" in row for row in rows)
 
 
