@@ -77,11 +77,12 @@ def write_outcome(
 
 
 def _efforts(study: "Study") -> str:
-    """What went into ours at each cost, as their files say."""
+    """What went into ours at each cost, as their files say; older files do not."""
     made = {count: study.calibration("ertacache", count).settings for count in study.counts}
     return "".join(
         f"; K = {count}: {effort.get('search_budget', 0)} schedules tried, refined on {effort.get('refine', 0)} prompts"
         for count, effort in made.items()
+        if "search_budget" in effort
     )
 
 
