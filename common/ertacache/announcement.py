@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ertacache import policy
+from ertacache.linearisation import linearisation_evaluations
 from ertacache.recording import Recorder
-from ertacache.refinement import JUDGED_PROMPTS, linearisation_evaluations, refinement_evaluations
+from ertacache.refinement import JUDGED_PROMPTS, refinement_evaluations
 from ertacache.schedule_search import growth_evaluations
 
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
@@ -91,8 +92,9 @@ class Announcement:
         known = f", {computed} computed" if computed is not None else ""
         self.total = self.work.evaluations(steps, computed) if computed is not None else self._most(steps)
         self.bar.total = self.total
+        exact = known and not self.work.refine  # which may need all its rounds and ridges, or few of them
         self._print(
-            f"{'' if known else 'at most '}{self.total} transformer evaluations "
+            f"{'' if exact else 'at most '}{self.total} transformer evaluations "
             f"({self.work.prompts} prompts, {steps} steps{known})"
         )
 

@@ -45,7 +45,7 @@ def calibrate(
         search_budget: how many schedules may be tried for real; each costs K steps of all prompts, and with `refine`
             about 2 K^2 steps of up to 16 prompts.
         refine: prompts, the first ones, for which the coefficients are fitted a second time, end to end; each costs
-            about 2 K^2 steps. 0 leaves it out.
+            about 2 K^2 steps, or twice that. 0 leaves it out.
         folds: cross-validation folds of the quality prediction; 0 leaves it out.
         micro_batch: how many samples the transformer sees at a time, which bounds its peak memory.
         memory_limit: bytes of recorded trajectories that may stay in host memory; above it they go to files in the

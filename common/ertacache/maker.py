@@ -14,11 +14,12 @@ from ertacache.announcement import Work
 from ertacache.calibration import Calibration
 from ertacache.errors import CalibrationError
 from ertacache.fitting import Fitter
+from ertacache.linearisation import LinearisedRun, linearise
 from ertacache.metrics import psnr, worst_decile
 from ertacache.paper import fit_paper
 from ertacache.recording import Recorder
 from ertacache.rectification import Coefficients
-from ertacache.refinement import JUDGED_PROMPTS, LinearisedRun, Refined, linearise
+from ertacache.refinement import JUDGED_PROMPTS, Refined
 from ertacache.refinement import refine as refine_end_to_end
 from ertacache.replay import Replay
 from ertacache.rerun import Rerun

@@ -48,6 +48,11 @@ class Coefficients:
         """What `combine` takes after the outputs at that step."""
         return self.outputs[step], sample, self.sample[step]
 
+    def value(self, place: tuple[int, int]) -> float:
+        """The coefficient at a place as in `changed`."""
+        step, index = place
+        return self.sample[step] if index == SAMPLE else self.outputs[step][index]
+
     def changed(self, places: Sequence[tuple[int, int]], change: Sequence[float]) -> "Coefficients":
         """With `change` added at `places`, pairs of step and index of an output, or step and SAMPLE."""
         outputs, sample = [list(row) for row in self.outputs], list(self.sample)
