@@ -89,8 +89,10 @@ def cuda_graphs(pipe: Any, call: Call, calibration: Calibration) -> dict[str, bo
     args, kwargs = seen["forward"]
     scheduler, step_args, step_kwargs = seen["step"]
 
+    combined = calibration.combinations().at(calibration.num_inference_steps - 1, step_args[2])
+
     def reused() -> Tensor:
-        output = rectification.combine(seen["outputs"], calibration.coefficients[-1])
+        output = rectification.combine(seen["outputs"], *combined)
         stepper = solver.bare_copy(scheduler)
         return solver.first_output(stepper.step(output, *step_args[1:], **step_kwargs))
 

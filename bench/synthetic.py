@@ -9,6 +9,7 @@ from step_timer import Call
 from ertacache import policy, provenance, solver
 from ertacache.baselines.base import replaced
 from ertacache.calibration import Calibration
+from ertacache.channels import BANDS, Terms, layout_of
 from ertacache.fitting import HISTORY_LENGTH
 
 WEIGHTS = (1.3, -0.4, 0.15, -0.05)  # sum to 1, of the size that fitted ones have
@@ -45,6 +46,12 @@ def synthetic_calibration(
     steps = len(timesteps)
     schedule = policy.uniform_schedule(steps, computed_steps)
     rows = [list(WEIGHTS[: min(HISTORY_LENGTH, sum(s <= step for s in schedule))]) for step in range(steps)]
+    config = getattr(pipe.transformer, "config", None)
+    layout = layout_of([1, *latent_shape], getattr(config, "in_channels", None))
+    terms: list[Terms] = [[]] * steps
+    if layout is not None:
+        channel = [0.01] * layout.channels_of(latent_shape)
+        terms = [[], *([[channel] * len(row)] * BANDS for row in rows[1:])]
     return Calibration(
         method="ertacache",
         num_inference_steps=steps,
@@ -56,5 +63,7 @@ def synthetic_calibration(
         latent_shape=latent_shape,
         dtype=provenance.model_dtype(pipe.transformer),
         coefficients=[[1.0], *rows[1:]],
+        channel_coefficients=terms if layout is not None else None,
+        channel_axis=layout.axis if layout is not None else None,
         guidance_scale=getattr(pipe, "guidance_scale", None),
     )

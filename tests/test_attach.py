@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from toys import ToyPipeline, curved, linear_in_sigma
+from toys import ToyPipeline, curved, linear_in_sigma, plain_fields
 
 import ertacache
 from ertacache.errors import MismatchError, MismatchWarning, StateError
@@ -24,7 +24,7 @@ def plain_reuse(pipe, computed_steps, steps=STEPS):
     made = ertacache.calibrate(
         pipe, ["p"], computed_steps=len(computed_steps), num_inference_steps=steps, progress=False
     )
-    return replace(made, computed_steps=computed_steps, coefficients=[[1.0]] * steps)
+    return replace(made, computed_steps=computed_steps, **plain_fields(steps))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

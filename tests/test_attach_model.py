@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor, nn
+from toys import plain_fields
 
 import ertacache
 from ertacache import model_run
@@ -187,7 +188,11 @@ def test_one_branch_alone(model, calibration):
 
 def test_all_steps_computed_is_bit_identical_and_removal_leaves_nothing(model, calibration):
     reference = official_generate(model, "x")
-    every = replace(calibration, computed_steps=list(range(STEPS)), coefficients=[[1.0]] * STEPS)
+    every = replace(
+        calibration,
+        computed_steps=list(range(STEPS)),
+        **plain_fields(STEPS),
+    )
     before = set(vars(model))
     with ertacache.apply(model, every, converted=True):
         assert torch.equal(official_generate(model, "x"), reference)
@@ -210,7 +215,7 @@ def test_container_and_dtype_are_the_models_own(calibration):
 
 def test_what_the_loop_writes_into_its_output_stays_its_own(model, calibration):
     """The cached output is a copy."""
-    reused = replace(calibration, computed_steps=[0], coefficients=[[1.0]] * STEPS)
+    reused = replace(calibration, computed_steps=[0], **plain_fields(STEPS))
     text, latents = [text_of("x")], [noise_of(0)]
     with ertacache.apply(model, reused, converted=True):
         times = scheduler_of().timesteps

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from tiny_cogvideox import ARGUMENTS, NUM_STEPS, PROMPTS, SCHEDULE, call, cogvideox_pipeline, folder_module
+from toys import plain_fields
 
 import ertacache
 from ertacache.attach import attached
@@ -155,7 +156,7 @@ def test_methods_end_to_end_at_any_step_count(solver, num_steps, method):
 @pytest.mark.parametrize("changes", [{}, {"guidance_scale": 1.0}, {"use_dynamic_cfg": True}])
 def test_rectification_beats_plain_reuse_on_the_same_steps(pipe, changes):
     made = calibrate(pipe, **changes)
-    plain = replace(made, coefficients=[[1.0]] * NUM_STEPS)
+    plain = replace(made, **plain_fields(NUM_STEPS))
     reference = call(pipe, **changes)
 
     def error(calibration):

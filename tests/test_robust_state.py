@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import MODELS, NAMES, NUM_STEPS, call, expected, fitted, make, set_grid
+from toys import plain_fields
 
 import ertacache
 from ertacache.errors import MismatchError, StateError
@@ -228,5 +229,5 @@ def test_a_model_called_past_its_call_is_refused(name):
 def test_all_steps_computed_is_exact(name):
     pipe = make(name)
     every = list(range(NUM_STEPS))
-    with ertacache.apply(pipe, replace(fitted(name), computed_steps=every, coefficients=[[1.0]] * NUM_STEPS)):
+    with ertacache.apply(pipe, replace(fitted(name), computed_steps=every, **plain_fields(NUM_STEPS))):
         assert torch.equal(call(pipe, name), expected(name)[0])

@@ -16,6 +16,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from safetensors.torch import load_file
 from tiny_wan import NUM_STEPS, PROMPTS, SETTINGS, TEXT_TOKENS, TEXT_WIDTH, call, transformer, wan_pipeline
 from torch import Tensor
+from toys import plain_fields
 
 import ertacache
 from ertacache import provenance, solver
@@ -169,7 +170,7 @@ def test_prompts_are_cleaned_as_the_official_code_does():
 
 
 def without_rectification(calibration: ertacache.Calibration, computed: list[int]) -> ertacache.Calibration:
-    return replace(calibration, computed_steps=computed, coefficients=[[1.0]] * calibration.num_inference_steps)
+    return replace(calibration, computed_steps=computed, **plain_fields(calibration.num_inference_steps))
 
 
 def test_all_steps_computed_is_bit_identical_and_so_is_the_pipeline_afterwards(pipe, fitted):

@@ -62,7 +62,8 @@ class Work:
         # the chosen one is among those tried; its run is made again only for more prompts than it was judged on
         tries = self.search_budget if few > JUDGED_PROMPTS else max(0, self.search_budget - 1)
         judging = tries * linearisation_evaluations(computed, min(few, JUDGED_PROMPTS))
-        return (self.folds + 1 + tries) * computed * self.prompts + judging + refinement_evaluations(computed, few)
+        fits = self.folds + tries + 2  # the schedule's, and the last step's once the others were refined
+        return fits * computed * self.prompts + judging + refinement_evaluations(computed, few)
 
     def _growth(self, steps: int) -> int:
         return growth_evaluations(steps, self.prompts) if self.search_budget and not self.paper else 0

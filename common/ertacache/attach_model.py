@@ -11,7 +11,6 @@ Branches are told apart by what conditions the call, never by counting calls; se
 """
 
 import inspect
-import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ertacache.calibration import Calibration
-from ertacache.errors import MismatchError, MismatchWarning, StateError
+from ertacache.errors import MismatchError, StateError
 from ertacache.model_run import Branch, Run
 from ertacache.patching import put_in_front, take_off, uncompiled
 from ertacache.rectification import combine
-from ertacache.replay import check_model, check_weights
+from ertacache.replay import check_latents, check_model, check_weights
 
 # Names that models give to the timestep and to what conditions them (the text), the first one that they have.
 TIMESTEP_NAMES = ("t", "timestep", "timesteps")
@@ -67,7 +66,7 @@ class ModelAttachment:
         branch = self.run.place((_key(condition), _shapes(inputs)), condition, arguments[self.timestep_name])
         step = self.run.current_step
         if step == 0:
-            self._warn_of_shape(inputs[0])
+            self._check_shape(inputs[0])
         result = self._computed(call, branch, args, kwargs) if step in self.computed else None
         if result is None or not self.coefficients.plain(step):
             result = rebuilt(branch.container, self._combined(branch, step, inputs))
@@ -83,10 +82,10 @@ class ModelAttachment:
         """What `combine` makes of each output; the guided combination of branches then has the latents' share too."""
         made = []
         for outputs, sample in zip(zip(*branch.history, strict=True), inputs, strict=True):
-            row, _, share = self.coefficients.at(step, sample)
+            row, _, share, deviations = self.coefficients.at(step, sample)
             if share:
                 sample = _in_shape_of(outputs[0], sample)
-            made.append(combine(outputs, row, sample, share))
+            made.append(combine(outputs, row, sample, share, deviations))
         return made
 
     def _computed(self, call: Any, branch: Branch, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -101,14 +100,9 @@ class ModelAttachment:
         self.computed_calls += 1
         return output
 
-    def _warn_of_shape(self, tensor: Tensor) -> None:
-        wanted = self.calibration.latent_shape
-        if wanted not in (list(tensor.shape), list(tensor.shape[1:])):
-            warnings.warn(
-                f"latents are {list(tensor.shape)}, the calibration is for {wanted}: quality may be lower",
-                MismatchWarning,
-                stacklevel=2,
-            )
+    def _check_shape(self, tensor: Tensor) -> None:
+        shape, wanted = list(tensor.shape), self.calibration.latent_shape
+        check_latents(self.calibration, shape if len(shape) == len(wanted) else shape[1:])
 
 
 def check_bare_model(calibration: Calibration, model: nn.Module, converted: bool) -> None:

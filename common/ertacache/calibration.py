@@ -5,12 +5,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ertacache.channels import ChannelTerms, Layout, Terms
 from ertacache.errors import CalibrationError
 from ertacache.files import write_atomically
 from ertacache.rectification import Coefficients
 from ertacache.schema import METHODS, SCHEMA, check_schema, printable, read_json, shown, validate
 
 __all__ = ["METHODS", "SCHEMA", "Calibration", "to_json"]
+
+LONG_FIELD = 8000  # characters
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,9 @@ class Calibration:
         timesteps, sigmas: the grid that was calibrated on, N and N + 1 values (no sigmas: empty).
         coefficients: for each step the weights of the last computed outputs, newest first (ertacache).
         sample_coefficients: for each step the weight of the latents it starts from (ertacache); None for none.
+        channel_coefficients: for each step what the weights of a channel differ by, (bands, outputs, channels), coarse
+            structure before fine; empty where the step has none (ertacache); None for none at all.
+        channel_axis: of the channels, from the end: -4 or -3, or -1 for packed tokens.
         threshold, step_factors, error_model: the published method's lambda, phi per step, and (K, B) per reused
             step (paper).
         adjusted_sigmas, adjusted_timesteps: its adjusted grid, in the one or the other (N + 1 or N values).
@@ -47,6 +53,8 @@ class Calibration:
     dtype: str
     coefficients: list[list[float]] | None = None
     sample_coefficients: list[float] | None = None
+    channel_coefficients: list[Terms] | None = None
+    channel_axis: int | None = None
     threshold: float | None = None
     adjusted_sigmas: list[float] | None = None
     adjusted_timesteps: list[float] | None = None
@@ -62,7 +70,10 @@ class Calibration:
     def combinations(self) -> Coefficients:
         """What every step combines, of method ertacache."""
         outputs = self.coefficients or []
-        return Coefficients(outputs, self.sample_coefficients or [0.0] * len(outputs))
+        channels = None
+        if self.channel_coefficients is not None and self.channel_axis is not None:
+            channels = ChannelTerms(Layout(self.channel_axis), self.channel_coefficients)
+        return Coefficients(outputs, self.sample_coefficients or [0.0] * len(outputs), channels)
 
     @property
     def speedup(self) -> float:
@@ -166,7 +177,25 @@ class Calibration:
         return "\n".join(lines)
 
 
+def calibration_fields(coefficients: Coefficients) -> dict[str, Any]:
+    """The fields of a calibration that hold the coefficients; `Calibration.combinations` is the opposite."""
+    channels = coefficients.channels
+    return {
+        "coefficients": coefficients.outputs,
+        "sample_coefficients": coefficients.sample if any(coefficients.sample) else None,
+        "channel_coefficients": channels.steps if channels else None,
+        "channel_axis": channels.layout.axis if channels else None,
+    }
+
+
 def to_json(data: dict[str, Any]) -> str:
-    """JSON with a field a line: readable, and small enough to diff."""
-    rows = [f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in data.items()]
+    """JSON with a field a line, or a line for each item of a long one: readable, and small enough to diff."""
+    rows = [f" {json.dumps(key)}: {_field_json(value)}" for key, value in data.items()]
     return "{\n" + ",\n".join(rows) + "\n}\n"
+
+
+def _field_json(value: Any) -> str:
+    text = json.dumps(value, allow_nan=False)
+    if len(text) <= LONG_FIELD or not isinstance(value, list):
+        return text
+    return "[\n  " + ",\n  ".join(json.dumps(item, allow_nan=False) for item in value) + "\n ]"

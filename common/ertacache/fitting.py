@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ertacache.channels import ChannelTerms, Layout, Terms, fit_channels
 from ertacache.history import OutputHistory
-from ertacache.rectification import combine, drift_target, fit_rectification
+from ertacache.rectification import Coefficients, combine, drift_target, fit_rectification
 from ertacache.solver import StepCall, affine_step
 
 HISTORY_LENGTH = 4  # computed outputs that a step combines: what an uncached run holds, and three more
@@ -22,6 +23,9 @@ class Fitter:
         reference: latents x_0 .. x_N of the recorded reference runs, (prompts, ...) each.
         rows: prompts that are fitted to (cross-validation leaves some out); None for all.
         on_computed: rectify computed steps too.
+        layout: of the latents, whose channels and bands then have coefficients of their own; None for shared ones.
+        given: coefficients of the steps that are not fitted.
+        start: the first step that is fitted.
     """
 
     def __init__(
@@ -30,17 +34,28 @@ class Fitter:
         reference: list[Tensor],
         rows: list[int] | None = None,
         on_computed: bool = True,
+        layout: Layout | None = None,
+        given: Coefficients | None = None,
+        start: int = 1,
     ):
         self.schedule = frozenset(schedule)
         self.reference = reference
         self.rows = rows
-        self.on_computed = on_computed
+        self.on_computed, self.layout = on_computed, layout
+        self.given, self.start = given or Coefficients.of_outputs([]), start
         self.history = OutputHistory(HISTORY_LENGTH)
-        self.coefficients: list[list[float]] = []
+        self.outputs: list[list[float]] = []
+        self.sample: list[float] = []
+        self.channels: list[Terms] = []
 
     def begin(self, scheduler: Any) -> None:
         self.history.clear()
-        self.coefficients = []
+        self.outputs, self.sample, self.channels = [], [], []
+
+    def fitted(self) -> Coefficients:
+        """What was fitted in the last run, or given."""
+        terms = ChannelTerms(self.layout, self.channels) if self.layout is not None else None
+        return Coefficients(self.outputs, self.sample, terms)
 
     def should_compute(self, step: int) -> bool:
         return step in self.schedule
@@ -51,20 +66,30 @@ class Fitter:
             self.history.add(call.model_output)
         else:
             self.history.before_reuse()
-        if step == 0 or (computed and not self.on_computed):
-            self.coefficients.append([1.0])
+        given = self.given.terms(step) if step < len(self.given.outputs) else ([1.0], 0.0, [])
+        if step < self.start or (computed and not self.on_computed):
+            row, share, channels = given
         else:
-            self.coefficients.append(self._fit(step, call, scheduler))
-        return combine(self.history, self.coefficients[-1]).to(call.model_output.dtype)
+            share = given[1]
+            row, channels = self._fit(step, share, call, scheduler)
+        self.outputs.append(row)
+        self.sample.append(share)
+        self.channels.append(channels)
+        combined = combine(self.history, *self.fitted().at(step, call.sample))
+        return combined.to(call.model_output.dtype)
 
-    def _fit(self, step: int, call: StepCall, scheduler: Any) -> list[float]:
+    def _fit(self, step: int, share: float, call: StepCall, scheduler: Any) -> tuple[list[float], Terms]:
         offset, gain = affine_step(scheduler, call)
         if gain == 0:  # a step of length zero, as where a sigma is repeated: no output changes where it leads
-            return [1.0]
-        reference_next = self.reference[step + 1].to(offset.device).float()
-        target = drift_target(reference_next, offset, gain)
+            return [1.0], []
         rows = slice(None) if self.rows is None else self.rows
-        return fit_rectification([h[rows] for h in self.history], target[rows])
+        reference_next = self.reference[step + 1][: len(offset)].to(offset.device).float()
+        target = drift_target(reference_next, offset, gain)
+        if share:
+            target = target - share * call.sample.float()
+        target, columns = target[rows], [h[rows] for h in self.history]
+        row = fit_rectification(columns, target)
+        return row, fit_channels(columns, target, row, self.layout).tolist() if self.layout is not None else []
 
     def after_step(self, step: int, sample: Tensor) -> None:
         if step + 1 in self.schedule:

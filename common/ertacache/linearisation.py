@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ertacache.recording import Recorder
-from ertacache.rectification import SAMPLE, Coefficients, prompt_weights
+from ertacache.rectification import SAMPLE, Coefficients
 from ertacache.rerun import Rerun
 from ertacache.runs import Runs, mean_log_error
 from ertacache.trajectory import TrajectoryStore
+from ertacache.weighting import REWEIGHTINGS, prompt_weights
 
 Array = NDArray[np.float64]
 
@@ -26,7 +27,6 @@ RIDGES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)  # relative to the diag
 FEW_PROMPTS_RIDGE = 1e-2  # where there are too few to choose
 RIDGE_FOLDS = 4
 FEWEST_PROMPTS = 4  # to choose a ridge by cross-validation
-REWEIGHTINGS = 3
 NUDGED_OUTPUTS = 3  # the newest ones; the last gains nothing over the step-by-step fit
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ertacache import policy
 from ertacache.announcement import Work
-from ertacache.calibration import Calibration
+from ertacache.calibration import Calibration, calibration_fields
 from ertacache.errors import CalibrationError
 from ertacache.fitting import Fitter
 from ertacache.linearisation import LinearisedRun, linearise
@@ -22,7 +22,6 @@ from ertacache.rectification import Coefficients
 from ertacache.refinement import JUDGED_PROMPTS, Refined
 from ertacache.refinement import refine as refine_end_to_end
 from ertacache.replay import Replay
-from ertacache.rerun import Rerun
 from ertacache.runs import Runs
 from ertacache.schedule_search import choose_schedule, error_growth
 
@@ -85,9 +84,7 @@ class Maker:
                 recorded, list(range(computed_steps)), "ertacache", coefficients=[[1.0]] * computed_steps
             )
         schedule, coefficients = self._refined(computed_steps) if self.refine else self._stepwise(computed_steps)
-        sample = coefficients.sample if any(coefficients.sample) else None
-        fitted = {"coefficients": coefficients.outputs, "sample_coefficients": sample}
-        return bare_calibration(recorded, schedule, "ertacache", **fitted)
+        return bare_calibration(recorded, schedule, "ertacache", **calibration_fields(coefficients))
 
     def _stepwise(self, computed_steps: int) -> tuple[list[int], Coefficients]:
         schedule = choose_schedule(self.runs, computed_steps, self.search_budget, self._growth)
@@ -110,12 +107,21 @@ class Maker:
             lambda schedule: linearised(judged, tuple(schedule)).promised_error(),
         )
         self.refined = refine_end_to_end(self.runs.first(count), linearised(count, tuple(schedule)))
-        return schedule, self.refined.coefficients
+        if self.refined.ridge is None:
+            return schedule, self.refined.coefficients
+        last = self._last_fitter(schedule, self.refined.coefficients)
+        self.runs.run(last)
+        return schedule, last.fitted()
 
     def _fitted(self, schedule: list[int]) -> Coefficients:
-        fitter = Fitter(schedule, self.runs.recorded.latents)
+        fitter = Fitter(schedule, self.runs.recorded.latents, layout=self.runs.layout)
         self.runs.run(fitter)
-        return Coefficients.of_outputs(fitter.coefficients)
+        return fitter.fitted()
+
+    def _last_fitter(self, schedule: list[int], refined: Coefficients, rows: list[int] | None = None) -> Fitter:
+        """The last step leads to what the refined ones aim at, so that its channels can be fitted to that."""
+        recorded, layout = self.runs.recorded, self.runs.layout
+        return Fitter(schedule, recorded.latents, rows, layout=layout, given=refined, start=recorded.num_steps - 1)
 
     def _fit_paper(self, computed_steps: int | None, rows: list[int] | None = None) -> Calibration:
         recorded = self.runs.recorded
@@ -147,9 +153,9 @@ class Maker:
         elif len(made.computed_steps) == recorded.num_steps:
             controller = Replay(made, self.runs.pipe)
         elif self.refined is not None and self.refined.ridge is not None:
-            controller = Rerun(made.computed_steps, self.refined.without(held_out))
+            controller = self._last_fitter(made.computed_steps, self.refined.without(held_out), rows)
         else:
-            controller = Fitter(made.computed_steps, recorded.latents, rows)
+            controller = Fitter(made.computed_steps, recorded.latents, rows, layout=self.runs.layout)
         return psnr(self.runs.run(controller, decode=True), self.runs.pictures)
 
 

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ertacache.channels import ChannelTerms, Deviations, Terms
+from ertacache.weighting import REWEIGHTINGS, prompt_weights
+
 DEFAULT_RIDGE = 1e-6
-REWEIGHTINGS = 3  # rounds of least squares; the weights hardly move after the second
 SAMPLE = -1  # index of the latents' coefficient among those of a step
-ERROR_FLOOR = 0.1  # q: share of the median error below which a prompt gains no more weight
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ class Coefficients:
     Attributes:
         outputs: for each step the a_j of the last computed outputs, newest first.
         sample: for each step the b of the latents it starts from.
+        channels: what channels and bands differ by from the a_j; None where nothing does.
     """
 
     outputs: list[list[float]]
     sample: list[float]
+    channels: ChannelTerms | None = None
 
     @classmethod
     def of_outputs(cls, outputs: list[list[float]]) -> "Coefficients":
@@ -42,11 +45,17 @@ class Coefficients:
 
     def plain(self, step: int) -> bool:
         """Whether the step takes the newest output as it is."""
-        return self.outputs[step] == [1.0] and self.sample[step] == 0
+        differ = self.channels is not None and bool(self.channels.steps[step])
+        return self.outputs[step] == [1.0] and self.sample[step] == 0 and not differ
 
-    def at(self, step: int, sample: Tensor) -> tuple[list[float], Tensor, float]:
+    def at(self, step: int, sample: Tensor) -> tuple[list[float], Tensor, float, Deviations | None]:
         """What `combine` takes after the outputs at that step."""
-        return self.outputs[step], sample, self.sample[step]
+        deviations = self.channels.at(step, sample.device) if self.channels is not None else None
+        return self.outputs[step], sample, self.sample[step], deviations
+
+    def terms(self, step: int) -> tuple[list[float], float, Terms]:
+        """The a_j, b, and deviations of channels and bands at a step."""
+        return self.outputs[step], self.sample[step], self.channels.steps[step] if self.channels else []
 
     def value(self, place: tuple[int, int]) -> float:
         """The coefficient at a place as in `changed`."""
@@ -61,22 +70,27 @@ class Coefficients:
                 sample[step] += float(value)
             else:
                 outputs[step][index] += float(value)
-        return Coefficients(outputs, sample)
+        return Coefficients(outputs, sample, self.channels)
 
 
 def combine(
-    outputs: Sequence[Tensor], coefficients: Sequence[float], sample: Tensor | None = None, share: float = 0.0
+    outputs: Sequence[Tensor],
+    coefficients: Sequence[float],
+    sample: Tensor | None = None,
+    share: float = 0.0,
+    deviations: Deviations | None = None,
 ) -> Tensor:
-    """sum_j a_j o_j + b x in float32, returned in the dtype of the first output.
+    """sum_j a_j o_j + b x in float32, with deviations of the a_j by channel and band, in the dtype of the first output.
 
     Args:
         outputs: the newest computed output first, all of one shape.
         coefficients: a_j, one for each output that is used; [1.0] returns the newest as it is.
         sample: x, the latents that the step starts from, in the shape of an output; not looked at where b is 0.
         share: b.
+        deviations: of `ChannelTerms.at`.
     """
     newest = outputs[0]
-    if len(coefficients) == 1 and coefficients[0] == 1.0 and share == 0:
+    if len(coefficients) == 1 and coefficients[0] == 1.0 and share == 0 and deviations is None:
         return newest
     # one float32 tensor in all: what .float() returns may be the cached output itself and must not be written to
     total = newest * coefficients[0] if newest.dtype == torch.float32 else newest.float().mul_(coefficients[0])
@@ -84,6 +98,8 @@ def combine(
         total.add_(outputs[index], alpha=coefficients[index])
     if share != 0 and sample is not None:
         total.add_(sample, alpha=share)
+    if deviations is not None:
+        deviations.add_to(total, outputs)
     return total.to(newest.dtype)
 
 
@@ -136,15 +152,6 @@ def fit_rectification(columns: Sequence[Tensor], target: Tensor, ridge: float = 
         errors = np.maximum(squares - 2 * vectors @ a + np.einsum("i,pij,j->p", a, matrices, a), 0)
         weights = prompt_weights(errors)
     return fitted
-
-
-def prompt_weights(errors: np.ndarray) -> np.ndarray:
-    """1 / (E_p + q median E) of squared errors E (P,), with mean 1; all 1 where a prompt has no error at all."""
-    softened = errors + ERROR_FLOOR * np.median(errors)
-    if not softened.min() > 0:
-        return np.ones(len(errors))
-    weights = 1 / softened
-    return weights / weights.mean()
 
 
 def fit_error_model(reused: Tensor, output: Tensor) -> tuple[float, float]:

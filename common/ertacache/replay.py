@@ -57,11 +57,8 @@ class Replay:
         return step in self.computed
 
     def model_output(self, step: int, call: StepCall, scheduler: Any) -> Tensor:
-        if step == 0 and list(call.sample.shape[1:]) != self.calibration.latent_shape:
-            _warn(
-                f"latents are {list(call.sample.shape[1:])}, the calibration is for {self.calibration.latent_shape}: "
-                "quality may be lower"
-            )
+        if step == 0:
+            check_latents(self.calibration, list(call.sample.shape[1:]))
         if self.calibration.method == "paper":
             return self._paper_output(step, call)
         if step in self.computed:
@@ -143,6 +140,20 @@ def check_scheduler(calibration: Calibration, scheduler: Any) -> None:
             raise MismatchError(
                 f"the scheduler's {key} is {present['config'][key]!r}, the calibration is for {shown(value)}: {AGAIN}"
             )
+
+
+def check_latents(calibration: Calibration, shape: list[int]) -> None:
+    """Warn for latents of another shape than calibrated, without the batch; raise MismatchError for other channels."""
+    wanted, terms = calibration.latent_shape, calibration.combinations().channels
+    if shape == wanted:
+        return
+    if terms is not None:
+        channels = terms.layout.channels_of(wanted)
+        if len(shape) != len(wanted) or terms.layout.channels_of(shape) != channels:
+            raise MismatchError(
+                f"latents are {shape}, the calibration has coefficients for {channels} channels of {wanted}: {AGAIN}"
+            )
+    _warn(f"latents are {shape}, the calibration is for {wanted}: quality may be lower")
 
 
 def check_grid(calibration: Calibration, timesteps: list[float], sigmas: list[float]) -> None:

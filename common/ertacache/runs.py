@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ertacache import solver
 from ertacache.attach import Structure, attached
+from ertacache.channels import Layout, layout_of
 from ertacache.errors import CalibrationError
 from ertacache.fitting import Fitter
 from ertacache.recording import Recorder
@@ -67,7 +68,13 @@ class Runs:
 
     def fitted_error(self, schedule: list[int]) -> float:
         """`final_error` of a schedule with our rectification."""
-        return self.final_error(Fitter(schedule, self.recorded.latents))
+        return self.final_error(Fitter(schedule, self.recorded.latents, layout=self.layout))
+
+    @property
+    def layout(self) -> Layout | None:
+        """Of the recorded latents, where it can be told."""
+        config = getattr(self.pipe.transformer, "config", None)
+        return layout_of(self.recorded.latents[0].shape, getattr(config, "in_channels", None))
 
 
 def mean_log_error(errors: Tensor) -> float:

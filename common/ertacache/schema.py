@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from ertacache.channels import AXES, BANDS, MAX_CHANNELS, Layout
 from ertacache.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 METHODS = ("ertacache", "paper")
-MAX_FILE_BYTES = 4 * 2**20  # a calibration of 1000 steps is a tenth of it; JSON of it takes 0.1 GB at the worst
+MAX_FILE_BYTES = 4 * 2**20  # a calibration of 1000 steps is a third of it; JSON of it takes 0.1 GB at the worst
 MAX_STEPS = 10_000
 MAX_COEFFICIENTS = 16
 SHOWN_CHARACTERS = 80  # of what a file holds, in a message
@@ -135,7 +136,9 @@ def _validate_method(c: "Calibration", require: Require) -> None:
             "sample_coefficients",
             f"null or {n} numbers",
         )
+        _validate_channels(c, require)
         return
+    require(c.channel_coefficients is None, "channel_coefficients", "null for method paper")
     require(c.coefficients is None, "coefficients", "null for method paper")
     require(c.sample_coefficients is None, "sample_coefficients", "null for method paper")
     lengths = {"step_factors": n, "adjusted_sigmas": n + 1, "adjusted_timesteps": n}
@@ -147,6 +150,29 @@ def _validate_method(c: "Calibration", require: Require) -> None:
     pair = lambda row: row is None or (is_list(row, is_number) and len(row) == 2)  # noqa: E731
     require(model is None or (is_list(model, pair) and len(model) == n), "error_model", f"{n} pairs or nulls")
     require(c.threshold is None or is_number(c.threshold), "threshold", "a number or null")
+
+
+def _validate_channels(c: "Calibration", require: Require) -> None:
+    steps, axis, n = c.channel_coefficients, c.channel_axis, c.num_inference_steps
+    if steps is None:
+        require(axis is None, "channel_axis", "null without channel_coefficients")
+        return
+    known = isinstance(axis, int) and axis in AXES and -axis <= len(c.latent_shape)
+    require(known, "channel_axis", f"one of {', '.join(map(str, AXES))}, and an axis of the latents")
+    count = Layout(axis or -1).channels_of(c.latent_shape)
+    require(1 <= count <= MAX_CHANNELS, "channel_coefficients", f"null unless there are 1 to {MAX_CHANNELS} channels")
+    require(isinstance(steps, list) and len(steps) == n, "channel_coefficients", f"{n} lists")
+    for step, (bands, shared) in enumerate(zip(steps, c.coefficients or [], strict=True)):
+        sizes = [BANDS, len(shared), count]
+        ok = bands == [] or _has_sizes(bands, sizes)
+        require(ok, "channel_coefficients", f"empty or {' x '.join(map(str, sizes))} numbers at step {step}")
+
+
+def _has_sizes(value: Any, sizes: list[int]) -> bool:
+    """Whether a value is nested lists of numbers of those lengths."""
+    if not sizes:
+        return is_number(value)
+    return isinstance(value, list) and len(value) == sizes[0] and all(_has_sizes(item, sizes[1:]) for item in value)
 
 
 def _validate_provenance(c: "Calibration", require: Require) -> None:
