@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline
+from toys import plain_fields
 
 from ertacache import ablation_table, kept, reproduce, settings, study
 from ertacache.comparison import Comparison
@@ -84,6 +85,12 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(pipe, tmp_path, mon
     assert len(rows(tmp_path / "a")) == 5
 
 
+def test_what_is_not_asked_for_is_not_calibrated(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(study.ertacache, "calibrate", lambda *_, **__: pytest.fail("calibrated"))
+    run(pipe, tmp_path / "out", "--methods", "none,fewer-steps", "--seeds", "3", "--num-prompts", "1")
+    assert {row["method"] for row in rows(tmp_path / "out")} == {"none", "fewer-steps"}
+
+
 def test_a_kept_calibration_is_compared_and_not_made_again(pipe, tmp_path, monkeypatch):
     """One that run.sh kept, on the same prompts and weights; with other prompts a new one is made."""
     asked = ["--calibration-folder", str(tmp_path), "--refine", "0", "--search-budget", "0", "--computed-steps", "3"]
@@ -91,7 +98,7 @@ def test_a_kept_calibration_is_compared_and_not_made_again(pipe, tmp_path, monke
     kept.obtain_calibration(pipe, settings.parse(FOLDER, argv, ""), ModelFolder("FLUX", arguments, save))
     (path,) = tmp_path.glob("*.json")
     changed = json.loads(path.read_text())
-    changed["computed_steps"], changed["coefficients"] = [0, 1, 5], [[1.0]] * 6
+    changed |= {"computed_steps": [0, 1, 5], **plain_fields(6)}
     path.write_text(json.dumps(changed))
     few = [*asked, "--seeds", "3", "--num-prompts", "1", "--methods", "ertacache"]
     run(pipe, tmp_path / "same", *few)

@@ -114,12 +114,13 @@ class Study:
         recorded = functools.cache(self._recorded)  # once, and only where an ablation is still to be made
         contenders = []
         for count in self.counts:
-            ours = self.calibration("ertacache", count)
             if "ertacache" in asked:
+                ours = self.calibration("ertacache", count)
                 contenders.append(self._static("ertacache", "ours", count, ours))
             if "paper" in asked:
                 contenders.append(self._static("paper", "rival", count, self.calibration("paper", count)))
             if "ablation" in asked:
+                ours = self.calibration("ertacache", count)  # kept where it was asked for already
                 plain = self.ledger.get(f"ablation {count}", functools.partial(self._ablation, recorded, count, ours))
                 contenders += [
                     self._static(name, "ablation", count, Calibration.from_dict(c)) for name, c in plain.items()

@@ -64,7 +64,7 @@ def write_outcome(
         "title": f"ERTACache and its rivals on {rows[0].model}",
         "date": date.today().isoformat(),
         "prompts": f"{len(study.prompts)} held-out prompts, seeds {', '.join(map(str, study.chosen.seeds))}",
-        "calibration": f"{len(study.calibration_prompts)} other prompts{_efforts(study)}",
+        "calibration": f"{len(study.calibration_prompts)} other prompts{_efforts(study, rows)}",
         "settings": {k: v for k, v in study.arguments.items() if isinstance(v, (int, float, str))}
         | ({"variant": study.model.variant(study.chosen)} if study.model.variant else {}),
         "not applicable": study.not_applicable,
@@ -76,9 +76,10 @@ def write_outcome(
     print(f"results.json, table.md and report.html are in {study.out}")
 
 
-def _efforts(study: "Study") -> str:
-    """What went into ours at each cost, as their files say; older files do not."""
-    made = {count: study.calibration("ertacache", count).settings for count in study.counts}
+def _efforts(study: "Study", rows: list[Row]) -> str:
+    """What went into ours at each cost where they are compared, as their files say; older files do not."""
+    counts = [row.asked_steps for row in rows if row.role == "ours" and row.asked_steps is not None]
+    made = {count: study.calibration("ertacache", count).settings for count in counts}
     return "".join(
         f"; K = {count}: {effort.get('search_budget', 0)} schedules tried, refined on {effort.get('refine', 0)} prompts"
         for count, effort in made.items()
