@@ -8,7 +8,6 @@ are orthogonal, and so are the channels, so every group is a small least-squares
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -148,19 +147,26 @@ class ChannelTerms:
 
     def _copied(self, device: torch.device) -> list[Deviations | None]:
         flat = torch.tensor([v for step in self.steps for band in step for row in band for v in row])
-        flat = flat.to(device)
-        made: list[Deviations | None] = []
-        start = 0
-        for step in self.steps:
-            if not step:
-                made.append(None)
-                continue
-            shape = (len(step), len(step[0]), len(step[0][0]))
-            size = math.prod(shape)
-            coarse, fine = flat[start : start + size].view(shape).unbind(0)
-            made.append(Deviations(coarse, fine, self.layout))
-            start += size
-        return made
+        if device.type == "cuda":  # a copy from pageable memory would wait for the device
+            flat = flat.pin_memory()
+        values = flat.to(device, non_blocking=True).split([_size(step) for step in self.steps])
+        return [_deviations(step, own, self.layout) for step, own in zip(self.steps, values, strict=True)]
+
+
+def deviations_of(terms: Terms, layout: Layout, device: torch.device) -> Deviations | None:
+    """Those of one step that was just fitted; None where there are none."""
+    return ChannelTerms(layout, [terms]).at(0, device)
+
+
+def _size(terms: Terms) -> int:
+    return len(terms) * len(terms[0]) * len(terms[0][0]) if terms else 0
+
+
+def _deviations(terms: Terms, values: Tensor, layout: Layout) -> Deviations | None:
+    if not terms:
+        return None
+    coarse, fine = values.view(len(terms), len(terms[0]), -1).unbind(0)
+    return Deviations(coarse, fine, layout)
 
 
 def fit_channels(columns: Sequence[Tensor], target: Tensor, shared: Sequence[float], layout: Layout) -> Array:

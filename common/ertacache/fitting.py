@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ertacache.channels import ChannelTerms, Layout, Terms, fit_channels
+from ertacache.channels import ChannelTerms, Layout, Terms, deviations_of, fit_channels
 from ertacache.history import OutputHistory
 from ertacache.rectification import Coefficients, combine, drift_target, fit_rectification
 from ertacache.solver import StepCall, affine_step
@@ -75,8 +75,9 @@ class Fitter:
         self.outputs.append(row)
         self.sample.append(share)
         self.channels.append(channels)
-        combined = combine(self.history, *self.fitted().at(step, call.sample))
-        return combined.to(call.model_output.dtype)
+        # of this step alone: what was fitted before is not copied again
+        deviations = deviations_of(channels, self.layout, call.sample.device) if self.layout is not None else None
+        return combine(self.history, row, call.sample, share, deviations).to(call.model_output.dtype)
 
     def _fit(self, step: int, share: float, call: StepCall, scheduler: Any) -> tuple[list[float], Terms]:
         offset, gain = affine_step(scheduler, call)
