@@ -9,8 +9,8 @@ from step_timer import Call
 from ertacache import policy, provenance, solver
 from ertacache.baselines.base import replaced
 from ertacache.calibration import Calibration
-from ertacache.channels import BANDS, Terms, layout_of
-from ertacache.fitting import HISTORY_LENGTH
+from ertacache.channels import Terms, layout_of
+from ertacache.forms import OUTPUTS
 
 WEIGHTS = (1.3, -0.4, 0.15, -0.05)  # sum to 1, of the size that fitted ones have
 
@@ -45,13 +45,13 @@ def synthetic_calibration(
     """K evenly spread computed steps, and as many coefficients a step as a fitted calibration has."""
     steps = len(timesteps)
     schedule = policy.uniform_schedule(steps, computed_steps)
-    rows = [list(WEIGHTS[: min(HISTORY_LENGTH, sum(s <= step for s in schedule))]) for step in range(steps)]
+    rows = [list(WEIGHTS[: min(max(OUTPUTS), sum(s <= step for s in schedule))]) for step in range(steps)]
     config = getattr(pipe.transformer, "config", None)
     layout = layout_of([1, *latent_shape], getattr(config, "in_channels", None))
     terms: list[Terms] = [[]] * steps
     if layout is not None:
-        channel = [0.01] * layout.channels_of(latent_shape)
-        terms = [[], *([[channel] * len(row)] * BANDS for row in rows[1:])]
+        count = layout.channels_of(latent_shape)
+        terms = [[], *([[[0.01] * count] * count] * len(row) for row in rows[1:])]
     return Calibration(
         method="ertacache",
         num_inference_steps=steps,

@@ -35,10 +35,10 @@ def announced(text: str) -> int:
 
 
 def test_evaluations_by_hand():
-    """(N + (1 + F + tries) K) P."""
+    """(N + (1 + F + tries) K) P, and four forms for each fold where there are tries."""
     assert Work(prompts=8, folds=2).evaluations(28, 14) == (28 + 3 * 14) * 8
     searched = Work(prompts=8, folds=2, search_budget=5).evaluations(28, 14)
-    assert searched == (28 + 8 * 14) * 8 + growth_evaluations(28, 8)
+    assert searched == (28 + (8 + 4 * 2) * 14) * 8 + growth_evaluations(28, 8)  # four forms, two folds each
     assert Work(prompts=8, folds=2, paper=True).evaluations(28, 14) == (28 + 2 * 14) * 8
     assert Work(prompts=8, folds=2, search_budget=5).evaluations(28, 28) == (28 + 2 * 28) * 8  # nothing to fit
     # of 4 steps: K = 2, then 3, then 4, which needs no fit

@@ -7,7 +7,8 @@ import numpy as np
 from ertacache import policy
 from ertacache.calibrate import plain_calibration
 from ertacache.calibration import Calibration, calibration_fields
-from ertacache.fitting import Fitter
+from ertacache.channels import Layout
+from ertacache.fitting import SAFE_FORM, Fitter, Form
 from ertacache.paper import fit_paper
 from ertacache.recording import gram_matrix, residual_distances, residuals
 from ertacache.replay import Replay
@@ -49,7 +50,7 @@ def ablations(runs: Runs, computed_steps: int, searched: list[int], search_budge
         "dynamic programming, rectification to the reference": _fitted(runs, dynamic, on_computed=False),
         "+ on computed steps": _fitted(runs, dynamic, on_computed=True),
         "+ our schedule": _fitted(runs, searched, on_computed=True),
-        "+ coefficients of channels and bands": _fitted(runs, searched, on_computed=True, channels=True),
+        "+ coefficients of channels": _fitted(runs, searched, on_computed=True, layout=runs.layout),
     }
 
 
@@ -85,9 +86,9 @@ def _outputs(runs: Runs, schedule: list[int], coefficients: list[list[float]]) -
     return plain_calibration(runs, method="ertacache", computed_steps=schedule, coefficients=coefficients)
 
 
-def _fitted(runs: Runs, schedule: list[int], on_computed: bool, channels: bool = False) -> Calibration:
-    layout = runs.layout if channels else None
-    fitter = Fitter(schedule, runs.recorded.latents, on_computed=on_computed, layout=layout)
+def _fitted(runs: Runs, schedule: list[int], on_computed: bool, layout: Layout | None = None) -> Calibration:
+    form = Form(SAFE_FORM.outputs, layout)
+    fitter = Fitter(schedule, runs.recorded.latents, on_computed=on_computed, form=form)
     runs.run(fitter)
     fields = calibration_fields(fitter.fitted())
     return plain_calibration(runs, method="ertacache", computed_steps=schedule, **fields)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ertacache import policy
+from ertacache.forms import form_evaluations
 from ertacache.linearisation import linearisation_evaluations
 from ertacache.recording import Recorder
 from ertacache.refinement import JUDGED_PROMPTS, refinement_evaluations
@@ -31,7 +32,7 @@ class Work:
     paper: bool = False
 
     def evaluations(self, steps: int, computed: int) -> int:
-        """(N + (1 + F + tries) K) P transformer evaluations for K of N steps, and what growth and refinement take.
+        """(N + (1 + F + tries) K) P transformer evaluations for K of N steps, and what the rest takes.
 
         K = N needs no fit and no search.
         """
@@ -57,7 +58,8 @@ class Work:
         if self.paper or computed == steps:
             return self.folds * computed * self.prompts
         if not self.refine:
-            return (self.folds + 1 + self.search_budget) * computed * self.prompts
+            forms = form_evaluations(computed, self.prompts, self.folds) if self.search_budget else 0
+            return forms + (self.folds + 1 + self.search_budget) * computed * self.prompts
         few = min(self.refine, self.prompts)
         # the chosen one is among those tried; its run is made again only for more prompts than it was judged on
         tries = self.search_budget if few > JUDGED_PROMPTS else max(0, self.search_budget - 1)

@@ -27,8 +27,8 @@ class Calibration:
         timesteps, sigmas: the grid that was calibrated on, N and N + 1 values (no sigmas: empty).
         coefficients: for each step the weights of the last computed outputs, newest first (ertacache).
         sample_coefficients: for each step the weight of the latents it starts from (ertacache); None for none.
-        channel_coefficients: for each step what the weights of a channel differ by, (bands, outputs, channels), coarse
-            structure before fine; empty where the step has none (ertacache); None for none at all.
+        channel_coefficients: for each step what the weights of channels differ by from the shared ones, (outputs,
+            channels from, channels to); empty where the step has none (ertacache); None for none at all.
         channel_axis: of the channels, from the end: -4 or -3, or -1 for packed tokens.
         threshold, step_factors, error_model: the published method's lambda, phi per step, and (K, B) per reused
             step (paper).

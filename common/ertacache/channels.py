@@ -1,13 +1,11 @@
-"""Coefficients of their own for each channel of the latents, and in it for coarse and for fine structure.
+"""Coefficients of their own for the channels of the latents: each output channel combines all channels.
 
-A channel or a band of spatial frequencies with much power takes shape early in a run and one with little late, so
-their outputs change at different times and one coefficient for all of them is a compromise. For Gaussian data the
-velocity of each frequency is a multiple of its latents, with a factor that depends on its power alone; so such
-coefficients are what a linear prediction can use. Coarse is the mean over 2x2 places, fine is what is left: the two
-are orthogonal, and so are the channels, so every group is a small least-squares problem of its own.
+A direction in channel space with much power takes shape early in a run and one with little late, so their outputs
+change at different times and one coefficient for all of them is a compromise. For Gaussian data the velocity is a
+linear map of the latents, which mixes channels as their covariance does; so a matrix for each cached output is what
+a linear prediction can use.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,18 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from ertacache.weighting import REWEIGHTINGS, prompt_weights
 
 Array = NDArray[np.float64]
-Terms = list[list[list[float]]]  # of one step: (bands, outputs, channels), coarse before fine; empty for none
+Terms = list[list[list[float]]]  # of one step: (outputs, channels from, channels to); empty for none
 
-BANDS = 2  # coarse, fine
 PATCH = 4  # values of a channel in a packed token, a square of 2x2
 AXES = (-4, -3, -1)  # that channels may lie at
-MAX_CHANNELS = 256
-RIDGE = 1e-4  # relative to the diagonal, towards the coefficients that all groups share
+MAX_CHANNELS = 64  # more would need more prompts than calibrations have
+RIDGE = 1e-2  # relative to the diagonal, on differences of outputs, towards the coefficients that all channels share
 DECIMALS = 5  # that are kept, so that files stay small
 
 
@@ -44,31 +40,15 @@ class Layout:
     def packed(self) -> bool:
         return self.axis == -1
 
-    def grouped(self, tensor: Tensor) -> Tensor:
-        """A view whose channels lie at `channel_axis`."""
-        return tensor.unflatten(-1, (-1, PATCH)) if self.packed else tensor
-
-    @property
-    def channel_axis(self) -> int:
-        return -2 if self.packed else self.axis
-
     def channels_of(self, shape: Sequence[int]) -> int:
         """How many there are in latents of that shape, with a batch or without."""
         return shape[-1] // PATCH if self.packed else shape[self.axis]
 
-    def shaped(self, values: Tensor) -> Tensor:
-        """Values of channels (C,) in a shape that multiplies a grouped tensor."""
-        return values.view(-1, *[1] * (-self.channel_axis - 1))
-
-    def coarse(self, grouped: Tensor) -> Tensor:
-        """The mean over 2x2 places, at each of them; a place at an odd edge has fewer."""
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The values of a tensor as (places, channels)."""
         if self.packed:
-            return grouped.mean(-1, keepdim=True).expand_as(grouped)
-        height, width = grouped.shape[-2:]
-        planes = grouped.reshape(-1, 1, height, width)
-        means = functional.avg_pool2d(planes, 2, ceil_mode=True, count_include_pad=False)
-        spread = means.repeat_interleave(2, -2)[..., :height, :].repeat_interleave(2, -1)[..., :width]
-        return spread.reshape(grouped.shape)
+            return tensor.unflatten(-1, (-1, PATCH)).transpose(-1, -2).flatten(0, -2)
+        return tensor.movedim(self.axis, -1).flatten(0, -2)
 
 
 def layout_of(latents: Sequence[int], in_channels: int | None) -> Layout | None:
@@ -89,42 +69,31 @@ def layout_of(latents: Sequence[int], in_channels: int | None) -> Layout | None:
 
 @dataclass(frozen=True)
 class Deviations:
-    """What the coefficients of groups add to the shared ones at one step.
+    """What the coefficients of channels add to the shared ones at one step.
 
     Attributes:
-        coarse, fine: (outputs, channels) float32, on the device of the outputs.
+        matrices: for each output what its channels, as rows, add to the channels of the sum, as columns; float32 on
+            the device of the outputs, (outputs, channels, channels).
     """
 
-    coarse: Tensor
-    fine: Tensor
+    matrices: Tensor
     layout: Layout
 
     def add_to(self, total: Tensor, outputs: Sequence[Tensor]) -> None:
-        """Add sum_j d_j o_j to `total` (float32), in place.
+        """Add sum_j M_j^T o_j to `total` (float32, contiguous), in place.
 
         Args:
             outputs: the newest computed output first.
         """
-        outputs = list(outputs)[: len(self.fine)]
-        if not self.layout.packed:
+        axis = self.layout.axis
+        matrices = _of_tokens(self.matrices) if self.layout.packed else self.matrices
+        for output, matrix in zip(outputs, matrices, strict=False):
+            if self.layout.packed:
+                total += output.float() @ matrix
+                continue
             # a bare model's output may have more channels than the latents: variances, which keep the shared ones
-            axis, count = self.layout.axis, self.fine.shape[-1]
-            total, outputs = total.narrow(axis, 0, count), [output.narrow(axis, 0, count) for output in outputs]
-        parts = torch.zeros_like(total)
-        for output, fine, difference in zip(outputs, *self._multipliers, strict=False):
-            total.addcmul_(output, fine)
-            parts.addcmul_(output, difference)
-        grouped = self.layout.grouped(total)
-        grouped.add_(self.layout.coarse(self.layout.grouped(parts)))  # the mean is taken once, of the sum
-
-    @functools.cached_property
-    def _multipliers(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What multiplies each output, and what does before the mean is taken; of a shape that broadcasts."""
-        made = [
-            [row.repeat_interleave(PATCH) if self.layout.packed else self.layout.shaped(row) for row in rows]
-            for rows in (self.fine, self.coarse - self.fine)
-        ]
-        return made[0], made[1]
+            part, output = (tensor.narrow(axis, 0, len(matrix)) for tensor in (total, output))
+            part += (matrix.T @ output.float().flatten(axis + 1)).view(part.shape)
 
 
 @dataclass(frozen=True)
@@ -132,7 +101,7 @@ class ChannelTerms:
     """The deviations of every step, as a calibration file has them.
 
     Attributes:
-        steps: for each step (bands, outputs, channels), coarse before fine; empty where the shared ones serve all.
+        steps: for each step (outputs, channels, channels); empty where the shared ones serve all.
     """
 
     layout: Layout
@@ -146,7 +115,7 @@ class ChannelTerms:
         return self._on_device[device][step]
 
     def _copied(self, device: torch.device) -> list[Deviations | None]:
-        flat = torch.tensor([v for step in self.steps for band in step for row in band for v in row])
+        flat = torch.tensor([v for step in self.steps for matrix in step for row in matrix for v in row])
         if device.type == "cuda":  # a copy from pageable memory would wait for the device
             flat = flat.pin_memory()
         values = flat.to(device, non_blocking=True).split([_size(step) for step in self.steps])
@@ -165,12 +134,21 @@ def _size(terms: Terms) -> int:
 def _deviations(terms: Terms, values: Tensor, layout: Layout) -> Deviations | None:
     if not terms:
         return None
-    coarse, fine = values.view(len(terms), len(terms[0]), -1).unbind(0)
-    return Deviations(coarse, fine, layout)
+    return Deviations(values.view(len(terms), len(terms[0]), -1), layout)
+
+
+def _of_tokens(matrices: Tensor) -> Tensor:
+    """The same for packed tokens, with the four values of a channel treated alike; 16 times as large, so not kept."""
+    count, channels = matrices.shape[:2]
+    alike = torch.eye(PATCH, device=matrices.device)
+    return torch.einsum("jcd,pq->jcpdq", matrices, alike).reshape(count, channels * PATCH, -1)
 
 
 def fit_channels(columns: Sequence[Tensor], target: Tensor, shared: Sequence[float], layout: Layout) -> Array:
-    """What the coefficients of each group differ by from the shared ones, (bands, outputs, channels).
+    """What the coefficients of channels differ by from the shared ones, (outputs, channels from, channels to).
+
+    The unknowns are those of the differences between an output and the next older one, and of the oldest: the
+    outputs themselves are so much alike that a ridge on them would not tell small from large.
 
     Args:
         columns: the m computed outputs, newest first, (P, ...) each.
@@ -179,39 +157,34 @@ def fit_channels(columns: Sequence[Tensor], target: Tensor, shared: Sequence[flo
 
     Prompts weigh as in `rectification.fit_rectification`.
     """
-    grams = _group_grams([*columns, target], layout)  # (P, bands, C, m + 1, m + 1)
-    matrices, vectors, squares = grams[..., :-1, :-1], grams[..., :-1, -1], grams[..., -1, -1]
-    plain = np.asarray(shared)
-    errors = _errors(matrices, vectors, squares, np.broadcast_to(plain, vectors.shape[1:]))
-    solution: Array = np.zeros(vectors.shape[1:])
+    grams = _grams([*columns, target], layout)  # (P, m + 1, C, m + 1, C)
+    to_differences = np.eye(len(columns) + 1) - np.diag([*[1.0] * (len(columns) - 1), 0.0], 1)
+    to_differences[-1, :-1] = -np.asarray(shared)  # the target less what the shared ones make
+    grams = np.einsum("ij,pjckd,lk->picld", to_differences, grams, to_differences, optimize=True)
+    count = grams.shape[1] - 1
+    unknowns = count * grams.shape[2]
+    matrices = grams[:, :-1, :, :-1].reshape(len(grams), unknowns, unknowns)
+    vectors = grams[:, :-1, :, -1].reshape(len(grams), unknowns, -1)
+    squares = np.einsum("pcc->p", grams[:, -1, :, -1])
+    solution, errors = np.zeros(vectors.shape[1:]), squares
     for _ in range(REWEIGHTINGS if len(squares) > 1 else 1):
         weights = prompt_weights(errors)
         matrix = np.tensordot(weights, matrices, 1)
-        vector = np.tensordot(weights, vectors, 1)
-        diagonal = np.maximum(np.einsum("bcii->bci", matrix), 1e-300)
-        ridged = matrix + RIDGE * np.einsum("bci,ij->bcij", diagonal, np.eye(len(plain)))
-        rest = vector - matrix @ plain
-        solution = plain + np.linalg.solve(ridged, rest[..., None])[..., 0]
-        errors = _errors(matrices, vectors, squares, solution)
-    return np.round(np.moveaxis(solution - plain, -1, 1), DECIMALS)
+        diagonal = np.maximum(np.diag(matrix), 1e-300)
+        solution = np.linalg.solve(matrix + RIDGE * np.diag(diagonal), np.tensordot(weights, vectors, 1))
+        linear = np.einsum("pun,un->p", vectors, solution)
+        quadratic = np.einsum("un,puv,vn->p", solution, matrices, solution, optimize=True)
+        errors = np.maximum(squares - 2 * linear + quadratic, 0)
+    by_difference = solution.reshape(count, -1, solution.shape[1])
+    by_output = np.tensordot(to_differences[:-1, :-1].T, by_difference, 1)
+    return np.round(by_output, DECIMALS)
 
 
-def _group_grams(tensors: Sequence[Tensor], layout: Layout) -> Array:
-    """Inner products of the tensors in each group of each prompt, (P, bands, C, m, m) in float64."""
+def _grams(tensors: Sequence[Tensor], layout: Layout) -> Array:
+    """Inner products of the channels of the tensors, of each prompt, (P, m, C, m, C) in float64."""
     prompts = []
     for prompt in range(len(tensors[0])):  # one at a time, since the float64 copies of videos are large
-        bands = []
-        for tensor in tensors:
-            grouped = layout.grouped(tensor[prompt].double())
-            coarse = layout.coarse(grouped)
-            bands.append(torch.stack([coarse, grouped - coarse]).movedim(layout.channel_axis, 1).flatten(2))
-        stacked = torch.stack(bands, dim=2)  # (bands, C, m, values)
-        prompts.append((stacked @ stacked.transpose(-1, -2)).cpu().numpy())
+        rows = torch.cat([layout.rows(tensor[prompt].double()) for tensor in tensors], dim=1)
+        gram = (rows.T @ rows).view(len(tensors), -1, len(tensors), rows.shape[1] // len(tensors))
+        prompts.append(gram.cpu().numpy())
     return np.stack(prompts)
-
-
-def _errors(matrices: Array, vectors: Array, squares: Array, solution: Array) -> Array:
-    """Squared error of each prompt, over all groups."""
-    quadratic = np.einsum("bci,pbcij,bcj->p", solution, matrices, solution)
-    linear = np.einsum("pbci,bci->p", vectors, solution)
-    return np.asarray(np.maximum(squares.sum((1, 2)) - 2 * linear + quadratic, 0))

@@ -1,5 +1,6 @@
 """On-policy rectification: walks the schedule once and fits each step towards the reference trajectory."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +10,22 @@ from ertacache.history import OutputHistory
 from ertacache.rectification import Coefficients, combine, drift_target, fit_rectification
 from ertacache.solver import StepCall, affine_step
 
-HISTORY_LENGTH = 4  # computed outputs that a step combines: what an uncached run holds, and three more
+
+@dataclass(frozen=True)
+class Form:
+    """What a step may combine; the more, the better for the prompts that are fitted to, and the worse for too few.
+
+    Attributes:
+        outputs: computed outputs, at most.
+        layout: of the latents, whose channels then have coefficients of their own; None for shared ones.
+    """
+
+    outputs: int
+    layout: Layout | None = None
+
+
+SAFE_FORM = Form(outputs=3)  # where nothing tells more: four outputs can do worse than three with 16 prompts
+REFINED_FORM = Form(outputs=4)  # where the coefficients are fitted end to end afterwards
 
 
 class Fitter:
@@ -23,7 +39,7 @@ class Fitter:
         reference: latents x_0 .. x_N of the recorded reference runs, (prompts, ...) each.
         rows: prompts that are fitted to (cross-validation leaves some out); None for all.
         on_computed: rectify computed steps too.
-        layout: of the latents, whose channels and bands then have coefficients of their own; None for shared ones.
+        form: what a step may combine.
         given: coefficients of the steps that are not fitted.
         start: the first step that is fitted.
     """
@@ -34,16 +50,16 @@ class Fitter:
         reference: list[Tensor],
         rows: list[int] | None = None,
         on_computed: bool = True,
-        layout: Layout | None = None,
+        form: Form = SAFE_FORM,
         given: Coefficients | None = None,
         start: int = 1,
     ):
         self.schedule = frozenset(schedule)
         self.reference = reference
         self.rows = rows
-        self.on_computed, self.layout = on_computed, layout
+        self.on_computed, self.layout = on_computed, form.layout
         self.given, self.start = given or Coefficients.of_outputs([]), start
-        self.history = OutputHistory(HISTORY_LENGTH)
+        self.history = OutputHistory(form.outputs)
         self.outputs: list[list[float]] = []
         self.sample: list[float] = []
         self.channels: list[Terms] = []

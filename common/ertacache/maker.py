@@ -13,7 +13,8 @@ from ertacache import policy
 from ertacache.announcement import Work
 from ertacache.calibration import Calibration, calibration_fields
 from ertacache.errors import CalibrationError
-from ertacache.fitting import Fitter
+from ertacache.fitting import REFINED_FORM, SAFE_FORM, Fitter, Form
+from ertacache.forms import best_form
 from ertacache.linearisation import LinearisedRun, linearise
 from ertacache.metrics import psnr, worst_decile
 from ertacache.paper import fit_paper
@@ -36,7 +37,8 @@ class Maker:
     search_budget: int
     refine: int
     folds: int
-    refined: Refined | None = None  # of what was made last
+    form: Form = SAFE_FORM  # of what was made last
+    refined: Refined | None = None  # likewise
 
     @cached_property
     def _growth(self) -> NDArray[np.float64] | None:
@@ -83,11 +85,25 @@ class Maker:
             return bare_calibration(
                 recorded, list(range(computed_steps)), "ertacache", coefficients=[[1.0]] * computed_steps
             )
+        self.form = self._chosen_form(computed_steps)
         schedule, coefficients = self._refined(computed_steps) if self.refine else self._stepwise(computed_steps)
         return bare_calibration(recorded, schedule, "ertacache", **calibration_fields(coefficients))
 
+    def _chosen_form(self, computed_steps: int) -> Form:
+        """What the prompts are enough for, on the schedule that is best without a try.
+
+        With refinement it is not asked: the end-to-end fit of few coefficients uses the fourth output well, and
+        does worse on new prompts from a fit of channels, although that one is better by itself.
+        """
+        if self.refine:
+            return REFINED_FORM
+        if self._growth is None or self._fold_count() == 0:
+            return SAFE_FORM
+        schedule = choose_schedule(self.runs, computed_steps, 0, None)
+        return best_form(self.runs, schedule, self._fold_count())
+
     def _stepwise(self, computed_steps: int) -> tuple[list[int], Coefficients]:
-        schedule = choose_schedule(self.runs, computed_steps, self.search_budget, self._growth)
+        schedule = choose_schedule(self.runs, computed_steps, self.search_budget, self._growth, form=self.form)
         return schedule, self._fitted(schedule)
 
     def _refined(self, computed_steps: int) -> tuple[list[int], Coefficients]:
@@ -105,6 +121,7 @@ class Maker:
             self.search_budget,
             self._growth,
             lambda schedule: linearised(judged, tuple(schedule)).promised_error(),
+            self.form,
         )
         self.refined = refine_end_to_end(self.runs.first(count), linearised(count, tuple(schedule)))
         if self.refined.ridge is None:
@@ -114,14 +131,14 @@ class Maker:
         return schedule, last.fitted()
 
     def _fitted(self, schedule: list[int]) -> Coefficients:
-        fitter = Fitter(schedule, self.runs.recorded.latents, layout=self.runs.layout)
+        fitter = Fitter(schedule, self.runs.recorded.latents, form=self.form)
         self.runs.run(fitter)
         return fitter.fitted()
 
     def _last_fitter(self, schedule: list[int], refined: Coefficients, rows: list[int] | None = None) -> Fitter:
         """The last step leads to what the refined ones aim at, so that its channels can be fitted to that."""
-        recorded, layout = self.runs.recorded, self.runs.layout
-        return Fitter(schedule, recorded.latents, rows, layout=layout, given=refined, start=recorded.num_steps - 1)
+        recorded = self.runs.recorded
+        return Fitter(schedule, recorded.latents, rows, form=self.form, given=refined, start=recorded.num_steps - 1)
 
     def _fit_paper(self, computed_steps: int | None, rows: list[int] | None = None) -> Calibration:
         recorded = self.runs.recorded
@@ -155,7 +172,7 @@ class Maker:
         elif self.refined is not None and self.refined.ridge is not None:
             controller = self._last_fitter(made.computed_steps, self.refined.without(held_out), rows)
         else:
-            controller = Fitter(made.computed_steps, recorded.latents, rows, layout=self.runs.layout)
+            controller = Fitter(made.computed_steps, recorded.latents, rows, form=self.form)
         return psnr(self.runs.run(controller, decode=True), self.runs.pictures)
 
 

@@ -27,7 +27,7 @@ class Coefficients:
     Attributes:
         outputs: for each step the a_j of the last computed outputs, newest first.
         sample: for each step the b of the latents it starts from.
-        channels: what channels and bands differ by from the a_j; None where nothing does.
+        channels: what the coefficients of channels differ by from the a_j; None where nothing does.
     """
 
     outputs: list[list[float]]
@@ -54,7 +54,7 @@ class Coefficients:
         return self.outputs[step], sample, self.sample[step], deviations
 
     def terms(self, step: int) -> tuple[list[float], float, Terms]:
-        """The a_j, b, and deviations of channels and bands at a step."""
+        """The a_j, b, and deviations of channels at a step."""
         return self.outputs[step], self.sample[step], self.channels.steps[step] if self.channels else []
 
     def value(self, place: tuple[int, int]) -> float:
@@ -80,7 +80,7 @@ def combine(
     share: float = 0.0,
     deviations: Deviations | None = None,
 ) -> Tensor:
-    """sum_j a_j o_j + b x in float32, with deviations of the a_j by channel and band, in the dtype of the first output.
+    """sum_j a_j o_j + b x in float32, with deviations of the a_j by channel, in the dtype of the first output.
 
     Args:
         outputs: the newest computed output first, all of one shape.

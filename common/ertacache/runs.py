@@ -13,7 +13,7 @@ from ertacache import solver
 from ertacache.attach import Structure, attached
 from ertacache.channels import Layout, layout_of
 from ertacache.errors import CalibrationError
-from ertacache.fitting import Fitter
+from ertacache.fitting import SAFE_FORM, Fitter, Form
 from ertacache.recording import Recorder
 
 MICRO_BATCH = 8
@@ -63,12 +63,15 @@ class Runs:
 
     def final_error(self, controller: Any) -> float:
         """Mean over prompts of the log mean squared error of the final latents under a controller."""
-        final = self.run(controller)
-        return mean_log_error((final - self.recorded.latents[-1][: len(self)].float()).square().flatten(1).mean(1))
+        return mean_log_error(self.squared_errors(self.run(controller)))
 
-    def fitted_error(self, schedule: list[int]) -> float:
+    def squared_errors(self, final: Tensor) -> Tensor:
+        """Mean squared error of final latents (P, ...) of each prompt."""
+        return (final - self.recorded.latents[-1][: len(self)].float()).square().flatten(1).mean(1)
+
+    def fitted_error(self, schedule: list[int], form: Form = SAFE_FORM) -> float:
         """`final_error` of a schedule with our rectification."""
-        return self.final_error(Fitter(schedule, self.recorded.latents, layout=self.layout))
+        return self.final_error(Fitter(schedule, self.recorded.latents, form=form))
 
     @property
     def layout(self) -> Layout | None:

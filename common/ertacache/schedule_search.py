@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from ertacache import policy
-from ertacache.fitting import HISTORY_LENGTH
+from ertacache.fitting import SAFE_FORM, Form
 from ertacache.paths import path_schedule
 from ertacache.recording import gram_matrix
 from ertacache.rectification import Coefficients
@@ -28,6 +28,7 @@ def choose_schedule(
     budget: int,
     growth: Array | None,
     error_of: Callable[[list[int]], float] | None = None,
+    form: Form = SAFE_FORM,
 ) -> list[int]:
     """The K computed steps for rectified reuse.
 
@@ -36,12 +37,13 @@ def choose_schedule(
         budget: schedules whose error may be measured.
         growth: of `error_growth`; needed where there is a budget. With none, errors weigh the same wherever they arise.
         error_of: judges a schedule; by default the true error of the step-by-step fit, K evaluations a prompt.
+        form: what a step combines.
     """
     recorded = runs.recorded
     gram, gains = gram_matrix(recorded.outputs), np.asarray(recorded.gains)
     if budget == 0 or growth is None:
-        return path_schedule(gram, gains, computed_steps, HISTORY_LENGTH)
-    judge = error_of or runs.fitted_error
+        return path_schedule(gram, gains, computed_steps, form.outputs)
+    judge = error_of or (lambda schedule: runs.fitted_error(schedule, form))
     measured: dict[tuple[int, ...], float] = {}
 
     def measure(schedule: list[int]) -> float:
@@ -50,7 +52,7 @@ def choose_schedule(
             measured[key] = judge(schedule)
         return measured[key]
 
-    candidates = [path_schedule(gram, gains, computed_steps, HISTORY_LENGTH, growth**p) for p in WEIGHT_POWERS]
+    candidates = [path_schedule(gram, gains, computed_steps, form.outputs, growth**p) for p in WEIGHT_POWERS]
     best = min(candidates[:budget], key=measure)
     return policy.swap_search(best, measure, recorded.num_steps, max(0, budget - len(measured)))
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from ertacache.channels import AXES, BANDS, MAX_CHANNELS, Layout
+from ertacache.channels import AXES, MAX_CHANNELS, Layout
 from ertacache.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 METHODS = ("ertacache", "paper")
-MAX_FILE_BYTES = 4 * 2**20  # a calibration of 1000 steps is a third of it; JSON of it takes 0.1 GB at the worst
+MAX_FILE_BYTES = 16 * 2**20  # one of 1000 steps and 16 channels is half of it; JSON of it takes 0.4 GB at the worst
 MAX_STEPS = 10_000
 MAX_COEFFICIENTS = 16
 SHOWN_CHARACTERS = 80  # of what a file holds, in a message
@@ -162,9 +162,9 @@ def _validate_channels(c: "Calibration", require: Require) -> None:
     count = Layout(axis or -1).channels_of(c.latent_shape)
     require(1 <= count <= MAX_CHANNELS, "channel_coefficients", f"null unless there are 1 to {MAX_CHANNELS} channels")
     require(isinstance(steps, list) and len(steps) == n, "channel_coefficients", f"{n} lists")
-    for step, (bands, shared) in enumerate(zip(steps, c.coefficients or [], strict=True)):
-        sizes = [BANDS, len(shared), count]
-        ok = bands == [] or _has_sizes(bands, sizes)
+    for step, (matrices, shared) in enumerate(zip(steps, c.coefficients or [], strict=True)):
+        sizes = [len(shared), count, count]
+        ok = matrices == [] or _has_sizes(matrices, sizes)
         require(ok, "channel_coefficients", f"empty or {' x '.join(map(str, sizes))} numbers at step {step}")
 
 
