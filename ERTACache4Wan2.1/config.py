@@ -45,7 +45,7 @@ CALIBRATION_PROMPTS = "prompts/calibration.txt"  # a prompt a line; never used t
 NUM_CALIBRATION_PROMPTS = 8  # the first ones of that file
 MICRO_BATCH = 1  # samples the transformer sees at a time in calibration and comparison
 MEMORY_LIMIT_GIB: float | None = None  # recorded trajectories in host memory; above it in files under TMPDIR
-SEARCH_BUDGET = 0  # schedules to try for real; each costs COMPUTED_STEPS steps per prompt, and what REFINE costs
+SEARCH_BUDGET = 0  # schedules to try for real (3 do): several dB for about 12 COMPUTED_STEPS steps per prompt
 REFINE = 0  # prompts to fit the coefficients on again, end to end (8 do): several dB for 2 COMPUTED_STEPS^2 steps each
 
 # where results go
