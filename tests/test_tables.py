@@ -10,6 +10,7 @@ from ertacache.table import main as table_main
 ROOT = Path(__file__).parents[1]
 TABLES = {
     "ERTACache4FLUX/README.md": "bench/results/flux_tiny.json",
+    "ERTACache4Wan2.1/README.md": "bench/results/wan_tiny.json",
     "ERTACache4CogVideoX/README.md": "bench/results/cogvideox_tiny.json",
     "ERTACache4OpenSora1.2/README.md": "bench/results/opensora_tiny.json",
 }
