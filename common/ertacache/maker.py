@@ -136,7 +136,7 @@ class Maker:
         return fitter.fitted()
 
     def _last_fitter(self, schedule: list[int], refined: Coefficients, rows: list[int] | None = None) -> Fitter:
-        """The last step leads to what the refined ones aim at, so that its channels can be fitted to that."""
+        """The last step leads to what the refined ones aim at, so its weights are fitted to that once more."""
         recorded = self.runs.recorded
         return Fitter(schedule, recorded.latents, rows, form=self.form, given=refined, start=recorded.num_steps - 1)
 
