@@ -74,9 +74,11 @@ class _Sampler:
         self.prompts = settings.read_prompts(chosen.folder / "prompts" / "held_out.txt")[:COLUMNS]
 
     def sample(self, **overrides: Any) -> Tensor:
-        """Pixels (n, 3, H, W), or of videos (n, F, 3, H, W), in [0, 1]."""
-        made = []
+        """Pixels (n, 3, H, W), or of videos (n, F, 3, H, W), in [0, 1]; as many as are shown."""
+        made: list[Tensor] = []
         for prompt in self.prompts:
+            if made and len(made) == _shown(made[0]):
+                break
             generator = torch.Generator("cpu").manual_seed(SEED)
             arguments = {**self.arguments, **overrides}
             with torch.no_grad():
@@ -124,12 +126,17 @@ def figure(reference: Tensor, strips: Sequence[tuple[str, float, Tensor]]) -> by
     return buffer.getvalue()
 
 
+def _shown(results: Tensor) -> int:
+    """How many pictures or videos of that shape fit."""
+    return COLUMNS if results.ndim == 4 else COLUMNS // len(pick_frames(results.shape[1], FRAMES))
+
+
 def _still(results: Tensor) -> list[Tensor]:
     """As many pictures as fit: of pictures the first ones, of videos some frames each."""
+    shown = results[: _shown(results)]
     if results.ndim == 4:
-        return list(results[:COLUMNS])
-    frames = pick_frames(results.shape[1], FRAMES)
-    return [video[frame] for video in results[: COLUMNS // len(frames)] for frame in frames]
+        return list(shown)
+    return [video[frame] for video in shown for frame in pick_frames(results.shape[1], FRAMES)]
 
 
 if __name__ == "__main__":
