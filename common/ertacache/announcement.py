@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ertacache import policy
-from ertacache.forms import form_evaluations
-from ertacache.linearisation import linearisation_evaluations
+from ertacache.forms import form_evaluations, refined_form_evaluations
 from ertacache.recording import Recorder
-from ertacache.refinement import JUDGED_PROMPTS, refinement_evaluations
+from ertacache.refinement import refinement_evaluations
 from ertacache.schedule_search import growth_evaluations
 
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
@@ -57,15 +56,14 @@ class Work:
         """Evaluations of one calibration from the recorded runs."""
         if self.paper or computed == steps:
             return self.folds * computed * self.prompts
+        forms = form_evaluations(computed, self.prompts, self.folds) if self.search_budget else 0
+        making = forms + (self.folds + 1 + self.search_budget) * computed * self.prompts
         if not self.refine:
-            forms = form_evaluations(computed, self.prompts, self.folds) if self.search_budget else 0
-            return forms + (self.folds + 1 + self.search_budget) * computed * self.prompts
+            return making
         few = min(self.refine, self.prompts)
-        # the chosen one is among those tried; its run is made again only for more prompts than it was judged on
-        tries = self.search_budget if few > JUDGED_PROMPTS else max(0, self.search_budget - 1)
-        judging = tries * linearisation_evaluations(computed, min(few, JUDGED_PROMPTS))
-        fits = self.folds + tries + 2  # the schedule's, and the last step's once the others were refined
-        return fits * computed * self.prompts + judging + refinement_evaluations(computed, few)
+        choosing = refined_form_evaluations(computed, few) if self.search_budget else 0
+        last = computed * self.prompts  # the last step is fitted again once the others were refined
+        return making + choosing + refinement_evaluations(computed, few) + last
 
     def _growth(self, steps: int) -> int:
         return growth_evaluations(steps, self.prompts) if self.search_budget and not self.paper else 0

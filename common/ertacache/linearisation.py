@@ -74,13 +74,6 @@ class LinearisedRun:
             return FEW_PROMPTS_RIDGE
         return min(RIDGES, key=lambda ridge: self._left_out_error(rows, ridge))
 
-    def promised_error(self) -> float:
-        """Mean over prompts of the log squared error that refinement promises on prompts it was not solved for."""
-        rows = range(len(self.squares))
-        if len(rows) < FEWEST_PROMPTS:
-            return mean_log_error(torch.from_numpy(self.errors(self.solve(rows, FEW_PROMPTS_RIDGE))))
-        return min(self._left_out_error(rows, ridge) for ridge in RIDGES)
-
     def _left_out_error(self, rows: Sequence[int], ridge: float) -> float:
         count = min(RIDGE_FOLDS, len(rows) // 2)
         errors: Array = np.zeros(len(rows))

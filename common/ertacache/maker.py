@@ -1,7 +1,7 @@
 """Makes calibrations of different K from the same recorded runs: chooses the steps, fits, and predicts the quality."""
 
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,13 @@ from ertacache.announcement import Work
 from ertacache.calibration import Calibration, calibration_fields
 from ertacache.errors import CalibrationError
 from ertacache.fitting import REFINED_FORM, SAFE_FORM, Fitter, Form
-from ertacache.forms import best_form
-from ertacache.linearisation import LinearisedRun, linearise
+from ertacache.forms import best_form, best_refined_form
+from ertacache.linearisation import linearise
 from ertacache.metrics import psnr, worst_decile
 from ertacache.paper import fit_paper
 from ertacache.recording import Recorder
 from ertacache.rectification import Coefficients
-from ertacache.refinement import JUDGED_PROMPTS, Refined
+from ertacache.refinement import Refined
 from ertacache.refinement import refine as refine_end_to_end
 from ertacache.replay import Replay
 from ertacache.runs import Runs
@@ -86,49 +86,27 @@ class Maker:
                 recorded, list(range(computed_steps)), "ertacache", coefficients=[[1.0]] * computed_steps
             )
         self.form = self._chosen_form(computed_steps)
-        schedule, coefficients = self._refined(computed_steps) if self.refine else self._stepwise(computed_steps)
+        schedule = choose_schedule(self.runs, computed_steps, self.search_budget, self._growth, self.form)
+        coefficients = self._refined(schedule) if self.refine else self._fitted(schedule)
         return bare_calibration(recorded, schedule, "ertacache", **calibration_fields(coefficients))
 
     def _chosen_form(self, computed_steps: int) -> Form:
-        """What the prompts are enough for, on the schedule that is best without a try.
-
-        With refinement it is not asked: the end-to-end fit of few coefficients uses the fourth output well, and
-        does worse on new prompts from a fit of channels, although that one is better by itself.
-        """
-        if self.refine:
-            return REFINED_FORM
+        """What the prompts are enough for, on the schedule that is best without a try."""
         if self._growth is None or self._fold_count() == 0:
-            return SAFE_FORM
+            return REFINED_FORM if self.refine else SAFE_FORM
         schedule = choose_schedule(self.runs, computed_steps, 0, None)
         return best_form(self.runs, schedule, self._fold_count())
 
-    def _stepwise(self, computed_steps: int) -> tuple[list[int], Coefficients]:
-        schedule = choose_schedule(self.runs, computed_steps, self.search_budget, self._growth, form=self.form)
-        return schedule, self._fitted(schedule)
-
-    def _refined(self, computed_steps: int) -> tuple[list[int], Coefficients]:
-        """Schedules are judged by what refinement promises for them: the step-by-step fit ranks them otherwise."""
-
-        @cache
-        def linearised(count: int, schedule: tuple[int, ...]) -> LinearisedRun:
-            return linearise(self.runs.first(count), list(schedule), self._fitted(list(schedule)))
-
-        count = min(self.refine, len(self.runs))
-        judged = min(count, JUDGED_PROMPTS)
-        schedule = choose_schedule(
-            self.runs,
-            computed_steps,
-            self.search_budget,
-            self._growth,
-            lambda schedule: linearised(judged, tuple(schedule)).promised_error(),
-            self.form,
-        )
-        self.refined = refine_end_to_end(self.runs.first(count), linearised(count, tuple(schedule)))
+    def _refined(self, schedule: list[int]) -> Coefficients:
+        few = self.runs.first(self.refine)
+        if self.search_budget:  # as for the form of the step-by-step fit: what it costs goes with tries
+            self.form = best_refined_form(few, schedule, [REFINED_FORM, self.form])
+        self.refined = refine_end_to_end(few, linearise(few, schedule, self._fitted(schedule)))
         if self.refined.ridge is None:
-            return schedule, self.refined.coefficients
+            return self.refined.coefficients
         last = self._last_fitter(schedule, self.refined.coefficients)
         self.runs.run(last)
-        return schedule, last.fitted()
+        return last.fitted()
 
     def _fitted(self, schedule: list[int]) -> Coefficients:
         fitter = Fitter(schedule, self.runs.recorded.latents, form=self.form)

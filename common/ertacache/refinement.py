@@ -18,7 +18,6 @@ from ertacache.runs import Runs, mean_log_error
 RIDGE_TRIES = 4  # ridges that are tried on the run itself
 ROUNDS = 2  # Gauss-Newton steps, at most
 KEPT_PROMISE = 0.02  # a step that ends this near to its promise (log10 of the squared error, so 0.2 dB) is the last
-JUDGED_PROMPTS = 16  # at most, that a schedule is judged on before it is chosen
 
 
 def refinement_evaluations(computed_steps: int, prompts: int) -> int:

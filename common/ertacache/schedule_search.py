@@ -1,7 +1,5 @@
 """Our choice of the computed steps: paths weighted by how errors grow, tried for real, then a swap search."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,7 +25,6 @@ def choose_schedule(
     computed_steps: int,
     budget: int,
     growth: Array | None,
-    error_of: Callable[[list[int]], float] | None = None,
     form: Form = SAFE_FORM,
 ) -> list[int]:
     """The K computed steps for rectified reuse.
@@ -36,20 +33,19 @@ def choose_schedule(
         runs: recorded calibration runs.
         budget: schedules whose error may be measured.
         growth: of `error_growth`; needed where there is a budget. With none, errors weigh the same wherever they arise.
-        error_of: judges a schedule; by default the true error of the step-by-step fit, K evaluations a prompt.
-        form: what a step combines.
+        form: what a step combines; a schedule is judged by the true error of the step-by-step fit of that form, which
+            takes K evaluations a prompt.
     """
     recorded = runs.recorded
     gram, gains = gram_matrix(recorded.outputs), np.asarray(recorded.gains)
     if budget == 0 or growth is None:
         return path_schedule(gram, gains, computed_steps, form.outputs)
-    judge = error_of or (lambda schedule: runs.fitted_error(schedule, form))
     measured: dict[tuple[int, ...], float] = {}
 
     def measure(schedule: list[int]) -> float:
         key = tuple(schedule)
         if key not in measured:
-            measured[key] = judge(schedule)
+            measured[key] = runs.fitted_error(schedule, form)
         return measured[key]
 
     candidates = [path_schedule(gram, gains, computed_steps, form.outputs, growth**p) for p in WEIGHT_POWERS]
