@@ -165,3 +165,14 @@ def test_every_part_of_the_ablation_is_a_row_named_as_on_the_page(pipe, tmp_path
     schedules = {row["method"]: row["computed_steps"] for row in made}
     assert schedules["+ our schedule"] == schedules["our schedule, linear extrapolation"] == schedules["ertacache"]
     assert schedules["uniform schedule, residual reuse"] == [0, 2, 4]
+
+
+def test_calibrations_go_where_a_flag_says_from_here(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("a red circle\n")
+    chosen = settings.parse(FOLDER, ["--calibration-folder", "mine", "--calibration-prompts", "mine.txt"], "")
+    assert kept.calibration_prompts(chosen) == ["a red circle"]
+    (tmp_path / "mine").mkdir()
+    name = kept.calibration_name(chosen, model := ModelFolder("FLUX", arguments, save))
+    (tmp_path / "mine" / name).write_text("{}")
+    assert kept.kept_path(chosen, model).resolve() == tmp_path / "mine" / name
