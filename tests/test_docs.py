@@ -60,7 +60,8 @@ RUN_BY = {
     ),
 }
 # What no test can run: it needs the network, an account, or a tool of somebody else.
-NOT_RUN = ("hf download ", "hf auth login", "vbench evaluate ", "pre-commit install")
+CHECKOUT = "cd ertacache"  # where `git clone` put it, whatever the folder is called here
+NOT_RUN = ("git clone ", "hf download ", "hf auth login", "vbench evaluate ", "pre-commit install")
 
 
 # -- links and files -------------------------------------------------------------------------------------
@@ -130,16 +131,23 @@ def test_functions_named_on_the_methods_page_exist():
 
 
 def commands(page: Path) -> list[tuple[Path, str]]:
-    """Commands of a page's sh blocks and of its running text, without comments, each with the folder it is given in."""
+    """Commands of a page's sh blocks and of its running text, without comments, each with the folder it is given in.
+
+    The front page's blocks follow one another, from outside of the checkout; others start in the page's folder, or at
+    the root.
+    """
+    front = page == ROOT / "README.md"
     start = page.parent if page.parent in FOLDERS else FIRST_FOLDER
+    folder = ROOT.parent
     found = []
     for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
-        folder = start
+        if not front:
+            folder = page.parent if page.parent in FOLDERS else ROOT
         for line in block.replace("\\\n", " ").splitlines():
             for command in re.sub(r"(^|\s+)# .*", "", line).split(" && "):
                 if command.startswith("cd "):
-                    folder = ROOT / command.split()[1]
-                    assert folder.is_dir(), command
+                    folder = ROOT if command == CHECKOUT else folder / command.split()[1]
+                    assert folder.is_dir(), f"{page.name}: {command}"
                 elif command.strip():
                     found.append((folder, " ".join(command.split())))
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
@@ -189,6 +197,7 @@ def test_a_command_that_does_not_exist_is_noticed(command, capsys):
 
 
 def check_script(folder: Path, name: str, argv: list[str]) -> None:
+    assert (folder / name).is_file(), f"{name} is not in {folder.name}"
     if name == "test.sh":
         assert "sh test.sh" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
         assert all((ROOT / word).exists() for word in argv)
