@@ -83,6 +83,10 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(pipe, tmp_path, mon
     run(pipe, tmp_path / "b")
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
     assert len(rows(tmp_path / "a")) == 5
+    meta = json.loads((tmp_path / "a" / "results.meta.json").read_text())
+    assert meta["command"].startswith("sh reproduce.sh --model tiny --num-inference-steps 6 ")
+    assert set(meta["predicted"]) == {"4", "3"} and all(value > 10 for value in meta["predicted"].values())
+    assert f"Made by `{meta['command']}`." in (tmp_path / "a" / "table.md").read_text()
 
 
 def test_what_is_not_asked_for_is_not_calibrated(pipe, tmp_path, monkeypatch):

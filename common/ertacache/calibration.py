@@ -143,12 +143,14 @@ class Calibration:
         computed = set(self.computed_steps)
         return "".join("#" if i in computed else "." for i in range(self.num_inference_steps))
 
-    def effective_lengths(self) -> list[float]:
+    def effective_lengths(self) -> list[float] | None:
         """Per step, how far it goes in units of its original length: the sum of its coefficients.
 
         For our method this is the trajectory-aware timestep adjustment in closed form; for the paper's it is
-        phi.
+        phi. None where the latents or channels take part, since then no single number is the length of a step.
         """
+        if self.sample_coefficients is not None or self.channel_coefficients is not None:
+            return None
         if self.coefficients is not None:
             return [sum(c) for c in self.coefficients]
         return list(self.step_factors or [1.0] * self.num_inference_steps)
@@ -156,13 +158,12 @@ class Calibration:
     def summary(self) -> str:
         """A few lines for a person: schedule, speed-up, predicted quality, provenance."""
         computed, total = len(self.computed_steps), self.num_inference_steps
-        lengths = self.effective_lengths()
         name, kind, dtype = (printable(v) for v in (self.model.get("id") or "?", self.model["class"], self.dtype))
         scheduler, shape = printable(self.scheduler["class"]), printable(self.latent_shape)
         lines = [
             f"{self.method}: {computed} of {total} steps computed ({self.speedup:.2f}x)",
             f"schedule   {self.strip()}  (# computed, . reused)",
-            f"step size  {min(lengths):.2f} to {max(lengths):.2f} of the original (closed-form timestep adjustment)",
+            *self._step_size(),
             f"model      {name} ({kind}, {dtype})",
             f"scheduler  {scheduler}, guidance {self.guidance_scale}, latents {shape}",
         ]
@@ -175,6 +176,14 @@ class Calibration:
                 f"{self.predicted['folds']}-fold cross-validation)",
             )
         return "\n".join(lines)
+
+    def _step_size(self) -> list[str]:
+        lengths = self.effective_lengths()
+        if lengths is None:
+            return []
+        return [
+            f"step size  {min(lengths):.2f} to {max(lengths):.2f} of the original (closed-form timestep adjustment)"
+        ]
 
 
 def calibration_fields(coefficients: Coefficients) -> dict[str, Any]:
