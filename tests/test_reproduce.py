@@ -143,7 +143,7 @@ def test_vbench_layout(pipe, tmp_path):
     run(pipe, tmp_path / "o", "--layout", "vbench", "--computed-steps", "3", "--methods", "ertacache")
     written = {str(p.relative_to(tmp_path / "o" / "vbench")) for p in (tmp_path / "o" / "vbench").rglob("*.*")}
     names = {f"{prompt}-{index}.png" for prompt in PROMPTS for index in (0, 1)}
-    assert written == {f"{method}/{name}" for method in ("none-uncached", "ertacache-k-3-of-3") for name in names}
+    assert written == {f"{method}/{name}" for method in ("none-uncached", "ertacache-k-3") for name in names}
 
 
 def test_a_calibration_prompt_is_not_measured_on(pipe, tmp_path):
