@@ -26,7 +26,9 @@ from ertacache.plots import main as plots_main
 from ertacache.schema import MAX_FILE_BYTES
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ERTACache4*/*.md")])
+FOLDERS_OF_PAGES = ("", "docs/", "ERTACache4*/", "common/ertacache/data/")
+PAGES = sorted(page for folder in FOLDERS_OF_PAGES for page in ROOT.glob(f"{folder}*.md"))
+REGISTRIES = ("pypi.org", "pythonhosted.org", "anaconda.org", "npmjs.com")
 FOLDERS = sorted(ROOT.glob("ERTACache4*"))
 FIRST_FOLDER = ROOT / "ERTACache4FLUX"  # which the front page's commands are given in
 
@@ -79,6 +81,12 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_page_names_the_host_of_a_package_registry(page):
+    text = page.read_text(encoding="utf-8")
+    assert not [host for host in REGISTRIES if host in text]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     text = prose(page)
     for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text):
@@ -125,6 +133,36 @@ def test_functions_named_on_the_methods_page_exist():
     assert len(named) > 10
     for module, name in named:
         assert hasattr(importlib.import_module(f"ertacache.{module}"), name), f"{module}.{name}"
+
+
+# -- numbers of the tiny pipelines -------------------------------------------------------------------------
+
+
+def training(folder: Path) -> dict:
+    return json.loads((folder / "tiny" / "training.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+def test_how_well_a_tiny_pipeline_follows_its_prompts_is_what_was_measured(folder):
+    report = training(folder)
+    page = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
+    made, rendered = report["adherence"], report["adherence_of_rendered_scenes"]
+    said = f"Of the objects that {report['prompts']} prompts name which it was not trained on, a judge finds "
+    if isinstance(made, float):
+        said += f"{made:.0%} right in shape and colour; of rendered scenes it finds {rendered:.0%}"
+    else:
+        parts = ("first_frame", "motion", "all")
+        first, motion, everything = (f"{made[part]:.0%}" for part in parts)
+        said += f"{first} right in shape and colour in the first frame, {motion} in direction where one is named, and "
+        said += f"{everything} in all of that; of rendered scenes it finds "
+        said += "{:.0f}, {:.0f} and {:.0f} %".format(*(100 * rendered[part] for part in parts))
+    assert said.replace("%", " %").replace("  ", " ") in page
+
+
+def test_the_front_page_says_how_badly_the_video_pipelines_follow_their_prompts():
+    rates = [report["adherence"]["all"] for report in map(training, FOLDERS) if isinstance(report["adherence"], dict)]
+    page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"a judge finds {100 * min(rates):.0f} to {100 * max(rates):.0f} % of the objects named right" in page
 
 
 # -- commands --------------------------------------------------------------------------------------------
