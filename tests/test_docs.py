@@ -159,6 +159,15 @@ def test_how_well_a_tiny_pipeline_follows_its_prompts_is_what_was_measured(folde
     assert said.replace("%", " %").replace("  ", " ") in page
 
 
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+def test_settings_on_a_folders_page_are_those_of_its_config(folder):
+    constants = settings.read_constants(folder / "config.py")
+    said = re.findall(r"`([A-Z_]+) = ([^`]+)`", (folder / "README.md").read_text(encoding="utf-8"))
+    assert {"NUM_INFERENCE_STEPS", "GUIDANCE_SCALE", "DTYPE"} <= {name for name, _ in said}
+    for name, value in said:
+        assert ast.literal_eval(value) == constants[name.lower()][0], f"{name} = {value}"
+
+
 def test_the_front_page_says_how_badly_the_video_pipelines_follow_their_prompts():
     rates = [report["adherence"]["all"] for report in map(training, FOLDERS) if isinstance(report["adherence"], dict)]
     page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
