@@ -101,26 +101,37 @@ class Calibration:
         """
         return cls.from_dict(read_json(Path(path)), where=str(path))
 
-    def push_to_hub(self, repo_id: str, filename: str, **kwargs: Any) -> str:
-        """Upload the file to a repository of the hub, and return the address of the commit.
-
-        Args:
-            kwargs: token, private, create_pr and endpoint of `hub.push`.
-        """
+    def push_to_hub(
+        self,
+        repo_id: str,
+        filename: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        endpoint: str | None = None,
+    ) -> str:
+        """Upload the file to a repository of the hub, and return the address of the commit; see `hub.push`."""
         from ertacache import hub
 
-        return hub.push(self, repo_id, filename, **kwargs)
+        return hub.push(self, repo_id, filename, token=token, private=private, create_pr=create_pr, endpoint=endpoint)
 
     @classmethod
-    def from_hub(cls, repo_id: str, filename: str, **kwargs: Any) -> "Calibration":
-        """Download and validate a file of a repository of the hub.
-
-        Args:
-            kwargs: revision, token, cache_dir and endpoint of `hub.fetch`.
-        """
+    def from_hub(
+        cls,
+        repo_id: str,
+        filename: str,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        endpoint: str | None = None,
+    ) -> "Calibration":
+        """Download and validate a file of a repository of the hub; see `hub.fetch`."""
         from ertacache import hub
 
-        return cls.load(hub.fetch(repo_id, filename, **kwargs))
+        found = hub.fetch(repo_id, filename, revision=revision, token=token, cache_dir=cache_dir, endpoint=endpoint)
+        return cls.load(found)
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "calibration") -> "Calibration":
