@@ -179,6 +179,7 @@ def test_figures_know_the_rows_that_they_show(tmp_path: Path) -> None:
     assert plots_main(command) == 0
     assert {p.name for p in out.iterdir()} == {
         "quality-psnr.png",
+        "quality-psnr-time.png",
         "quality-ssim.png",
         "quality-lpips.png",
         "schedule.png",
