@@ -1,6 +1,7 @@
 """The pages keep their word: links and files exist, commands parse, examples run, and versions agree."""
 
 import ast
+import builtins
 import importlib
 import json
 import re
@@ -329,6 +330,27 @@ def python_blocks(page: Path) -> list[str]:
 def test_python_in_pages_compiles(page):
     for code in python_blocks(page):
         compile(code, str(page), "exec")
+
+
+# what a page says in words that the reader has
+GIVEN = {
+    "README.md": {"pipe", "prompts", "prompt"},
+    "calibration-file.md": {"pipe", "prompts"},
+    "ERTACache4OpenSora1.2/README.md": {"model", "scheduler", "arguments"},
+}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "extending.md"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_python_in_pages_imports_what_it_uses(page):
+    """docs/extending.md is run as a whole by tests/test_extending.py."""
+    given = GIVEN.get(page.name if page.parent not in FOLDERS else f"{page.parent.name}/{page.name}", set())
+    for code in python_blocks(page):
+        names = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+        bound = {node.id for node in names if isinstance(node.ctx, ast.Store)} | set(dir(builtins))
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                bound |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        assert not {node.id for node in names} - bound - given
 
 
 class Result(tuple):
