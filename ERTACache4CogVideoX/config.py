@@ -1,4 +1,7 @@
-"""What a user edits. Every constant is also a flag of run.sh: NUM_INFERENCE_STEPS -> --num-inference-steps."""
+"""What a user edits. Every constant is also a flag of run.sh: NUM_INFERENCE_STEPS -> --num-inference-steps.
+
+Paths in this file start from its folder, those given as flags from where the command is given.
+"""
 
 # model
 MODEL = "auto"  # "auto", "tiny", or a hub id or folder; auto: REAL_MODEL if a GPU and its weights are here, else tiny
@@ -9,7 +12,7 @@ OFFLOAD = "none"  # none, model (parts wait in host memory), or sequential (laye
 VAE_TILING = True  # decode in overlapping tiles: much less memory, slightly other pixels
 
 # what to generate
-PROMPTS = "prompts/examples.txt"  # file with a prompt a line, from this folder; --prompt TEXT replaces it
+PROMPTS = "prompts/examples.txt"  # file with a prompt a line; --prompt TEXT replaces it
 SEED = 0  # of the initial noise, the same for every prompt
 HEIGHT = 480  # pixels, a multiple of 16
 WIDTH = 720  # pixels, a multiple of 16

@@ -1,4 +1,7 @@
-"""What a user edits. Every constant is also a flag of run.sh: NUM_INFERENCE_STEPS -> --num-inference-steps."""
+"""What a user edits. Every constant is also a flag of run.sh: NUM_INFERENCE_STEPS -> --num-inference-steps.
+
+Paths in this file start from its folder, those given as flags from where the command is given.
+"""
 
 # model
 MODEL = "auto"  # "auto", "tiny", or a hub id or folder; auto: REAL_MODEL if a GPU and its weights are here, else tiny
@@ -8,7 +11,7 @@ DTYPE = "bfloat16"  # float32, bfloat16 or float16; the VAE stays in float32
 OFFLOAD = "none"  # none, model (parts wait in host memory), or sequential (layer by layer: slow, smallest)
 
 # what to generate
-PROMPTS = "prompts/examples.txt"  # file with a prompt a line, from this folder; --prompt TEXT replaces it
+PROMPTS = "prompts/examples.txt"  # file with a prompt a line; --prompt TEXT replaces it
 # The official one, used whenever none is given there (an empty one gives other videos): colours too bright,
 # overexposed, static, blurred details, subtitles, deformed limbs, cluttered background, walking backwards, ...
 NEGATIVE_PROMPT = (

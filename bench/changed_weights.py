@@ -3,8 +3,8 @@
     python bench/changed_weights.py --page    only put the table into docs/compatibility.md (part of make figures)
 
 On the embedded FLUX pipeline: PSNR to the uncached result of the same changed weights, with the calibration of the
-base model and with one made for the changed weights. Needs peft and torchao; what is missing is left out and said.
-Writes bench/results/changed_weights.json.
+base model and with one made for the changed weights. Needs peft and torchao; where one is missing, its rows stay as
+they were measured before. Writes bench/results/changed_weights.json.
 """
 
 import argparse
@@ -115,6 +115,12 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 
 
+def measured_before(name: str, otherwise: dict[str, Any]) -> dict[str, Any]:
+    """The row of the last results; `otherwise` where there is none."""
+    kept = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if RESULT.exists() else []
+    return next((row for row in kept if row["weights"] == name), otherwise)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what changed weights cost.")
     parser.add_argument("--page", action="store_true", help="measure nothing: put the table into docs/compatibility.md")
@@ -135,7 +141,8 @@ def main() -> int:
         try:
             change(pipe)
         except ImportError as error:
-            rows.append({"weights": name, "not_measured": str(error)})
+            print(f"{name}: {error}; its row stays as it was", file=sys.stderr)
+            rows.append(measured_before(name, {"weights": name, "not_measured": str(error)}))
             continue
         before = quality(pipe, calibration, prompts)
         after = quality(pipe, calibrated(pipe, chosen.calibration_prompts), prompts)

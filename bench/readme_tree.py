@@ -33,8 +33,15 @@ SAID = {
     "ERTACache4FLUX/figures/": "quality against speed-up, and the schedules",
     "ERTACache4FLUX/prompts/": "to generate (examples), to calibrate on, and to measure on (held out)",
     "ERTACache4FLUX/report.html": "pictures, charts and tables of the last comparison: open it in a browser",
-    "ERTACache4FLUX/strip.png": "uncached, ERTACache and the best rival at its cost, side by side",
+    "ERTACache4FLUX/strip.png": "uncached, ERTACache and the best rival at no lower cost, side by side",
     "ERTACache4FLUX/tiny/": "embedded trained pipeline, and config.py with what it overrides",
+    "docs/calibration-file.md": "fields of a calibration, what is checked and said, how to look into one and share it",
+    "docs/compatibility.md": "what was tried with schedulers, guidance, LoRA, offloading and so on, and what happens",
+    "docs/extending.md": "how to add a model, as a script and as a folder, with an example that runs",
+    "docs/log.md": "dated experiments, the negative ones too",
+    "docs/method.md": "equations and the functions that implement them, the ablation, and when it fails",
+    "docs/speed.md": "seconds, memory, what a reused step and a calibration cost, and how many prompts are enough",
+    "docs/vbench.md": "how to score videos with VBench",
     "bench/results/": "results as JSON, from which every table and figure is made",
     "common/ertacache/data/": "LPIPS' linear layers, and the parts of report.html",
     "common/ertacache/published.json": "the paper's numbers",
@@ -81,7 +88,7 @@ def tree() -> str:
     for folder in ("common/ertacache", "common/ertacache/baselines", "common/tiny_training", "bench"):
         lines += [(f"{folder}/{p.name}", first_line(p)) for p in sorted((ROOT / folder).glob("*.py"))]
     lines += [(name, SAID[name]) for name in SAID if name.startswith(("common/", "bench/", "tests/"))]
-    lines += [(f"docs/{p.name}", first_line(p)) for p in sorted((ROOT / "docs").glob("*.md"))]
+    lines += [(f"docs/{p.name}", said(f"docs/{p.name}")) for p in sorted((ROOT / "docs").glob("*.md"))]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:{width}}  {text}" for name, text in lines)
 

@@ -47,6 +47,8 @@ def prompts(records: Sequence[dict[str, Any]]) -> Figure:
             counts = [row["prompts"] for row in rows]
             axes.errorbar(counts, middle, yerr=[below, above], marker="o", capsize=3, label=label)
     axes.set_xscale("log", base=2)
+    counts = sorted({row["prompts"] for record in records for row in record["rows"]})
+    axes.set_xticks(counts, list(map(str, counts)))  # as numbers of prompts, not as powers of two
     axes.set(xlabel="calibration prompts", ylabel="held-out PSNR (dB)")
     axes.grid(color="#e6e6e6")
     axes.legend(fontsize=7)
@@ -54,7 +56,10 @@ def prompts(records: Sequence[dict[str, Any]]) -> Figure:
 
 
 def few_steps(records: Sequence[dict[str, Any]]) -> Figure:
-    """PSNR to the N-step result over speed-up: ours as measured, solid; K plain steps at their ideal one, dashed."""
+    """PSNR to the N-step result over speed-up: ours as measured, solid; K plain steps at their ideal one, dashed.
+
+    A legend entry for each N, and one for each of the two kinds of line.
+    """
     figure = Figure(figsize=(5.2 * len(records), 3.6), layout="constrained")
     panels = figure.subplots(1, len(records), squeeze=False)[0]
     for axes, record in zip(panels, records, strict=True):
@@ -63,6 +68,8 @@ def few_steps(records: Sequence[dict[str, Any]]) -> Figure:
             colour = f"C{index}"
             axes.plot([r["speedup"] for r in rows], [r["psnr"] for r in rows], "o-", color=colour, label=f"N = {steps}")
             axes.plot([r["ideal_speedup"] for r in rows], [r["fewer_steps_psnr"] for r in rows], "x--", color=colour)
+        axes.plot([], [], "o-", color="black", label="ERTACache, measured")
+        axes.plot([], [], "x--", color="black", label="K plain steps, at the ideal N / K")
         axes.set(xlabel="speed-up", ylabel="PSNR to the N-step result (dB)")
         axes.set_title(record["model"], fontsize=9)
         axes.grid(color="#e6e6e6")

@@ -1,7 +1,7 @@
 """The calibration file: round trip, and one clear error for whatever is wrong with it."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -42,6 +42,13 @@ def test_summary_says_what_a_person_asks(made):
     text = made.summary()
     for part in ("of 8 steps computed", "predicted", "schedule   #", "ToyTransformer", "FlowMatchEuler"):
         assert part in text
+
+
+def test_a_step_has_a_length_only_where_outputs_alone_are_combined(made):
+    assert "step size" in made.summary() and len(made.effective_lengths()) == 8
+    for kind in ({"sample_coefficients": [0.1] * 8}, {"channel_coefficients": [[]] * 8, "channel_axis": -1}):
+        other = replace(made, **kind)
+        assert other.effective_lengths() is None and "step size" not in other.summary()
 
 
 def test_truncated_file_is_one_clear_line(made, tmp_path):

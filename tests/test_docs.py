@@ -1,6 +1,7 @@
 """The pages keep their word: links and files exist, commands parse, examples run, and versions agree."""
 
 import ast
+import builtins
 import importlib
 import json
 import re
@@ -26,7 +27,9 @@ from ertacache.plots import main as plots_main
 from ertacache.schema import MAX_FILE_BYTES
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ERTACache4*/*.md")])
+FOLDERS_OF_PAGES = ("", "docs/", "ERTACache4*/", "common/ertacache/data/")
+PAGES = sorted(page for folder in FOLDERS_OF_PAGES for page in ROOT.glob(f"{folder}*.md"))
+REGISTRIES = ("pypi.org", "pythonhosted.org", "anaconda.org", "npmjs.com")
 FOLDERS = sorted(ROOT.glob("ERTACache4*"))
 FIRST_FOLDER = ROOT / "ERTACache4FLUX"  # which the front page's commands are given in
 
@@ -60,7 +63,8 @@ RUN_BY = {
     ),
 }
 # What no test can run: it needs the network, an account, or a tool of somebody else.
-NOT_RUN = ("hf download ", "hf auth login", "vbench evaluate ", "pre-commit install")
+CHECKOUT = "cd ertacache"  # where `git clone` put it, whatever the folder is called here
+NOT_RUN = ("git clone ", "hf download ", "hf auth login", "vbench evaluate ", "pre-commit install")
 
 
 # -- links and files -------------------------------------------------------------------------------------
@@ -75,6 +79,12 @@ def anchors(page: Path) -> set[str]:
     """The anchors that the hub gives to headings."""
     titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_page_names_the_host_of_a_package_registry(page):
+    text = page.read_text(encoding="utf-8")
+    assert not [host for host in REGISTRIES if host in text]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -126,20 +136,66 @@ def test_functions_named_on_the_methods_page_exist():
         assert hasattr(importlib.import_module(f"ertacache.{module}"), name), f"{module}.{name}"
 
 
+# -- numbers of the tiny pipelines -------------------------------------------------------------------------
+
+
+def training(folder: Path) -> dict:
+    return json.loads((folder / "tiny" / "training.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+def test_how_well_a_tiny_pipeline_follows_its_prompts_is_what_was_measured(folder):
+    report = training(folder)
+    page = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
+    made, rendered = report["adherence"], report["adherence_of_rendered_scenes"]
+    said = f"Of the objects that {report['prompts']} prompts name which it was not trained on, a judge finds "
+    if isinstance(made, float):
+        said += f"{made:.0%} right in shape and colour; of rendered scenes it finds {rendered:.0%}"
+    else:
+        parts = ("first_frame", "motion", "all")
+        first, motion, everything = (f"{made[part]:.0%}" for part in parts)
+        said += f"{first} right in shape and colour in the first frame, {motion} in direction where one is named, and "
+        said += f"{everything} in all of that; of rendered scenes it finds "
+        said += "{:.0f}, {:.0f} and {:.0f} %".format(*(100 * rendered[part] for part in parts))
+    assert said.replace("%", " %").replace("  ", " ") in page
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+def test_settings_on_a_folders_page_are_those_of_its_config(folder):
+    constants = settings.read_constants(folder / "config.py")
+    said = re.findall(r"`([A-Z_]+) = ([^`]+)`", (folder / "README.md").read_text(encoding="utf-8"))
+    assert {"NUM_INFERENCE_STEPS", "GUIDANCE_SCALE", "DTYPE"} <= {name for name, _ in said}
+    for name, value in said:
+        assert ast.literal_eval(value) == constants[name.lower()][0], f"{name} = {value}"
+
+
+def test_the_front_page_says_how_badly_the_video_pipelines_follow_their_prompts():
+    rates = [report["adherence"]["all"] for report in map(training, FOLDERS) if isinstance(report["adherence"], dict)]
+    page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"a judge finds {100 * min(rates):.0f} to {100 * max(rates):.0f} % of the objects named right" in page
+
+
 # -- commands --------------------------------------------------------------------------------------------
 
 
 def commands(page: Path) -> list[tuple[Path, str]]:
-    """Commands of a page's sh blocks and of its running text, without comments, each with the folder it is given in."""
+    """Commands of a page's sh blocks and of its running text, without comments, each with the folder it is given in.
+
+    The front page's blocks follow one another, from outside of the checkout; others start in the page's folder, or at
+    the root.
+    """
+    front = page == ROOT / "README.md"
     start = page.parent if page.parent in FOLDERS else FIRST_FOLDER
+    folder = ROOT.parent
     found = []
     for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
-        folder = start
+        if not front:
+            folder = page.parent if page.parent in FOLDERS else ROOT
         for line in block.replace("\\\n", " ").splitlines():
             for command in re.sub(r"(^|\s+)# .*", "", line).split(" && "):
                 if command.startswith("cd "):
-                    folder = ROOT / command.split()[1]
-                    assert folder.is_dir(), command
+                    folder = ROOT if command == CHECKOUT else folder / command.split()[1]
+                    assert folder.is_dir(), f"{page.name}: {command}"
                 elif command.strip():
                     found.append((folder, " ".join(command.split())))
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
@@ -189,6 +245,7 @@ def test_a_command_that_does_not_exist_is_noticed(command, capsys):
 
 
 def check_script(folder: Path, name: str, argv: list[str]) -> None:
+    assert (folder / name).is_file(), f"{name} is not in {folder.name}"
     if name == "test.sh":
         assert "sh test.sh" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
         assert all((ROOT / word).exists() for word in argv)
@@ -273,6 +330,27 @@ def python_blocks(page: Path) -> list[str]:
 def test_python_in_pages_compiles(page):
     for code in python_blocks(page):
         compile(code, str(page), "exec")
+
+
+# what a page says in words that the reader has
+GIVEN = {
+    "README.md": {"pipe", "prompts", "prompt"},
+    "calibration-file.md": {"pipe", "prompts"},
+    "ERTACache4OpenSora1.2/README.md": {"model", "scheduler", "arguments"},
+}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "extending.md"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_python_in_pages_imports_what_it_uses(page):
+    """docs/extending.md is run as a whole by tests/test_extending.py."""
+    given = GIVEN.get(page.name if page.parent not in FOLDERS else f"{page.parent.name}/{page.name}", set())
+    for code in python_blocks(page):
+        names = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+        bound = {node.id for node in names if isinstance(node.ctx, ast.Store)} | set(dir(builtins))
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                bound |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        assert not {node.id for node in names} - bound - given
 
 
 class Result(tuple):

@@ -1,15 +1,14 @@
-"""Prompt rules, geometry, mask strategies and file names against golden vectors, and their errors."""
+"""Prompt rules, geometry and mask strategies against golden vectors, and their errors."""
 
 import pytest
 import torch
 from PIL import Image
-from tiny_opensora import info_of, load_vector, names_of
+from tiny_opensora import info_of, names_of
 
 # isort: split
 from opensora12 import conditioning, geometry, text
 from opensora12.conditioning import MaskRule
 from opensora12.html_text import text_of
-from opensora12.saving import save_path, to_uint8_frames
 
 
 def cases(kind: str, part: str) -> list:
@@ -231,17 +230,3 @@ def test_what_is_no_reference_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             conditioning.load_reference(reference, 8, 8)
-
-
-# -- saving ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", names_of("to_uint8_frames"))
-def test_frames_are_rounded_as_in_the_original(name):
-    vector = load_vector(name)
-    vector.assert_close(to_uint8_frames(vector.inputs["x"]), "frames")
-
-
-@pytest.mark.parametrize("case", cases("inference_utils", "get_save_path_name"))
-def test_files_are_named_as_in_the_original(case):
-    assert save_path(**case["kwargs"]) == case["out"]

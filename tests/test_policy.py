@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ertacache import policy
 from ertacache.errors import CalibrationError
+from ertacache.threshold import threshold_for, threshold_schedule
 
 
 def cost_of(schedule: list[int], errors: np.ndarray) -> float:
@@ -43,17 +44,17 @@ def test_threshold_schedule_keeps_the_last_computed_residual():
     position = np.array([0.0, 0.4, 0.8, 1.2, 1.3, 1.4])
     distances = np.abs(position[:, None] - position[None, :])
     # from step 0: 0.4 is near, 0.8 is not; from step 2: 0.4, 0.5 near, 0.6 not
-    assert policy.threshold_schedule(distances, 0.55) == [0, 2, 5]
-    assert policy.threshold_schedule(distances, 0.0) == [0, 1, 2, 3, 4, 5]
-    assert policy.threshold_schedule(distances, 10.0) == [0]
+    assert threshold_schedule(distances, 0.55) == [0, 2, 5]
+    assert threshold_schedule(distances, 0.0) == [0, 1, 2, 3, 4, 5]
+    assert threshold_schedule(distances, 10.0) == [0]
 
 
 def test_threshold_for_reaches_the_asked_number():
     position = np.cumsum(np.linspace(1, 0.1, 20))
     distances = np.abs(position[:, None] - position[None, :])
     for count in (1, 5, 10, 20):
-        assert len(policy.threshold_schedule(distances, policy.threshold_for(distances, count))) <= count
-    assert len(policy.threshold_schedule(distances, policy.threshold_for(distances, 10))) in (9, 10)
+        assert len(threshold_schedule(distances, threshold_for(distances, count))) <= count
+    assert len(threshold_schedule(distances, threshold_for(distances, 10))) in (9, 10)
 
 
 def test_uniform_schedule():

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ertacache import rectification
+from ertacache import error_model, rectification
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
@@ -69,12 +69,12 @@ def test_drift_target_puts_the_state_back():
 def test_error_model_recovers_slope_and_intercept():
     reused = noise(3, 1000)
     error = 0.2 * reused + 0.05
-    k, b = rectification.fit_error_model(reused, reused - error)
+    k, b = error_model.fit_error_model(reused, reused - error)
     assert (k / 4, b / 4 + 0.5) == pytest.approx((0.2, 0.05), abs=1e-5)  # sigma(z) ~ z / 4 + 1 / 2
-    assert torch.allclose(rectification.rectify(reused, k, b), reused - error, atol=1e-5)
+    assert torch.allclose(error_model.rectify(reused, k, b), reused - error, atol=1e-5)
 
 
 def test_error_model_of_a_constant_output_has_no_slope():
     reused = torch.full((10,), 2.0)
-    k, b = rectification.fit_error_model(reused, torch.full((10,), 1.5))
+    k, b = error_model.fit_error_model(reused, torch.full((10,), 1.5))
     assert k == 0 and b / 4 + 0.5 == pytest.approx(0.5)

@@ -11,6 +11,7 @@ from browser import Browser, find_chromium
 from made_up import curves, examples, picture, row, rows
 
 from ertacache.chart_data import linear_ticks, quality_series, spread_labels, tick_texts
+from ertacache.plots import plot_schedule
 from ertacache.report import write_report
 
 META = {"title": "Made <up> & unmeasured", "command": "sh reproduce.sh --prompts '<x>'"}
@@ -83,7 +84,7 @@ def test_choices_change_what_is_shown(browser: Browser, tmp_path: Path) -> None:
     browser.open(report(tmp_path))
     picture_of = "cached.style.backgroundImage"
     visible = "[...document.querySelectorAll('figure')].filter(f => !f.hidden).map(f => ({...f.dataset}))"
-    chosen = {"metric": "psnr", "label": "PSNR", "axis": "speedup"}
+    chosen = {"metric": "psnr", "label": "PSNR", "axis": "flops"}
     assert browser.evaluate(visible) == [chosen, {"asked": "14"}]
     first = browser.evaluate(picture_of)
     browser.evaluate("[...methods.children].find(t => t.textContent.includes('teacache')).click()")
@@ -180,3 +181,15 @@ def test_series_hold_the_rows_and_draw_ours_last() -> None:
     assert [value for point in series[-1].points for value in point] == pytest.approx(
         [28 / 14, 62.0, 28 / 11, 58.22, 28 / 9, 55.7]
     )
+
+
+def test_points_are_joined_in_the_order_of_asked_steps() -> None:
+    """Also where fewer steps were timed slower."""
+    timed = [row(asked=asked, speedup=speed, psnr=asked) for asked, speed in ((14, 1.9), (11, 2.5), (9, 2.4))]
+    (series,) = quality_series(timed, "psnr", "speedup")
+    assert series.points == [(1.9, 14), (2.5, 11), (2.4, 9)]
+
+
+def test_a_strip_of_steps_has_no_tick_beyond_the_last() -> None:
+    axes = plot_schedule([row(asked=14), row(asked=9)]).axes[0]
+    assert max(axes.get_xticks()) <= 27 and axes.get_xlim()[1] < 28

@@ -83,6 +83,10 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(pipe, tmp_path, mon
     run(pipe, tmp_path / "b")
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
     assert len(rows(tmp_path / "a")) == 5
+    meta = json.loads((tmp_path / "a" / "results.meta.json").read_text())
+    assert meta["command"].startswith("sh reproduce.sh --model tiny --num-inference-steps 6 ")
+    assert set(meta["predicted"]) == {"4", "3"} and all(value > 10 for value in meta["predicted"].values())
+    assert f"Made by `{meta['command']}`." in (tmp_path / "a" / "table.md").read_text()
 
 
 def test_what_is_not_asked_for_is_not_calibrated(pipe, tmp_path, monkeypatch):
@@ -139,7 +143,7 @@ def test_vbench_layout(pipe, tmp_path):
     run(pipe, tmp_path / "o", "--layout", "vbench", "--computed-steps", "3", "--methods", "ertacache")
     written = {str(p.relative_to(tmp_path / "o" / "vbench")) for p in (tmp_path / "o" / "vbench").rglob("*.*")}
     names = {f"{prompt}-{index}.png" for prompt in PROMPTS for index in (0, 1)}
-    assert written == {f"{method}/{name}" for method in ("none-uncached", "ertacache-k-3-of-3") for name in names}
+    assert written == {f"{method}/{name}" for method in ("none-uncached", "ertacache-k-3") for name in names}
 
 
 def test_a_calibration_prompt_is_not_measured_on(pipe, tmp_path):
@@ -165,3 +169,14 @@ def test_every_part_of_the_ablation_is_a_row_named_as_on_the_page(pipe, tmp_path
     schedules = {row["method"]: row["computed_steps"] for row in made}
     assert schedules["+ our schedule"] == schedules["our schedule, linear extrapolation"] == schedules["ertacache"]
     assert schedules["uniform schedule, residual reuse"] == [0, 2, 4]
+
+
+def test_calibrations_go_where_a_flag_says_from_here(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("a red circle\n")
+    chosen = settings.parse(FOLDER, ["--calibration-folder", "mine", "--calibration-prompts", "mine.txt"], "")
+    assert kept.calibration_prompts(chosen) == ["a red circle"]
+    (tmp_path / "mine").mkdir()
+    name = kept.calibration_name(chosen, model := ModelFolder("FLUX", arguments, save))
+    (tmp_path / "mine" / name).write_text("{}")
+    assert kept.kept_path(chosen, model).resolve() == tmp_path / "mine" / name

@@ -135,6 +135,11 @@ def test_published_rows_are_those_of_the_model_and_labelled() -> None:
     assert "Wan2.1" in table_markdown([row(model="other")], load_published())
 
 
+def test_the_command_that_made_the_rows_is_said_where_it_is_known() -> None:
+    assert "Made by `sh reproduce.sh --seeds 1,2`." in table_markdown([row()], command="sh reproduce.sh --seeds 1,2")
+    assert "Made by" not in table_markdown([row()])
+
+
 def test_text_of_rows_cannot_break_the_table() -> None:
     line = next(x for x in table_markdown([row(model="a|b\n<script>*")]).splitlines() if x.startswith("### "))
     assert line == "### a\\|b &lt;script>\\*: 14 of 28 steps computed"
@@ -174,6 +179,7 @@ def test_figures_know_the_rows_that_they_show(tmp_path: Path) -> None:
     assert plots_main(command) == 0
     assert {p.name for p in out.iterdir()} == {
         "quality-psnr.png",
+        "quality-psnr-time.png",
         "quality-ssim.png",
         "quality-lpips.png",
         "schedule.png",

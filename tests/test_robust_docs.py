@@ -47,3 +47,14 @@ def test_the_numbers_of_the_fuzzing_run_are_those_of_its_result():
 def test_the_table_of_changed_weights_is_that_of_its_result():
     record = json.loads(changed_weights.RESULT.read_text(encoding="utf-8"))
     fill(changed_weights.PAGE, changed_weights.table(record), changed_weights.MARKER, check=True)
+
+
+def test_rows_that_cannot_be_measured_here_stay_as_they_were(monkeypatch, tmp_path):
+    absent = {"weights": "int8 weights", "not_measured": "no torchao"}
+    monkeypatch.setattr(changed_weights, "RESULT", tmp_path / "none.json")
+    assert changed_weights.measured_before("int8 weights", absent) == absent
+    before = {"weights": "int8 weights", "base_psnr": 40.0, "recalibrated_psnr": 41.0}
+    (tmp_path / "some.json").write_text(json.dumps({"rows": [before]}))
+    monkeypatch.setattr(changed_weights, "RESULT", tmp_path / "some.json")
+    assert changed_weights.measured_before("int8 weights", absent) == before
+    assert changed_weights.measured_before("LoRA of 3 %", {"weights": "LoRA of 3 %"}) == {"weights": "LoRA of 3 %"}

@@ -90,3 +90,13 @@ def test_prompts(folder):
     (folder / "empty.txt").write_text("\n\n")
     with pytest.raises(UsageError, match="holds no prompt"):
         settings.prompts_of(parse(folder, "--prompts", str(folder / "empty.txt")))
+
+
+def test_a_path_starts_from_the_folder_in_a_file_and_from_here_as_a_flag(folder, monkeypatch, tmp_path_factory):
+    here = tmp_path_factory.mktemp("here")
+    monkeypatch.chdir(here)
+    (here / "prompts.txt").write_text("three\n")
+    assert parse(folder).path("prompts") == folder / "prompts.txt"
+    assert settings.prompts_of(parse(folder)) == ["one", "two"]
+    assert parse(folder, "--prompts", "prompts.txt").path("prompts").resolve() == here / "prompts.txt"
+    assert settings.prompts_of(parse(folder, "--prompts", "prompts.txt")) == ["three"]

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+from made_up import rows
 
 from ertacache.overview import main as overview_main
+from ertacache.overview import overview_markdown
+from ertacache.table import load_published
 from ertacache.table import main as table_main
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +27,14 @@ def test_table_is_generated_from_the_results(readme, results):
 def test_the_front_page_is_generated_from_the_results():
     results = [str(ROOT / results) for results in TABLES.values()]
     assert overview_main([*results, "--into", str(ROOT / "README.md"), "--check"]) == 0
+
+
+def test_what_was_promised_is_shown_where_a_comparison_kept_it():
+    made, bare = (overview_markdown([rows()], load_published(), [meta]) for meta in ({"predicted": {"14": 61.5}}, {}))
+    assert "| Speed-up | Predicted, dB | PSNR, dB |" in made and "Predicted" not in bare
+    lines = {line.split(" | ")[1]: line for line in made.splitlines() if line.startswith("| tiny FLUX |")}
+    assert " | 61.50 | **62.00** | " in lines["14 of 28"] and " | not kept | " in lines["11 of 28"]
+    assert bare.count("**62.00**") == 1 and "not kept" not in bare
 
 
 def test_a_front_page_that_differs_is_noticed(tmp_path, capsys):

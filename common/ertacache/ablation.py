@@ -13,6 +13,7 @@ from ertacache.paper import fit_paper
 from ertacache.recording import gram_matrix, residual_distances, residuals
 from ertacache.replay import Replay
 from ertacache.runs import Runs
+from ertacache.threshold import threshold_for, threshold_schedule
 
 
 def ablations(runs: Runs, computed_steps: int, searched: list[int], search_budget: int) -> dict[str, Calibration]:
@@ -26,7 +27,7 @@ def ablations(runs: Runs, computed_steps: int, searched: list[int], search_budge
     recorded = runs.recorded
     uniform = policy.uniform_schedule(recorded.num_steps, computed_steps)
     distances = residual_distances(residuals(recorded))
-    threshold = policy.threshold_schedule(distances, policy.threshold_for(distances, computed_steps))
+    threshold = threshold_schedule(distances, threshold_for(distances, computed_steps))
     errors = policy.reuse_errors(gram_matrix(recorded.outputs), np.asarray(recorded.gains))
     dynamic = policy.best_schedule(errors, computed_steps)
     swapped = dynamic

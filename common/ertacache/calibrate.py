@@ -42,19 +42,28 @@ def calibrate(
     Args:
         pipe: a diffusers pipeline with a transformer and a scheduler.
         prompts: calibration prompts. Run i takes prompt i and seed i, the shorter list repeated.
-        search_budget: how many schedules may be tried for real; each costs K steps of all prompts, and with `refine`
-            about 2 K^2 steps of up to 16 prompts.
+        seeds: of the noise of the runs, drawn on the CPU; one for all prompts by default.
+        method: "ertacache", or "paper" for the published one, which alone takes `threshold`.
+        search_budget: how many schedules may be tried for real, 0 for none; 3 are a good beginning. Each costs K steps
+            of all prompts, and with `refine` about 2 K^2 steps of up to 16 prompts. With any, the growth of errors is
+            measured (about 12 N steps) and, without `refine`, what a step may combine is cross-validated.
         refine: prompts, the first ones, for which the coefficients are fitted a second time, end to end; each costs
             about 2 K^2 steps, or twice that. 0 leaves it out.
-        folds: cross-validation folds of the quality prediction; 0 leaves it out.
+        folds: cross-validation folds of the quality prediction; 0 leaves it out, and then nothing is predicted.
         micro_batch: how many samples the transformer sees at a time, which bounds its peak memory.
         memory_limit: bytes of recorded trajectories that may stay in host memory; above it they go to files in the
             system's temporary folder, which are removed afterwards. None for no limit.
+        progress: show a bar, and say before it what the calibration costs.
         model_id: name to keep in the file; the transformer's own by default.
         pipe_kwargs: everything else goes to the pipeline (num_inference_steps, height, width, ...).
 
+    Returns:
+        The calibration, not saved yet. It computes all steps where fewer do not reach `min_psnr`; the published
+        method may compute fewer than asked for, where its threshold reaches no such number.
+
     Raises:
         CalibrationError: the request is not one of the above, or cannot be met.
+        StateError: the pipeline's calls do not form runs that can be followed.
     """
     goal = _checked_goal(method, speedup, computed_steps, min_psnr, threshold)
     runs = make_runs(pipe, prompts, seeds, pipe_kwargs, micro_batch, progress, memory_limit)

@@ -101,26 +101,37 @@ class Calibration:
         """
         return cls.from_dict(read_json(Path(path)), where=str(path))
 
-    def push_to_hub(self, repo_id: str, filename: str, **kwargs: Any) -> str:
-        """Upload the file to a repository of the hub, and return the address of the commit.
-
-        Args:
-            kwargs: token, private, create_pr and endpoint of `hub.push`.
-        """
+    def push_to_hub(
+        self,
+        repo_id: str,
+        filename: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        endpoint: str | None = None,
+    ) -> str:
+        """Upload the file to a repository of the hub, and return the address of the commit; see `hub.push`."""
         from ertacache import hub
 
-        return hub.push(self, repo_id, filename, **kwargs)
+        return hub.push(self, repo_id, filename, token=token, private=private, create_pr=create_pr, endpoint=endpoint)
 
     @classmethod
-    def from_hub(cls, repo_id: str, filename: str, **kwargs: Any) -> "Calibration":
-        """Download and validate a file of a repository of the hub.
-
-        Args:
-            kwargs: revision, token, cache_dir and endpoint of `hub.fetch`.
-        """
+    def from_hub(
+        cls,
+        repo_id: str,
+        filename: str,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        endpoint: str | None = None,
+    ) -> "Calibration":
+        """Download and validate a file of a repository of the hub; see `hub.fetch`."""
         from ertacache import hub
 
-        return cls.load(hub.fetch(repo_id, filename, **kwargs))
+        found = hub.fetch(repo_id, filename, revision=revision, token=token, cache_dir=cache_dir, endpoint=endpoint)
+        return cls.load(found)
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "calibration") -> "Calibration":
@@ -143,12 +154,14 @@ class Calibration:
         computed = set(self.computed_steps)
         return "".join("#" if i in computed else "." for i in range(self.num_inference_steps))
 
-    def effective_lengths(self) -> list[float]:
+    def effective_lengths(self) -> list[float] | None:
         """Per step, how far it goes in units of its original length: the sum of its coefficients.
 
         For our method this is the trajectory-aware timestep adjustment in closed form; for the paper's it is
-        phi.
+        phi. None where the latents or channels take part, since then no single number is the length of a step.
         """
+        if self.sample_coefficients is not None or self.channel_coefficients is not None:
+            return None
         if self.coefficients is not None:
             return [sum(c) for c in self.coefficients]
         return list(self.step_factors or [1.0] * self.num_inference_steps)
@@ -156,13 +169,12 @@ class Calibration:
     def summary(self) -> str:
         """A few lines for a person: schedule, speed-up, predicted quality, provenance."""
         computed, total = len(self.computed_steps), self.num_inference_steps
-        lengths = self.effective_lengths()
         name, kind, dtype = (printable(v) for v in (self.model.get("id") or "?", self.model["class"], self.dtype))
         scheduler, shape = printable(self.scheduler["class"]), printable(self.latent_shape)
         lines = [
             f"{self.method}: {computed} of {total} steps computed ({self.speedup:.2f}x)",
             f"schedule   {self.strip()}  (# computed, . reused)",
-            f"step size  {min(lengths):.2f} to {max(lengths):.2f} of the original (closed-form timestep adjustment)",
+            *self._step_size(),
             f"model      {name} ({kind}, {dtype})",
             f"scheduler  {scheduler}, guidance {self.guidance_scale}, latents {shape}",
         ]
@@ -175,6 +187,14 @@ class Calibration:
                 f"{self.predicted['folds']}-fold cross-validation)",
             )
         return "\n".join(lines)
+
+    def _step_size(self) -> list[str]:
+        lengths = self.effective_lengths()
+        if lengths is None:
+            return []
+        return [
+            f"step size  {min(lengths):.2f} to {max(lengths):.2f} of the original (closed-form timestep adjustment)"
+        ]
 
 
 def calibration_fields(coefficients: Coefficients) -> dict[str, Any]:

@@ -15,12 +15,16 @@ MARKERS = ("circle", "square", "triangle", "diamond", "cross")
 # what can be drawn against speed-up; of videos also the error of the changes from frame to frame
 CHARTED: dict[str, Metric] = {**METRICS, "temporal_error": TEMPORAL_ERROR}
 
-AXES = {"speedup": "Speed-up, measured (×)", "flops": "Speed-up by FLOPs counted (×)"}
+# the first one is shown first: counted FLOPs are the same on every machine, times of a small model on a CPU are not
+AXES = {"flops": "Speed-up by FLOPs counted (×)", "speedup": "Speed-up, measured (×)"}
 
 
 @dataclass(frozen=True)
 class Series:
-    """One method's points, rising in x; `style` numbers rivals for colour and marker, -1 is ours."""
+    """One method's points, from the most asked steps to the fewest; `style` numbers rivals for colour and marker.
+
+    Style -1 is ours.
+    """
 
     method: str
     style: int
@@ -42,17 +46,21 @@ def rival_styles(rows: Sequence[Row]) -> dict[str, int]:
     return {**dict.fromkeys(sorted(ours), -1), **{method: index for index, method in enumerate(rivals)}}
 
 
-def quality_series(rows: Sequence[Row], metric: str, axis: str = "speedup") -> list[Series]:
-    """`metric` (a key of CHARTED) against speed-up, one series a method, ours last so that it is drawn on top."""
+def quality_series(rows: Sequence[Row], metric: str, axis: str = "flops") -> list[Series]:
+    """`metric` (a key of CHARTED) against speed-up, one series a method, ours last so that it is drawn on top.
+
+    Points are joined in the order of asked steps: measured times may turn round where two costs are near.
+    """
     series = []
+    ordered = sorted(rows, key=lambda row: -(row.asked_steps or row.num_inference_steps))
     for method, style in rival_styles(rows).items():
-        points = {
+        points = [
             (row.speedup if axis == "speedup" else 1 / row.compute_fraction, getattr(row, metric))
-            for row in rows
+            for row in ordered
             if row.method == method and row.role in ("ours", "rival") and getattr(row, metric) is not None
-        }
+        ]
         if points:
-            series.append(Series(method, style, sorted(points)))
+            series.append(Series(method, style, list(dict.fromkeys(points))))
     return sorted(series, key=lambda s: s.ours)
 
 

@@ -28,8 +28,13 @@ def push(
     """Upload a calibration as `filename` of the model repository `repo_id`, which is made if need be.
 
     Args:
+        calibration: what is uploaded.
+        repo_id: user/name.
+        filename: a plain path in the repository that ends in .json.
         token: of the hub account; the one of `hf auth login` by default.
-        create_pr: propose it as a pull request, for a repository of somebody else.
+        private: whether a repository that is made is private; None for the account's default.
+        create_pr: propose it as a pull request, for a repository of somebody else, which has to exist.
+        endpoint: address of another hub.
 
     Returns:
         The address of the commit or pull request.
@@ -71,7 +76,12 @@ def fetch(
     """Download `filename` of the model repository `repo_id` into the hub's cache, or find it there.
 
     Args:
+        repo_id: user/name.
+        filename: a plain path in the repository that ends in .json.
         revision: a branch, tag or commit; a commit makes sure that it is the same file every time.
+        token: of the hub account, for a private repository; the one of `hf auth login` by default.
+        cache_dir: folder of the cache; the hub's own by default.
+        endpoint: address of another hub.
 
     Returns:
         The path of the cached file, which is not validated yet.

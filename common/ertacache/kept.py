@@ -23,9 +23,7 @@ def computed_steps(settings: Settings) -> int:
 def obtain_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> tuple[Calibration, Path]:
     """The calibration for the settings: the named file, the kept one, or a new one, which is then kept."""
     if settings.calibration is not None:
-        path = Path(settings.calibration)
-        if not path.is_absolute() and "calibration" not in settings.given:
-            path = settings.folder / path
+        path = settings.path("calibration")
         return _checked(Calibration.load(path), settings, path), path
     path = settings.path("calibration_folder") / calibration_name(settings, model)
     found = kept_path(settings, model)

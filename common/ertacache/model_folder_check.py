@@ -23,14 +23,7 @@ def check_folder(calibration: Calibration, folder: Path) -> list[str]:
         MismatchError: the calibration is for another model or scheduler.
     """
     index = _index(folder)
-    lines = []
-    scheduler = _load(folder, index, "scheduler")
-    if scheduler is None:
-        _compare_name(index["scheduler"], calibration.scheduler["class"], "scheduler")
-        lines.append("scheduler: the same class by name; not a class of diffusers, so its settings are not compared")
-    else:
-        check_scheduler(calibration, scheduler)
-        lines.append(f"scheduler: {type(scheduler).__name__} with the calibrated settings")
+    lines = [_scheduler_line(calibration, folder, index)]
     dtype = getattr(torch, calibration.dtype, None)
     transformer = _load(folder, index, "transformer", dtype=dtype if isinstance(dtype, torch.dtype) else None)
     if transformer is None:
@@ -46,6 +39,20 @@ def check_folder(calibration: Calibration, folder: Path) -> list[str]:
     return (
         [*lines, *(f"warning: {message}" for message in found)] if found else [*lines, "weights: the calibrated ones"]
     )
+
+
+def _scheduler_line(calibration: Calibration, folder: Path, index: dict[str, list[str]]) -> str:
+    """What was compared of the scheduler; raises as `check_folder` does."""
+    import diffusers
+
+    scheduler, wanted = _load(folder, index, "scheduler"), calibration.scheduler["class"]
+    if scheduler is None:
+        _compare_name(index["scheduler"], wanted, "scheduler")
+        return "scheduler: the same class by name; not a class of diffusers, so its settings are not compared"
+    if not hasattr(diffusers, wanted):  # as those of Wan and CogVideoX here, which no saved pipeline names
+        return f"scheduler: {printable(wanted)} is put in by the model's folder; its settings are not compared"
+    check_scheduler(calibration, scheduler)
+    return f"scheduler: {type(scheduler).__name__} with the calibrated settings"
 
 
 def _index(folder: Path) -> dict[str, list[str]]:

@@ -15,10 +15,12 @@ from ertacache.results import METRICS, Row, best_rival, metric_text, read_result
 from ertacache.table import load_published, published_rows
 
 MARKER = "overview"
+PREDICTED = "Predicted, dB"  # a column where a comparison kept what its calibrations promised
 HEADER = [
     "Model that ran",
     "Computed",
     "Speed-up",
+    PREDICTED,
     "PSNR, dB",
     "LPIPS",
     "Best rival at no lower cost",
@@ -28,15 +30,28 @@ HEADER = [
 PAPER_HEADER = ["Model", "Method", "Seconds", "PSNR, dB", "LPIPS"]
 
 
-def overview_markdown(results: Sequence[Sequence[Row]], published: Mapping[str, Any]) -> str:
-    """Two tables: what was measured here, and what the paper published, each labelled as what it is."""
-    measured = [line for rows in results for line in _measured(rows)]
+def overview_markdown(
+    results: Sequence[Sequence[Row]], published: Mapping[str, Any], metas: Sequence[Mapping[str, Any]]
+) -> str:
+    """Two tables: what was measured here, and what the paper published, each labelled as what it is.
+
+    Args:
+        results: rows of one model each.
+        published: what `load_published` returns.
+        metas: what lies beside each of the results; `predicted` is the PSNR in dB by asked number of computed steps.
+    """
+    predictions = [meta.get("predicted") or {} for meta in metas]
+    measured = [line for rows, known in zip(results, predictions, strict=True) for line in _measured(rows, known)]
+    header = HEADER
+    if not any(predictions):
+        column = HEADER.index(PREDICTED)
+        header, *measured = [line[:column] + line[column + 1 :] for line in (HEADER, *measured)]
     devices = sorted({row.device for rows in results for row in rows})
     pairs = sorted({row.n for rows in results for row in rows if row.role == "ours"})
     parts = [
         f"Measured here, on the embedded tiny pipelines, on {', '.join(devices)}; {' or '.join(map(str, pairs))} pairs "
         "of held-out prompt and seed, against the uncached result of the same seed:",
-        grid(HEADER, measured, left=2),
+        grid(header, measured, left=2),
         f"Published ({published['source']}), on the real models on {published['hardware']}; the table above is not "
         "comparable with it:",
         grid(PAPER_HEADER, [line for rows in results for line in _paper(rows, published)], left=2),
@@ -44,7 +59,7 @@ def overview_markdown(results: Sequence[Sequence[Row]], published: Mapping[str, 
     return "\n\n".join(parts)
 
 
-def _measured(rows: Sequence[Row]) -> list[list[str]]:
+def _measured(rows: Sequence[Row], predicted: Mapping[str, float]) -> list[list[str]]:
     lines = []
     for steps in sorted({row.asked_steps for row in rows if row.asked_steps}, reverse=True):
         section = [row for row in rows if row.asked_steps == steps]
@@ -52,6 +67,8 @@ def _measured(rows: Sequence[Row]) -> list[list[str]]:
         if ours is None:
             continue
         cells = [ours.model, f"{steps} of {ours.num_inference_steps}", f"{ours.speedup:.2f}x"]
+        promised = predicted.get(str(steps))
+        cells.append("not kept" if promised is None else METRICS["psnr"].show(promised))
         cells += [f"**{metric_text(ours, 'psnr')}**", f"**{metric_text(ours, 'lpips')}**"]
         cells += [rival.method, metric_text(rival, "psnr"), metric_text(rival, "lpips")] if rival else ["none", "", ""]
         lines.append(cells)
@@ -81,7 +98,8 @@ def _main(arguments: Sequence[str] | None) -> None:
     parser.add_argument("--into", type=Path, metavar="README.md", required=True, help="file with the two markers")
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if the file would change")
     options = parser.parse_args(arguments)
-    content = overview_markdown([read_results(path)[0] for path in options.results], load_published())
+    results, metas = zip(*map(read_results, options.results), strict=True)
+    content = overview_markdown(results, load_published(), metas)
     fill(options.into, content, MARKER, options.check)
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ertacache.policy import threshold_for, threshold_schedule
+from ertacache.error_model import fit_error_model
 from ertacache.recording import Recorder, residual_distances, residuals
-from ertacache.rectification import fit_error_model
 from ertacache.solver import END_TIMESTEP
+from ertacache.threshold import threshold_for, threshold_schedule
 from ertacache.timesteps import adjust_timesteps, adjustment_factor
 
 

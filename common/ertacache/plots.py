@@ -1,6 +1,7 @@
 """Figures of the READMEs, made with matplotlib from the rows of results.json.
 
-    python -m ertacache.plots RESULTS.json --out FOLDER          quality-psnr.png, -ssim, -lpips and schedule.png
+    python -m ertacache.plots RESULTS.json --out FOLDER          quality-psnr.png, -ssim, -lpips by counted FLOPs,
+                                                                 quality-psnr-time.png and schedule.png
     python -m ertacache.plots RESULTS.json --out FOLDER --check  exit code 1 when the figures show other rows
 
 Each PNG carries a hash of the rows it shows, so --check does not depend on how a machine renders text.
@@ -9,8 +10,9 @@ Each PNG carries a hash of the rows it shows, so --check does not depend on how 
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -25,6 +27,7 @@ from ertacache.chart_data import (
     OUR_COLOUR,
     RIVAL_COLOURS,
     Series,
+    linear_ticks,
     quality_series,
     rival_styles,
     spread_labels,
@@ -52,12 +55,12 @@ _STYLE = {
 _DATA_KEY = "ertacache-rows-sha256"
 
 
-def plot_quality(rows: Sequence[Row], metric: str = "psnr") -> Figure:
-    """`metric` (psnr, ssim or lpips) of all methods against measured speed-up.
+def plot_quality(rows: Sequence[Row], metric: str = "psnr", axis: str = "flops") -> Figure:
+    """`metric` (psnr, ssim or lpips) of all methods against speed-up, `axis` being a key of AXES.
 
     Raises ValueError when no row has that metric.
     """
-    series = quality_series(rows, metric)
+    series = quality_series(rows, metric, axis)
     if not series:
         raise ValueError(f"no row has a value of {metric}")
     with rc_context(_STYLE):
@@ -67,13 +70,13 @@ def plot_quality(rows: Sequence[Row], metric: str = "psnr") -> Figure:
             x, y = zip(*one.points, strict=True)
             colour = _colour(one.style)
             width, size, alpha = (2.8, 8, 1.0) if one.ours else (1.2, 5.5, 0.85)
-            marker = "o" if one.ours else _SHAPES[MARKERS[one.style % len(MARKERS)]]
+            marker = _marker(one)
             axes.plot(x, y, color=colour, lw=width, marker=marker, ms=size, alpha=alpha, zorder=3 if one.ours else 2)
         facts = METRICS[metric]
         if not facts.higher_is_better:
             axes.invert_yaxis()
         unit = f" ({facts.unit})" if facts.unit else ""
-        axes.set(xlabel=AXES["speedup"], ylabel=f"{facts.label}{unit} {facts.arrow}")
+        axes.set(xlabel=AXES[axis], ylabel=f"{facts.label}{unit} {facts.arrow}")
         axes.set_title(f"{facts.label} against speed-up: up and to the right is better")
         _label_ends(axes, series)
     return figure
@@ -94,7 +97,9 @@ def plot_schedule(rows: Sequence[Row]) -> Figure:
                 face = colour if step in computed else "#ececec"
                 axes.barh(line, 0.88, left=step - 0.44, height=0.72, color=face, lw=0)
         axes.set_yticks(range(len(shown)), [f"{row.method}, {len(computed)}" for row, computed in shown])
-        axes.set(xlabel="Step", ylim=(len(shown) - 0.4, -0.6))
+        last = max(row.num_inference_steps for row, _ in shown) - 1
+        axes.set(xlabel="Step", xlim=(-0.6, last + 0.6), ylim=(len(shown) - 0.4, -0.6))
+        axes.set_xticks(linear_ticks(0, last, 7))
         axes.set_title("Computed steps (filled) and reused ones (light)")
         axes.spines[:].set_visible(False)
         axes.tick_params(left=False)
@@ -110,8 +115,15 @@ def _colour(style: int) -> str:
     return OUR_COLOUR if style < 0 else RIVAL_COLOURS[style % len(RIVAL_COLOURS)]
 
 
+def _marker(series: Series) -> str:
+    return "o" if series.ours else _SHAPES[MARKERS[series.style % len(MARKERS)]]
+
+
 def _label_ends(axes: Axes, series: Sequence[Series]) -> None:
-    """Names at the right border, beside the last points, in place of a legend."""
+    """Names at the right border, beside the last points, in place of a legend; each with its marker.
+
+    There are more methods than colours, so a name has to show its marker too.
+    """
     axes.get_figure(root=True).draw_without_rendering()  # settles the layout, on which the places in pixels depend
     box, dots_a_point = axes.get_window_extent(), axes.figure.dpi / 72
     ends = [axes.transData.transform(one.points[-1]) for one in series]
@@ -124,12 +136,22 @@ def _label_ends(axes: Axes, series: Sequence[Series]) -> None:
             "alpha": 0.45,
             "shrinkA": 3,
             "shrinkB": 6,
-            "relpos": (0, 0.5),
+            "relpos": (-0.12, 0.5),
         }
+        height = (place - box.y0) / box.height
+        axes.plot(
+            [1.03],
+            [height],
+            transform=axes.transAxes,
+            color=_colour(one.style),
+            marker=_marker(one),
+            ms=5.5,
+            clip_on=False,
+        )
         axes.annotate(
             one.method,
             one.points[-1],
-            xytext=(1.02, (place - box.y0) / box.height),
+            xytext=(1.05, height),
             textcoords="axes fraction",
             va="center",
             color=_colour(one.style),
@@ -157,7 +179,7 @@ def _main(arguments: Sequence[str] | None) -> None:
     options = parser.parse_args(arguments)
     rows, _ = read_results(options.results)
     digest = rows_hash(rows)
-    for name in [f"quality-{m}" for m in METRICS if quality_series(rows, m)] + ["schedule"]:
+    for name, draw in _figures(rows).items():
         path = options.out / f"{name}.png"
         if options.check:
             with Image.open(path) as picture:
@@ -165,9 +187,18 @@ def _main(arguments: Sequence[str] | None) -> None:
                     raise ResultsError(f"{path} shows other rows than {options.results}: run make figures")
             continue
         options.out.mkdir(parents=True, exist_ok=True)
-        ours = [row for row in rows if row.role == "ours"]
-        figure = plot_schedule(ours) if name == "schedule" else plot_quality(rows, name.removeprefix("quality-"))
-        save_figure(figure, path, digest)
+        save_figure(draw(), path, digest)
+
+
+def _figures(rows: Sequence[Row]) -> dict[str, Callable[[], Figure]]:
+    """Name -> what draws it."""
+    figures: dict[str, Callable[[], Figure]] = {
+        f"quality-{metric}": partial(plot_quality, rows, metric) for metric in METRICS if quality_series(rows, metric)
+    }
+    if "quality-psnr" in figures:
+        figures["quality-psnr-time"] = partial(plot_quality, rows, "psnr", "speedup")
+    figures["schedule"] = partial(plot_schedule, [row for row in rows if row.role == "ours"])
+    return figures
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Closed-form rectification: on-policy combinations of cached outputs, and the paper's error model.
+"""Closed-form rectification: on-policy combinations of cached outputs.
 
-Ours: at every step the scheduler gets a combination of the last computed outputs, whose scalar coefficients
-solve a small least-squares problem towards the output that puts the state back on the reference; prompts weigh
-in it by how well they do, since quality is counted in decibels.
-Paper: the additive error of a reused output is modelled as sigma(K o + B), linearised, and subtracted.
+At every step the scheduler gets sum_j (a_j o_j + M_j^T o_j) + b x: a combination of the last computed outputs o_j,
+newest first, and of the latents x that the step starts from. The a_j are numbers that all channels share and solve a
+small least-squares problem towards the output that puts the state back on the reference; prompts weigh in it by how
+well they do, since quality is counted in decibels. The matrices M_j of channels (channels.py) and the b of the
+latents (refinement.py) are left out where they would not serve prompts that were not fitted to.
 """
 
 from collections.abc import Sequence
@@ -152,23 +153,3 @@ def fit_rectification(columns: Sequence[Tensor], target: Tensor, ridge: float = 
         errors = np.maximum(squares - 2 * vectors @ a + np.einsum("i,pij,j->p", a, matrices, a), 0)
         weights = prompt_weights(errors)
     return fitted
-
-
-def fit_error_model(reused: Tensor, output: Tensor) -> tuple[float, float]:
-    """K and B of the paper's error model e = sigma(K o~ + B), linearised: sigma(z) ~ z / 4 + 1 / 2.
-
-    The error e = o~ - o of the reused output o~ then has slope K / 4 and intercept B / 4 + 1 / 2 in o~, both
-    found by ordinary least squares (arXiv 2508.21091, closed-form rectification).
-    """
-    x, error = reused.double().flatten(), (reused.double() - output.double()).flatten()
-    centred = x - x.mean()
-    variance = centred.square().mean()
-    slope = float((centred * error).mean() / variance) if variance > 0 else 0.0
-    intercept = float(error.mean()) - slope * float(x.mean())
-    return 4 * slope, 4 * (intercept - 0.5)
-
-
-def rectify(reused: Tensor, k: float, b: float) -> Tensor:
-    """o~ - (z / 4 + 1 / 2) with z = K o~ + B: the reused output less its modelled error, in its own dtype."""
-    as_float = reused.float()
-    return (as_float - ((k * as_float + b) / 4 + 0.5)).to(reused.dtype)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ertacache import provenance, solver
 from ertacache.calibration import Calibration
+from ertacache.error_model import rectify
 from ertacache.errors import MismatchError, MismatchWarning
 from ertacache.history import OutputHistory
-from ertacache.rectification import combine, rectify
+from ertacache.rectification import combine
 from ertacache.schema import printable, shown
 from ertacache.solver import StepCall
 from ertacache.timesteps import timesteps_on

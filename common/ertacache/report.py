@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ertacache.chart_data import CHARTED, curve_at, rival_styles
+from ertacache.chart_data import AXES, CHARTED, curve_at, rival_styles
 from ertacache.files import write_atomically
 from ertacache.report_svg import error_svg, quality_svg, schedule_svg
 from ertacache.results import METRICS, Curve, Row
@@ -174,11 +174,11 @@ def _charts(rows: Sequence[Row]) -> str:
     figures = []
     measured = [m for m in CHARTED if m in METRICS or any(getattr(row, m) is not None for row in rows)]
     for metric, facts in ((m, CHARTED[m]) for m in measured):
-        for axis in ("speedup", "flops"):
+        for axis in AXES:
             wide, narrow = (quality_svg(rows, metric, axis, width) for width in (_WIDE, _NARROW))
             empty = f'<p class="quiet">{facts.label} was not measured.</p>'
             body = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>' if wide else empty
-            hidden = "" if (metric, axis) == ("psnr", "speedup") else " hidden"
+            hidden = "" if (metric, axis) == ("psnr", next(iter(AXES))) else " hidden"
             names = f'data-metric="{metric}" data-label="{facts.label}" data-axis="{axis}"'
             figures.append(f"<figure {names}{hidden}>{body}</figure>")
     return "".join(figures)

@@ -31,8 +31,8 @@ class _Frame:
 
     def __init__(self, width: int, height: int, title: str, labels: Sequence[str]):
         self.width, self.height, self.title = width, height, title
-        # the names stand right of the area: as much room as the longest one needs, 6.6 px a letter
-        gutter = 26 + 6.6 * max(map(len, labels), default=0)
+        # the names stand right of the area: as much room as the longest one needs, 6.6 px a letter, and its marker
+        gutter = 38 + 6.6 * max(map(len, labels), default=0)
         self.x0, self.x1 = _LEFT, width - min(gutter, width * 0.42)
         self.y0, self.y1 = _TOP, height - _BOTTOM
         self.parts: list[str] = []
@@ -67,19 +67,24 @@ class _Frame:
         turn = f'text-anchor="middle" transform="rotate(-90 12 {middle:.1f})"'
         self.text(12, middle, y_label, "axis", turn)
 
-    def name(self, text: str, y: float) -> str:
-        """A method's name right of the area as SVG text, cut to the room that is there."""
-        room = int((self.width - self.x1 - 13) / 6.6)
+    def name(self, text: str, y: float, after: float = 13) -> str:
+        """A method's name as SVG text, `after` pixels right of the area, cut to the room that is there."""
+        room = int((self.width - self.x1 - after) / 6.6)
         shown = text if len(text) <= room else text[: room - 1] + "\N{HORIZONTAL ELLIPSIS}"
-        return f'<text class="name" x="{self.x1 + 13:.1f}" y="{y:.1f}">{escape(shown)}</text>'
+        return f'<text class="name" x="{self.x1 + after:.1f}" y="{y:.1f}">{escape(shown)}</text>'
 
-    def names(self, ends: Sequence[tuple[Series, float, float]]) -> dict[str, str]:
-        """For each series its name right of the area with a leader from its last point, as SVG text."""
+    def names(self, ends: Sequence[tuple[Series, float, float]], markers: bool = False) -> dict[str, str]:
+        """For each series its name right of the area with a leader from its last point, as SVG text.
+
+        With `markers` a name shows its marker too, since there are more methods than colours.
+        """
         places = spread_labels([y for _, _, y in ends], _LABEL_GAP, self.y0 + 4, self.y1 - 2)
         found = {}
         for (series, x, y), place in zip(ends, places, strict=True):
             leader = f'<path class="leader" d="M{x + 5:.1f} {y:.1f}L{self.x1 + 4:.1f} {place:.1f}h6"/>'
-            found[series.method] = leader + self.name(series.method, place + 4)
+            if markers:
+                leader += f'<path class="dot" d="{_marker(series, self.x1 + 17, place)}"/>'
+            found[series.method] = leader + self.name(series.method, place + 4, 27 if markers else 13)
         return found
 
     def svg(self) -> str:
@@ -106,7 +111,7 @@ def quality_svg(rows: Sequence[Row], metric: str, axis: str, width: int, height:
         f"{facts.label}{' in ' + facts.unit if facts.unit else ''}, up is better",
     )
     drawn = [[(to_x(x), to_y(y)) for x, y in one.points] for one in series]
-    names = frame.names([(one, *points[-1]) for one, points in zip(series, drawn, strict=True)])
+    names = frame.names([(one, *points[-1]) for one, points in zip(series, drawn, strict=True)], markers=True)
     for one, points in zip(series, drawn, strict=True):
         frame.parts.append(f'<g class="series {_class(one.style)}">')
         frame.line(points, "line")

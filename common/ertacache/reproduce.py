@@ -4,6 +4,8 @@ Ours and the rivals are calibrated and tuned on the calibration prompts, and mea
 """
 
 import argparse
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ def main(folder: Path, load: Callable[[Settings], Any], model: ModelFolder, argv
     chosen = settings.parse(folder, argv, "Compare ERTACache with its rivals on this model.", extra=FLAGS)
     counts, chosen.computed_steps = chosen.computed_steps, None
     chosen.method = "none"  # the study sets methods and costs itself
+    chosen.command = shlex.join(["sh", "reproduce.sh", *(sys.argv[1:] if argv is None else argv)])
     rivals = _rivals(chosen.methods, model)
     path = Path(chosen.prompts) if chosen.prompts else folder / "prompts" / "held_out.txt"
     prompts = settings.read_prompts(path)[: chosen.num_prompts]

@@ -38,8 +38,9 @@ class Settings(argparse.Namespace):
         return None if limit is None else int(limit * 2**30)
 
     def path(self, name: str) -> Path:
-        """A path of the configuration, relative to the model folder."""
-        return self.folder / getattr(self, name)
+        """A path relative to the model folder where a config file says it, to where the command is given as a flag."""
+        path = Path(getattr(self, name))
+        return path if name in getattr(self, "given", ()) else self.folder / path
 
 
 def read_constants(path: Path) -> dict[str, tuple[Any, tuple[type, ...]]]:
@@ -177,11 +178,10 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def prompts_of(settings: Settings) -> list[str]:
-    """The prompts to generate. A file given as a flag is relative to where the command is given."""
+    """The prompts to generate."""
     if settings.prompt:
         empty = [p for p in settings.prompt if not p.strip()]
         if empty:
             raise UsageError("--prompt is empty")
         return settings.prompt
-    path = Path(settings.prompts)
-    return read_prompts(path if "prompts" in settings.given else settings.folder / path)
+    return read_prompts(settings.path("prompts"))

@@ -133,7 +133,7 @@ class Study:
             method,
             role,
             count,
-            f"K={reached} of {count}",
+            f"K={reached}" if reached == count else f"K={reached}, asked {count}",
             lambda: ertacache.apply(self.pipe, calibration),
             static=True,
             computed_steps=calibration.computed_steps,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ertacache import processes, provenance
+from ertacache.calibration import Calibration
 from ertacache.comparison import Comparison, Contender
 from ertacache.files import write_atomically
 from ertacache.metrics import worst_decile
@@ -62,29 +63,42 @@ def write_outcome(
         return
     meta = {
         "title": f"ERTACache and its rivals on {rows[0].model}",
+        "command": study.chosen.command,
         "date": date.today().isoformat(),
         "prompts": f"{len(study.prompts)} held-out prompts, seeds {', '.join(map(str, study.chosen.seeds))}",
         "calibration": f"{len(study.calibration_prompts)} other prompts{_efforts(study, rows)}",
+        "predicted": _predictions(study, rows),
         "settings": {k: v for k, v in study.arguments.items() if isinstance(v, (int, float, str))}
         | ({"variant": study.model.variant(study.chosen)} if study.model.variant else {}),
         "not applicable": study.not_applicable,
     }
     write_results(study.out / "results.json", rows, meta)
-    write_atomically(study.out / "table.md", table_markdown(rows))
+    write_atomically(study.out / "table.md", table_markdown(rows, command=meta["command"]))
     examples = [example for c in [reference, *shown] for example in _examples(c, comparison)]
     write_report(study.out / "report.html", rows, examples, curves, meta)
     print(f"results.json, table.md and report.html are in {study.out}")
 
 
+def _ours(study: "Study", rows: list[Row]) -> dict[int, Calibration]:
+    """Our calibration at each asked number of computed steps where it was compared."""
+    counts = [row.asked_steps for row in rows if row.role == "ours" and row.asked_steps is not None]
+    return {count: study.calibration("ertacache", count) for count in counts}
+
+
 def _efforts(study: "Study", rows: list[Row]) -> str:
     """What went into ours at each cost where they are compared, as their files say; older files do not."""
-    counts = [row.asked_steps for row in rows if row.role == "ours" and row.asked_steps is not None]
-    made = {count: study.calibration("ertacache", count).settings for count in counts}
+    made = {count: calibration.settings for count, calibration in _ours(study, rows).items()}
     return "".join(
         f"; K = {count}: {effort.get('search_budget', 0)} schedules tried, refined on {effort.get('refine', 0)} prompts"
         for count, effort in made.items()
         if "search_budget" in effort
     )
+
+
+def _predictions(study: "Study", rows: list[Row]) -> dict[str, float]:
+    """The PSNR in dB that ours promised at each asked number of computed steps, before it was measured."""
+    made = _ours(study, rows).items()
+    return {str(count): calibration.predicted["psnr"] for count, calibration in made if calibration.predicted}
 
 
 def _curves(contenders: list[Contender], comparison: Comparison) -> dict[str, list[Curve]]:

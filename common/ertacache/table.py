@@ -63,9 +63,14 @@ def all_tables(rows: Sequence[Row], published: Mapping[str, Any] | None) -> list
     return tables
 
 
-def table_markdown(rows: Sequence[Row], published: Mapping[str, Any] | None = None) -> str:
-    """table.md of `rows`; `published` is what `load_published` returns, None leaves the paper's rows out."""
-    parts = [_ran_on(rows)] if rows else ["No results."]
+def table_markdown(rows: Sequence[Row], published: Mapping[str, Any] | None = None, command: str | None = None) -> str:
+    """table.md of `rows`.
+
+    Args:
+        published: what `load_published` returns; None leaves the paper's rows out.
+        command: what made the rows, where that is known.
+    """
+    parts = [_ran_on(rows, command)] if rows else ["No results."]
     for table in all_tables(rows, published):
         lines = [
             ["**" + cell + "**" if index in table.ours else cell for cell in map(_escape, line)]
@@ -190,7 +195,7 @@ def _seconds(row: Row) -> str:
     return f"{row.denoise_seconds:.3g}" if row.denoise_seconds < 100 else f"{row.denoise_seconds:.0f}"
 
 
-def _ran_on(rows: Sequence[Row]) -> str:
+def _ran_on(rows: Sequence[Row], command: str | None) -> str:
     runs = dict.fromkeys(
         f"{r.model} ({r.dtype}) on {r.device}, {r.num_inference_steps} steps, {r.n} prompt and seed pairs"
         for r in rows
@@ -198,7 +203,8 @@ def _ran_on(rows: Sequence[Row]) -> str:
     )
     text = "Measured against the uncached output of the same prompt and seed. Cost: fraction of the uncached run's "
     text += "transformer FLOPs. Seconds: denoising loop per prompt. p10: worst decile."
-    return "\n\n".join([*map(_escape, runs), text])
+    made_by = [f"Made by `{' '.join(command.replace('`', '').split())}`."] if command else []
+    return "\n\n".join([*map(_escape, runs), text, *made_by])
 
 
 def _escape(text: str) -> str:
@@ -222,7 +228,8 @@ def _main(arguments: Sequence[str] | None) -> None:
     options = parser.parse_args(arguments)
     if options.check and options.into is None:
         parser.error("--check needs --into")
-    markdown = table_markdown(read_results(options.results)[0], load_published())
+    rows, meta = read_results(options.results)
+    markdown = table_markdown(rows, load_published(), meta.get("command"))
     if options.into is None:
         print(markdown, end="")
     else:

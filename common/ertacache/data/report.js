@@ -8,7 +8,7 @@ const choices = {
     .map((k) => [k, `${k} steps computed`]),
   view: [["slider", "Slider"], ["4", "Difference ×4"], ["32", "×32"]],  // a number is the gain of the difference
   metric: [...document.querySelectorAll("figure[data-metric][data-axis=speedup]")].map((f) => [f.dataset.metric, f.dataset.label]),
-  axis: [["speedup", "Measured"], ["flops", "FLOPs counted"]],
+  axis: [["flops", "FLOPs counted"], ["speedup", "Measured"]],
 };
 const state = { pair: 0, method: null, frame: 0, split: 50, playing: 0 };
 for (const [name, options] of Object.entries(choices)) state[name] = options.length ? options[0][0] : null;
