@@ -45,8 +45,8 @@ def calibrate(
         seeds: of the noise of the runs, drawn on the CPU; one for all prompts by default.
         method: "ertacache", or "paper" for the published one, which alone takes `threshold`.
         search_budget: how many schedules may be tried for real, 0 for none; 3 are a good beginning. Each costs K steps
-            of all prompts, and with `refine` about 2 K^2 steps of up to 16 prompts. With any, the growth of errors is
-            measured (about 12 N steps) and, without `refine`, what a step may combine is cross-validated.
+            of all prompts. With any, the growth of errors is measured (about 12 N steps) and what a step may combine is
+            cross-validated, with `refine` for refined coefficients too.
         refine: prompts, the first ones, for which the coefficients are fitted a second time, end to end; each costs
             about 2 K^2 steps, or twice that. 0 leaves it out.
         folds: cross-validation folds of the quality prediction; 0 leaves it out, and then nothing is predicted.
