@@ -28,11 +28,15 @@ def available() -> list[str]:
     return [name for name, folder in FOLDERS.items() if (folder / "tiny" / "model_index.json").exists()]
 
 
+def tiny_module(name: str) -> ModuleType:
+    """The folder's generate.py."""
+    with _imports_from(FOLDERS[name]):
+        return importlib.import_module("generate")
+
+
 def tiny_pipeline(name: str, *flags: str) -> tuple[Any, Any, ModuleType]:
     """The pipeline, its settings and the folder's generate.py; `flags` are those of the folder's run.sh."""
-    folder = FOLDERS[name]
-    with _imports_from(folder):
-        module = importlib.import_module("generate")
+    folder, module = FOLDERS[name], tiny_module(name)
     chosen = settings.parse(folder, ["--model", "tiny", *flags], "")
     chosen.compare = False
     pipe = module.load(chosen)
