@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,27 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Device, threads, dtype and versions: what a time depends on beside the settings."""
+    """Device, threads, dtype, versions and commit: what a time depends on beside the settings."""
     return {
+        "commit": commit(),
         "device": device_name(device),
         "device_kind": device.type,
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "versions": {**provenance.package_versions(), "python": platform.python_version()},
     }
+
+
+def commit(folder: Path = ROOT) -> str:
+    """The short name of the commit that runs, with a "+" where its Python files were changed; "unknown" without git."""
+    try:
+        name, changed = (
+            subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "*.py"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{name}+" if changed else name
 
 
 def device_name(device: torch.device) -> str:

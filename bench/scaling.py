@@ -4,7 +4,8 @@
     python bench/scaling.py --steps 10 20 --factors 1 2
 
 Runs on a pipeline whose transformer is a formula, so that what is timed is the calibration itself: recording, Gram
-matrix, dynamic programming, fitting. The transformer's share is (N + (1 + F) K) P evaluations on top.
+matrix, the search for the schedule that `calibrate` makes, fitting. The transformer's share is (N + (1 + F) K) P
+evaluations on top.
 Writes bench/results/scaling.json; `growth` are exponents: time grows as the varied number to that power.
 """
 
@@ -21,8 +22,8 @@ import torch
 from closed_form import ClosedFormPipeline
 from record import RESULTS, machine, write
 
-from ertacache import policy
-from ertacache.fitting import Fitter
+from ertacache.fitting import SAFE_FORM, Fitter
+from ertacache.paths import path_schedule
 from ertacache.recording import gram_matrix
 from ertacache.runs import Runs, quiet, recorded_runs
 
@@ -49,8 +50,10 @@ def stages(num_steps: int, prompts: int, frames: int, side: int) -> dict[str, fl
         found["record"].append(seconds)
         seconds, gram = _timed(lambda runs=runs: gram_matrix(runs.recorded.outputs))
         found["gram"].append(seconds)
-        errors = policy.reuse_errors(gram, np.asarray(runs.recorded.gains))
-        seconds, schedule = _timed(lambda errors=errors: policy.best_schedule(errors, max(1, num_steps // 2)))
+        gains = np.asarray(runs.recorded.gains)
+        seconds, schedule = _timed(
+            lambda gram=gram, gains=gains: path_schedule(gram, gains, max(1, num_steps // 2), SAFE_FORM.outputs)
+        )
         found["policy"].append(seconds)
         found["fit"].append(_timed(lambda runs=runs, schedule=schedule: _fit(runs, schedule))[0])
     return {stage: min(values) for stage, values in found.items()}

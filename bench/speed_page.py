@@ -28,7 +28,8 @@ def ran_on(record: Record) -> str:
     clock = ", processor time" if record.get("clock") == "processor" else ""
     threads = f", {count}{clock}" if record["device_kind"] == "cpu" else ""
     libraries = f"torch {versions['torch']}, diffusers {versions['diffusers']}"
-    return f"{record['model']}: {record['device']}{threads}, {record['dtype']}, {libraries}"
+    code = f", commit {record['commit']}" if "commit" in record else ""
+    return f"{record['model']}: {record['device']}{threads}, {record['dtype']}, {libraries}{code}"
 
 
 def size_of(record: Record) -> str:

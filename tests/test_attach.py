@@ -1,5 +1,6 @@
 """The run state: exactness, reuse errors known by hand, interruptions, mismatches, removal."""
 
+import inspect
 import warnings
 from dataclasses import replace
 
@@ -82,6 +83,16 @@ def test_guidance_at_the_scheduler_equals_guidance_of_reused_branches():
     plain = run(single)
     with ertacache.apply(single, plain_reuse(single, [0, 4])):
         assert torch.allclose(guided, scale * (run(single) - plain), atol=1e-5)
+
+
+def test_a_step_looks_at_no_signature(monkeypatch):
+    """Binding one takes longer than the rest of a reused step."""
+    pipe = ToyPipeline(curved)
+    with ertacache.apply(pipe, plain_reuse(pipe, [0, 4])):
+        expected = run(pipe)
+        monkeypatch.setattr(inspect, "signature", None)
+        monkeypatch.setattr(inspect.Signature, "bind", None)
+        assert torch.equal(run(pipe), expected)
 
 
 def test_interrupted_run_leaves_nothing_behind():

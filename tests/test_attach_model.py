@@ -222,7 +222,71 @@ def test_what_the_loop_writes_into_its_output_stays_its_own(model, calibration):
         first = model(latents, times[:1], text, 8)[0]
         kept = first.clone()
         first.zero_()
-        assert torch.equal(model(latents, times[1:2], text, 8)[0], kept)
+        second = model(latents, times[1:2], text, 8)[0]
+        assert torch.equal(second, kept)
+        second.zero_()
+        assert torch.equal(model(latents, times[2:3], text, 8)[0], kept)
+
+
+class Static(WanModel):
+    """Writes its outputs into the same memory at every call, as a model replayed from a CUDA graph does."""
+
+    def forward(self, x, t, context, seq_len):
+        made = super().forward(x, t, context, seq_len)
+        self.__dict__.setdefault("buffer", torch.empty_like(made[0])).copy_(made[0])
+        return [self.buffer]
+
+
+def test_outputs_that_are_written_over_give_the_same(calibration, expected):
+    model = Static()
+
+    @torch.no_grad()
+    def generate() -> Tensor:
+        scheduler, latents, texts = scheduler_of(), noise_of(7), [[text_of("x")], [text_of("")]]
+        for t in scheduler.timesteps:
+            cond, uncond = (model([latents], torch.stack([t]), text, 8)[0].clone() for text in texts)
+            guided = uncond + GUIDANCE * (cond - uncond)
+            latents = scheduler.step(guided[None], t, latents[None], return_dict=False)[0][0]
+        return latents
+
+    with ertacache.apply(model, calibration, converted=True):
+        assert torch.allclose(generate(), expected, atol=1e-5)
+
+
+def kept_bytes(applied) -> list[int]:
+    """Of each branch, memory that its histories keep alive."""
+    branches = applied._attachment.run.branches.values()
+    return [sum(o.untyped_storage().nbytes() for history in b.histories for o in history) for b in branches]
+
+
+@pytest.mark.parametrize("kind", [WanModel, STDiT3])
+def test_a_branch_holds_three_outputs_while_the_model_runs(kind, calibration):
+    """Of the latents' channels only, and a fourth one between."""
+    longer = replace(calibration, coefficients=[[1.0, 0.1, 0.1, 0.1][: step + 1] for step in range(STEPS)])
+    longer = replace(longer, computed_steps=[0, 1, 2, 3, 4, 7], sample_coefficients=None)
+    model, latents, inside, after = kind(), noise_of(0), [], []
+    text = torch.stack([text_of("x")])
+    with torch.no_grad(), ertacache.apply(model, longer, converted=True) as applied:
+        model.register_forward_pre_hook(lambda *_: inside.append(max(kept_bytes(applied), default=0)))
+        for t in scheduler_of().timesteps[:-1]:
+            made = model(latents[None] if kind is STDiT3 else [latents], t.expand(1), text, 8)
+            after.append(max(kept_bytes(applied)))
+    size = latents.nbytes
+    assert [held // size for held in inside] == [0, 1, 2, 3, 3, 3]
+    assert after[-1] == 4 * size and max(after) <= 5 * size
+    assert len(made[0]) == (6 if kind is STDiT3 else 3)
+
+
+def test_channels_that_no_calibration_knows_are_the_models_own_or_zero(calibration):
+    model, y = STDiT3(), torch.stack([text_of("x")])
+    with torch.no_grad(), ertacache.apply(model, calibration, converted=True) as applied:
+        for step, t in enumerate(scheduler_of().timesteps):
+            made = model(noise_of(7)[None], t.expand(1), y=y)
+            own = STDiT3()(noise_of(7)[None], t.expand(1), y=y)
+            assert made.shape == own.shape
+            computed = step in calibration.computed_steps
+            assert torch.equal(made[:, 3:], own[:, 3:] if computed else torch.zeros_like(own[:, 3:]))
+    assert applied.reused_calls == 5
 
 
 @pytest.mark.parametrize("stop_at", STOPS)

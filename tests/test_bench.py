@@ -11,6 +11,7 @@ import latency
 import numpy as np
 import pytest
 import real_models
+import record
 import scaling
 import speed_page
 import torch
@@ -24,7 +25,10 @@ from toys import ToyPipeline, curved
 import ertacache
 from ertacache import policy
 from ertacache.attach import attached
+from ertacache.channels import KEPT_BYTES, PATCH
+from ertacache.fitting import SAFE_FORM
 from ertacache.forms import form_evaluations
+from ertacache.paths import path_schedule
 from ertacache.recording import Recorder, gram_matrix
 from ertacache.rectification import combine
 from ertacache.replay import Replay
@@ -55,8 +59,8 @@ def test_times_by_hand():
 @pytest.mark.parametrize(("threads", "clock"), [(1, "processor"), (2, "wall")])
 def test_one_thread_is_timed_by_what_it_works(threads, clock, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    record = {"model": "x", "clock": clock_of(CPU), **latency.machine(CPU, torch.float32)}
-    assert record["clock"] == clock and ("processor time" in speed_page.ran_on(record)) == (threads == 1)
+    result = {"model": "x", "clock": clock_of(CPU), **record.machine(CPU, torch.float32)}
+    assert result["clock"] == clock and ("processor time" in speed_page.ran_on(result)) == (threads == 1)
     marks = Marks(CPU)
     before = marks.now()
     time.sleep(0.2)
@@ -72,6 +76,16 @@ def test_every_step_is_timed_and_nothing_stays_attached(kind):
     assert row["reused_step_seconds"] > 0 and 0 < row["transformer_percent"] <= 100
     assert torch.equal(call()[0], before)
     assert "step" not in vars(pipe.scheduler) and "forward" not in vars(pipe.transformer)
+
+
+def test_results_say_which_commit_made_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert record.commit(tmp_path) == "unknown"
+    monkeypatch.setenv("PATH", "")
+    assert record.commit() == "unknown"
+    monkeypatch.undo()
+    result = {"model": "x", **record.machine(CPU, torch.float32)}
+    assert speed_page.ran_on(result).endswith(f", commit {result['commit']}")
 
 
 # -- architectures -----------------------------------------------------------------------------------------
@@ -118,8 +132,13 @@ def test_the_cache_holds_at_most_three_outputs_more(kind, guidance):
 
 
 def table_bytes(calibration) -> int:
-    """The most that coefficients of channels take, whatever the size of the latents: their values, and the objects."""
-    return 8 * len(re.findall(r"\d+\.", str(calibration.channel_coefficients)))
+    """The most that coefficients of channels take, whatever the size of the latents: their values, and the objects.
+
+    Those of tokens are kept 16 times as large where that is little.
+    """
+    values = len(re.findall(r"\d+\.", str(calibration.channel_coefficients)))
+    expanded = 4 * PATCH**2 * values if calibration.channel_axis == -1 else 0
+    return 8 * values + (expanded if expanded <= KEPT_BYTES else 0)
 
 
 def test_the_sum_of_a_reused_step_leaves_no_copies():
@@ -195,8 +214,14 @@ def test_the_policy_takes_seconds_at_a_thousand_steps():
 def test_growth_is_the_exponent():
     numbers = [10, 20, 50, 100, 200]
     assert scaling.growth(numbers, [1e-6 * n**2 for n in numbers]) == pytest.approx(2.0)
+
+
+def test_scaling_times_the_search_that_calibrations_make(monkeypatch):
+    asked = []
+    monkeypatch.setattr(scaling, "path_schedule", lambda *given: asked.append(given[2:]) or path_schedule(*given))
     found = scaling.stages(6, prompts=1, frames=1, side=4)
     assert set(found) == set(scaling.STAGES) and min(found.values()) > 0
+    assert asked == [(3, SAFE_FORM.outputs)] * scaling.REPEATS
 
 
 def test_the_fuzzer_does_not_change_what_it_mutates_with():
@@ -215,7 +240,7 @@ def test_the_page_says_what_was_measured():
 
 def test_the_page_is_made_from_results(tmp_path):
     pipe, call, calibration, output_bytes = made("flux")
-    record = {
+    result = {
         "model": "made up",
         "weights": "random",
         "layers_fraction": 0.5,
@@ -225,9 +250,9 @@ def test_the_page_is_made_from_results(tmp_path):
         "parameters": 3_000_000,
         "rows": [latency.measure(pipe, call, calibration, 1, CPU)],
         "memory": compare_memory(pipe, call, calibration, output_bytes, CPU),
-        **latency.machine(CPU, torch.float32),
+        **record.machine(CPU, torch.float32),
     }
-    (tmp_path / "latency_flux_cpu.json").write_text(json.dumps(record))
+    (tmp_path / "latency_flux_cpu.json").write_text(json.dumps(result))
     text = "\n".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in speed_page.SECTIONS)
     page = speed_page.filled(text, tmp_path)
     assert "**reduced**: 0.5 of the blocks" in page and "taylorseer-lite" in page

@@ -1,5 +1,6 @@
 """Coefficients of channels: the sum, the fit, the file, and what they bring on data they are made for."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from test_attach import run
 from toys import ToyPipeline
 
 import ertacache
+from ertacache import channels
 from ertacache.calibration import Calibration
 from ertacache.channels import ChannelTerms, Deviations, Layout, deviations_of, fit_channels, layout_of
 from ertacache.errors import CalibrationError, MismatchError
@@ -90,6 +92,44 @@ def test_half_precision_is_summed_in_single(axis):
     exact = combine([o.float() for o in outputs], [1.0, -0.5], deviations=deviations)
     assert made.dtype == torch.bfloat16
     torch.testing.assert_close(made, exact.bfloat16())
+
+
+@pytest.mark.parametrize("axis", list(SHAPES))
+def test_sums_in_any_order_of_memory(axis):
+    layout, rng = Layout(axis), torch.Generator().manual_seed(0)
+    outputs = [torch.randn(SHAPES[axis], generator=rng) for _ in range(2)]
+    deviations = deviations_of(torch.randn(2, 3, 3, generator=rng).tolist(), layout, torch.device("cpu"))
+    wanted = combine(outputs, [0.5, 0.25], deviations=deviations)
+    turned = [output.transpose(0, 1).contiguous().transpose(0, 1) for output in outputs]
+    assert not turned[0].is_contiguous()
+    torch.testing.assert_close(combine(turned, [0.5, 0.25], deviations=deviations), wanted)
+
+
+def test_latents_without_a_batch():
+    output, terms = torch.randn(3, 4, 6), torch.randn(1, 3, 3)
+    made = combine([output], [0.5], deviations=Deviations(terms, Layout(-3)))
+    torch.testing.assert_close(made, 0.5 * output + torch.einsum("cd,chw->dhw", terms[0], output))
+
+
+def test_matrices_of_tokens_are_kept_where_they_are_small(monkeypatch):
+    steps, output = [[], torch.randn(1, 3, 3).tolist()], torch.randn(2, 6, 12)
+    kept = ChannelTerms(Layout(-1), steps).at(1, output.device)
+    monkeypatch.setattr(channels, "KEPT_BYTES", 4 * 9 * 16 - 1)
+    made_anew = ChannelTerms(Layout(-1), steps).at(1, output.device)
+    assert kept.expanded.shape == (1, 12, 12) and made_anew.expanded is None
+    assert torch.equal(combine([output], [1.0], deviations=kept), combine([output], [1.0], deviations=made_anew))
+
+
+def test_nothing_is_copied_to_the_device_inside_the_loop(monkeypatch):
+    pipe, made = ToyPipeline(gaussian), calibrate()
+    seen = []
+    copied, step = ChannelTerms._copied, pipe.scheduler.step
+    monkeypatch.setattr(ChannelTerms, "_copied", lambda *given: seen.append("copied") or copied(*given))
+    counted = functools.wraps(step)(lambda *a, **k: seen.append("step") or step(*a, **k))
+    monkeypatch.setattr(pipe.scheduler, "step", counted)
+    with ertacache.apply(pipe, made):
+        run(pipe, STEPS)
+    assert seen == ["copied", *["step"] * STEPS]
 
 
 # -- the fit -----------------------------------------------------------------------------------------------

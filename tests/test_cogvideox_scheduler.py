@@ -198,8 +198,7 @@ def numerical_derivative(scheduler, call: StepCall, width: float = 0.5) -> float
     """d x' / d o by central difference, in float64 and with the same noise."""
 
     def stepped(output):
-        trial = call.trial(output.double())
-        trial.bound.arguments[trial.sample_name] = call.sample
+        trial = call.trial(output.double()).replaced(call.places.sample, call.sample)
         return solver._step_of_copy(scheduler, trial).double()
 
     difference = stepped(call.model_output + width) - stepped(call.model_output - width)

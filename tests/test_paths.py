@@ -1,5 +1,7 @@
 """The schedule whose segments are best spanned: its costs by hand, its search against brute force."""
 
+import time
+import tracemalloc
 from itertools import combinations
 
 import numpy as np
@@ -16,6 +18,13 @@ def smooth_outputs(num_steps: int, seed: int, size: int = 30) -> np.ndarray:
     place = np.linspace(0, 1, num_steps)[:, None]
     waves = [np.exp(-rate * place) * rng.normal(size=size) for rate in (0.3, 2.0, 6.0, 12.0)]
     return sum(waves) + 0.01 * rng.normal(size=(num_steps, size))
+
+
+def random_walk(num_steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gram matrix and gains of outputs (N, 40) that move on by noise."""
+    rng = np.random.default_rng(seed)
+    outputs = np.cumsum(rng.normal(size=(num_steps, 40)), axis=0)
+    return outputs @ outputs.T, -rng.uniform(0.5, 1.5, num_steps) / num_steps
 
 
 def residual(outputs: np.ndarray, gains: np.ndarray, path: list[int], end: int) -> float:
@@ -82,3 +91,43 @@ def test_all_steps_and_impossible_numbers():
 
 def test_identical_outputs_and_steps_of_no_length_are_survived():
     assert len(path_schedule(np.ones((6, 6)), np.zeros(6), 3, 4)) == 3
+
+
+# (N, K, L) -> what a search that solves for every segment on its own and sorts all extensions chooses
+CHOSEN = {
+    (12, 3, 1): [0, 3, 7],
+    (12, 5, 3): [0, 2, 4, 6, 9],
+    (28, 9, 3): [0, 1, 3, 6, 10, 13, 17, 20, 24],
+    (28, 14, 4): [0, 2, 3, 5, 6, 8, 10, 12, 14, 15, 17, 19, 21, 24],
+    (50, 10, 4): [0, 2, 6, 10, 15, 19, 26, 31, 39, 45],
+    (50, 25, 3): [0, 2, 3, 5, 7, 9, 10, 12, 14, 16, 18, 20, 22, 24, 26, 29, 31, 33, 35, 36, 38, 40, 42, 45, 47],
+}
+
+
+@pytest.mark.parametrize("block", [1, 500, paths.BLOCK])
+@pytest.mark.parametrize("setting", list(CHOSEN))
+def test_blocks_and_repeated_paths_change_no_schedule(setting, block, monkeypatch):
+    monkeypatch.setattr(paths, "BLOCK", block)
+    num_steps, count, length = setting
+    gram, gains = random_walk(num_steps, num_steps + count)
+    assert path_schedule(gram, gains, count, length, np.geomspace(4, 1, num_steps)) == CHOSEN[setting]
+
+
+def test_costs_of_a_range_are_those_of_all():
+    gram, gains = random_walk(20, 0)
+    costs, some = SegmentCosts(gram, gains), np.array([[5, 3, 0], [9, 8, 1], [0, 0, 0]])
+    assert np.allclose(costs(some, ends=(7, 12)), costs(some)[:, 7:12], rtol=1e-9)
+    assert costs(some).shape == (3, 21)
+
+
+def test_hundreds_of_steps_take_seconds_and_little_memory():
+    gram, gains = random_walk(400, 0)
+    start = time.process_time()
+    assert len(path_schedule(gram, gains, 200, 4)) == 200
+    assert time.process_time() - start < 8  # 0.8 where this was written
+    gram, gains = random_walk(200, 0)
+    tracemalloc.start()
+    path_schedule(gram, gains, 100, 4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * 2**20

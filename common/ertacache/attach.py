@@ -19,7 +19,7 @@ from ertacache.errors import StateError
 from ertacache.finite import FiniteCheck
 from ertacache.micro_batches import call_in_micro_batches
 from ertacache.patching import CachedTransformer, follow, put_in_front, take_off, uncompiled
-from ertacache.solver import StepCall, first_output, host_grid
+from ertacache.solver import StepCall, StepPlaces, first_output, host_grid
 
 __all__ = ["Attachment", "CachedTransformer", "Controller", "attached"]
 TRANSFORMER_NAMES = ("transformer", "transformer_2")
@@ -66,6 +66,7 @@ class Attachment:
         self.structure: Structure | None = None
         self.expected: Structure | None = None  # for a run whose first output is known without computing it
         self.finite = FiniteCheck()
+        self._zero: Tensor | None = None  # what placeholders are expanded from, once made
         self.computed_calls = 0
         self.reused_calls = 0
         self.on_computed: Callable[[], None] = lambda: None
@@ -78,7 +79,7 @@ class Attachment:
         self.transformers = self._present()
         for transformer in self.transformers.values():
             put_in_front(transformer, self)
-        self._signature = inspect.signature(self.scheduler.step)
+        self._places = StepPlaces.of(inspect.signature(self.scheduler.step))
         self._original_step = self.scheduler.step
         self._original_set_timesteps = self.scheduler.set_timesteps
         self._replaced = {name: self.scheduler.__dict__.get(name) for name in ("step", "set_timesteps")}
@@ -141,7 +142,9 @@ class Attachment:
             raise StateError("a step is to be reused before any was computed: step 0 must be computed")
         self.reused_calls += 1
         kind, shape, dtype, device = structure
-        tensor = torch.zeros((), dtype=dtype, device=device).expand(shape)
+        if self._zero is None or (self._zero.dtype, self._zero.device) != (dtype, device):
+            self._zero = torch.zeros((), dtype=dtype, device=device)
+        tensor = self._zero.expand(shape)
         return (tensor,) if kind is tuple else kind(tensor)
 
     # -- the scheduler's side ----------------------------------------------------------------------------
@@ -157,15 +160,15 @@ class Attachment:
         return result
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
-        call = StepCall.bind(self._signature, args, kwargs)
+        call = StepCall(self._places, args, kwargs)
         step = self._checked_step(call)
         output = self.controller.model_output(step, call, self.scheduler)
         if self.check is not None:
             self.finite.see(step, output)
         if self.check == "step":
             self.finite.verify(self.controller.should_compute)
-        new_args, new_kwargs = call.arguments_with(output)
-        result = self._original_step(*new_args, **new_kwargs)
+        call = call.with_output(output)
+        result = self._original_step(*call.args, **call.kwargs)
         self.controller.after_step(step, first_output(result))
         if self.controller.should_compute(step):
             self.on_computed()
@@ -216,7 +219,7 @@ class Attachment:
     def finish(self) -> None:
         """The run is over, or was given up: hold nothing of it."""
         self.step = None
-        self.structure = None
+        self.structure = self._zero = None
         self.finite.forget()
         self.controller.end()
 

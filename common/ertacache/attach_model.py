@@ -67,10 +67,8 @@ class ModelAttachment:
         step = self.run.current_step
         if step == 0:
             self._check_shape(inputs[0])
-        result = self._computed(call, branch, args, kwargs) if step in self.computed else None
-        if result is None or not self.coefficients.plain(step):
-            result = rebuilt(branch.container, self._combined(branch, step, inputs))
-        self.reused_calls += step not in self.computed
+            self.coefficients.prepare(inputs[0].device)
+        result = self._result(call, branch, step, inputs, args, kwargs)
         if self.check_finite:
             for tensor in tensors_of(result):
                 self.run.finite.see(step, tensor)
@@ -78,25 +76,52 @@ class ModelAttachment:
             self.run.finish(self.computed.__contains__)
         return result
 
-    def _combined(self, branch: Branch, step: int, inputs: list[Tensor]) -> list[Tensor]:
-        """What `combine` makes of each output; the guided combination of branches then has the latents' share too."""
+    def _result(
+        self, call: Any, branch: Branch, step: int, inputs: list[Tensor], args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        if step not in self.computed:
+            self.reused_calls += 1
+            for history in branch.histories:
+                history.before_reuse()
+            return rebuilt(branch.container, self._combined(branch, step, inputs))
+        self.run.before_computing(branch)
+        output = self._computed(call, args, kwargs)
+        tensors = tensors_of(output)
+        branch.container, branch.shapes = type(output), [tensor.shape for tensor in tensors]
+        kept = [channels_of(tensor.detach(), sample) for tensor, sample in zip(tensors, inputs, strict=True)]
+        plain = self.coefficients.plain(step)
+        # a copy of what the loop is given, since it may write into it; what it never sees needs none
+        self.run.keep(branch, [tensor.clone() for tensor in kept] if plain else kept, is_own=plain)
+        return output if plain else rebuilt(branch.container, self._combined(branch, step, inputs, tensors))
+
+    def _combined(
+        self, branch: Branch, step: int, inputs: list[Tensor], fresh: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        """What `combine` makes of each output; the guided combination of branches then has the latents' share too.
+
+        Args:
+            fresh: the outputs of this step, where it was computed.
+        """
         made = []
-        for outputs, sample in zip(zip(*branch.history, strict=True), inputs, strict=True):
+        for index, (outputs, sample) in enumerate(zip(branch.histories, inputs, strict=True)):
             row, _, share, deviations = self.coefficients.at(step, sample)
-            if share:
-                sample = _in_shape_of(outputs[0], sample)
-            made.append(combine(outputs, row, sample, share, deviations))
+            if share and outputs[0].shape != sample.shape:
+                raise MismatchError(
+                    f"the model makes {list(branch.shapes[index])} of latents {list(sample.shape)}, but the "
+                    "calibration combines both: calibrate again with refine=0"
+                )
+            tensor = combine(outputs, row, sample, share, deviations)
+            if tensor is outputs[0]:
+                tensor = tensor.clone()  # the loop may write into what it is given
+            made.append(widened(tensor, branch.shapes[index], fresh[index] if fresh else None))
         return made
 
-    def _computed(self, call: Any, branch: Branch, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _computed(self, call: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         try:
             output = call(*args, **kwargs)
         except BaseException:  # an interruption too: this run will not go on
             self.run.reset()
             raise
-        # copies, since the loop may write into what it is given
-        branch.history.appendleft([tensor.detach().clone() for tensor in tensors_of(output)])
-        branch.container = type(output)
         self.computed_calls += 1
         return output
 
@@ -148,23 +173,31 @@ def _first_of(wanted: Sequence[str], present: Sequence[str], model: nn.Module) -
     )
 
 
-def _in_shape_of(output: Tensor, sample: Tensor) -> Tensor:
-    """The latents, with zeros for the channels that only the output has (variances).
+def channels_of(output: Tensor, sample: Tensor) -> Tensor:
+    """The channels of an output that the latents have too, a view; all of it where they differ otherwise.
 
-    Raises:
-        MismatchError: they differ in more than that.
+    Models that predict variances return twice the channels, and no calibration says how to combine those.
     """
-    differing = [d for d, (o, s) in enumerate(zip(output.shape, sample.shape, strict=False)) if o != s]
-    if output.ndim == sample.ndim and not differing:
-        return sample
-    if output.ndim != sample.ndim or len(differing) > 1 or output.shape[differing[0]] < sample.shape[differing[0]]:
-        raise MismatchError(
-            f"the model makes {list(output.shape)} of latents {list(sample.shape)}, but the calibration combines both: "
-            "calibrate again with refine=0"
-        )
-    axis = differing[0]
-    shape = [o - s if d == axis else o for d, (o, s) in enumerate(zip(output.shape, sample.shape, strict=True))]
-    return torch.cat([sample, sample.new_zeros(shape)], dim=axis)
+    axis = _wider_axis(output.shape, sample.shape)
+    return output if axis is None else output.narrow(axis, 0, sample.shape[axis])
+
+
+def widened(tensor: Tensor, shape: torch.Size, fresh: Tensor | None) -> Tensor:
+    """A combination of `channels_of` in the model's own shape: further channels from `fresh`, or zeros."""
+    axis = _wider_axis(shape, tensor.shape)
+    if axis is None:
+        return tensor
+    count = tensor.shape[axis]
+    rest = [size - count if place == axis else size for place, size in enumerate(shape)]
+    further = tensor.new_zeros(rest) if fresh is None else fresh.narrow(axis, count, rest[axis])
+    return torch.cat([tensor, further], dim=axis)
+
+
+def _wider_axis(shape: Sequence[int], other: Sequence[int]) -> int | None:
+    """The one axis along which a shape is larger than another one; None where that is not all that differs."""
+    differing = [place for place, (a, b) in enumerate(zip(shape, other, strict=False)) if a != b]
+    only = len(shape) == len(other) and len(differing) == 1 and shape[differing[0]] > other[differing[0]]
+    return differing[0] if only else None
 
 
 def tensors_of(value: Any) -> list[Tensor]:

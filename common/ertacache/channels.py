@@ -6,6 +6,7 @@ linear map of the latents, which mixes channels as their covariance does; so a m
 a linear prediction can use.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from ertacache.weighting import REWEIGHTINGS, prompt_weights
 Array = NDArray[np.float64]
 Terms = list[list[list[float]]]  # of one step: (outputs, channels from, channels to); empty for none
 
+KEPT_BYTES = 2**20  # of a run's matrices in the form for tokens; larger ones are made at each step
 PATCH = 4  # values of a channel in a packed token, a square of 2x2
 AXES = (-4, -3, -1)  # that channels may lie at
 MAX_CHANNELS = 64  # more would need more prompts than calibrations have
@@ -74,26 +76,43 @@ class Deviations:
     Attributes:
         matrices: for each output what its channels, as rows, add to the channels of the sum, as columns; float32 on
             the device of the outputs, (outputs, channels, channels).
+        expanded: `_of_tokens` of them where that is kept.
     """
 
     matrices: Tensor
     layout: Layout
+    expanded: Tensor | None = None
 
     def add_to(self, total: Tensor, outputs: Sequence[Tensor]) -> None:
-        """Add sum_j M_j^T o_j to `total` (float32, contiguous), in place.
+        """Add sum_j M_j^T o_j to `total` (float32), in place; without temporaries of its size where it is contiguous.
 
         Args:
             outputs: the newest computed output first.
         """
-        axis = self.layout.axis
-        matrices = _of_tokens(self.matrices) if self.layout.packed else self.matrices
-        for output, matrix in zip(outputs, matrices, strict=False):
-            if self.layout.packed:
-                total += output.float() @ matrix
-                continue
-            # a bare model's output may have more channels than the latents: variances, which keep the shared ones
-            part, output = (tensor.narrow(axis, 0, len(matrix)) for tensor in (total, output))
-            part += (matrix.T @ output.float().flatten(axis + 1)).view(part.shape)
+        if not total.is_contiguous():
+            dense = total.contiguous()
+            self.add_to(dense, outputs)
+            total.copy_(dense)
+            return
+        if self.layout.packed:
+            matrices = _of_tokens(self.matrices) if self.expanded is None else self.expanded
+            rows = total.view(-1, total.shape[-1])
+            for output, matrix in zip(outputs, matrices, strict=False):
+                rows.addmm_(output.float().reshape(rows.shape), matrix)
+            return
+        channels = self.matrices.shape[-1]
+        part = self._channels(total)
+        for output, matrix in zip(outputs, self.matrices, strict=False):
+            part.baddbmm_(matrix.T.expand(len(part), channels, channels), self._channels(output.float()))
+
+    def _channels(self, tensor: Tensor) -> Tensor:
+        """(n, channels, places) of a tensor, its own memory where it is contiguous.
+
+        A bare model's output may have more channels than the latents: variances, which keep the shared ones.
+        """
+        axis, channels = self.layout.axis, self.matrices.shape[-1]
+        places = math.prod(tensor.shape[axis + 1 :])
+        return tensor.contiguous().narrow(axis, 0, channels).view(-1, channels, places)
 
 
 @dataclass(frozen=True)
@@ -109,17 +128,22 @@ class ChannelTerms:
     _on_device: dict[torch.device, list[Deviations | None]] = field(default_factory=dict, compare=False, repr=False)
 
     def at(self, step: int, device: torch.device) -> Deviations | None:
-        """Those of one step. The first call for a device copies all steps to it, so that no later one waits."""
+        """Those of one step; copies all of them to the device if `prepare` was not called for it."""
+        self.prepare(device)
+        return self._on_device[device][step]
+
+    def prepare(self, device: torch.device) -> None:
+        """Copy all steps to a device, once: before a sampling loop, so that no step of it waits."""
         if device not in self._on_device:
             self._on_device[device] = self._copied(device)
-        return self._on_device[device][step]
 
     def _copied(self, device: torch.device) -> list[Deviations | None]:
         flat = torch.tensor([v for step in self.steps for matrix in step for row in matrix for v in row])
         if device.type == "cuda":  # a copy from pageable memory would wait for the device
             flat = flat.pin_memory()
         values = flat.to(device, non_blocking=True).split([_size(step) for step in self.steps])
-        return [_deviations(step, own, self.layout) for step, own in zip(self.steps, values, strict=True)]
+        keep = self.layout.packed and flat.nbytes * PATCH**2 <= KEPT_BYTES
+        return [_deviations(step, own, self.layout, keep) for step, own in zip(self.steps, values, strict=True)]
 
 
 def deviations_of(terms: Terms, layout: Layout, device: torch.device) -> Deviations | None:
@@ -131,17 +155,19 @@ def _size(terms: Terms) -> int:
     return len(terms) * len(terms[0]) * len(terms[0][0]) if terms else 0
 
 
-def _deviations(terms: Terms, values: Tensor, layout: Layout) -> Deviations | None:
+def _deviations(terms: Terms, values: Tensor, layout: Layout, keep: bool) -> Deviations | None:
     if not terms:
         return None
-    return Deviations(values.view(len(terms), len(terms[0]), -1), layout)
+    matrices = values.view(len(terms), len(terms[0]), -1)
+    return Deviations(matrices, layout, _of_tokens(matrices) if keep else None)
 
 
 def _of_tokens(matrices: Tensor) -> Tensor:
-    """The same for packed tokens, with the four values of a channel treated alike; 16 times as large, so not kept."""
+    """The same for packed tokens, with the four values of a channel treated alike; 16 times as large."""
     count, channels = matrices.shape[:2]
-    alike = torch.eye(PATCH, device=matrices.device)
-    return torch.einsum("jcd,pq->jcpdq", matrices, alike).reshape(count, channels * PATCH, -1)
+    wide = matrices.new_zeros(count, channels, PATCH, channels, PATCH)
+    wide.diagonal(dim1=2, dim2=4).copy_(matrices[..., None])
+    return wide.view(count, channels * PATCH, -1)
 
 
 def fit_channels(columns: Sequence[Tensor], target: Tensor, shared: Sequence[float], layout: Layout) -> Array:

@@ -23,7 +23,8 @@ class FiniteCheck:
     def see(self, step: int, output: Tensor) -> None:
         """An output of a step, of any shape; a step may have several, as where guidance calls the model twice."""
         if not output.is_meta:  # a run on meta tensors has shapes only
-            self.sums.append(output.detach().sum(dtype=torch.float32))
+            output = output.detach() if output.requires_grad else output
+            self.sums.append(output.sum(dtype=torch.float32))
             self.steps.append(step)
 
     def verify(self, was_computed: Callable[[int], bool]) -> None:

@@ -21,23 +21,23 @@ class OutputHistory(deque[Tensor]):
         self._length = length
         self._newest_is_own = True
 
-    def add(self, output: Tensor) -> None:
-        """A step was computed."""
+    def add(self, output: Tensor, is_own: bool = False) -> None:
+        """A step was computed; `is_own` says that nobody else has the memory of its output."""
         self.appendleft(output)
-        self._newest_is_own = False
+        self._newest_is_own = is_own
 
     def before_reuse(self) -> None:
         """A step is going to be reused."""
         if self and self[0].untyped_storage().nbytes() > self[0].nbytes:
-            self._own_newest()
+            self.own_newest()
 
     def before_computing(self) -> None:
         """The transformer is going to run."""
         while len(self) >= self._length:
             self.pop()
-        self._own_newest()
+        self.own_newest()
 
-    def _own_newest(self) -> None:
+    def own_newest(self) -> None:
         if self and not self._newest_is_own:
             self[0] = self[0].detach().clone()
         self._newest_is_own = True

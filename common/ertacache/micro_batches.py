@@ -15,10 +15,12 @@ def call_in_micro_batches(call: Any, module: nn.Module, args: tuple, kwargs: dic
 
     Tensors are sliced whose first dimension is the batch of the first argument; position ids are not.
     """
+    if size is None:
+        return call(*args, **kwargs)
     bound = inspect.signature(type(uncompiled(module)).forward).bind(module, *args, **kwargs)
     names = list(bound.arguments)[1:]
     batch = bound.arguments[names[0]].shape[0] if names and isinstance(bound.arguments[names[0]], Tensor) else 1
-    if size is None or batch <= size:
+    if batch <= size:
         return call(*args, **kwargs)
 
     def piece(name: str, value: Any, start: int) -> Any:

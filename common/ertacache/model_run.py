@@ -1,8 +1,7 @@
 """Follows a run by nothing but its transformer's calls: which step a call belongs to, and which guidance branch."""
 
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,16 +9,18 @@ from torch import Tensor
 
 from ertacache.errors import MismatchError, StateError
 from ertacache.finite import FiniteCheck
+from ertacache.history import OutputHistory
 from ertacache.replay import AGAIN, GRID_TOLERANCE
 
 
 @dataclass
 class Branch:
-    """One guidance branch of a run: cached outputs, newest first, each as the list of tensors in it."""
+    """One guidance branch of a run: the cached outputs of each tensor that the model returns for it."""
 
     condition: list[Tensor]  # held, so that no other tensor can take its place in memory during the run
-    history: deque[list[Tensor]]
+    histories: list[OutputHistory] = field(default_factory=list)
     container: Any = None  # of the model's output: its type
+    shapes: list[torch.Size] = field(default_factory=list)  # of the tensors in it
     last_step: int = -1
 
 
@@ -68,12 +69,24 @@ class Run:
             self._stay(timestep)
         branch = self.branches.get(key)
         if branch is None:
-            branch = self.branches[key] = Branch(condition, deque(maxlen=self.history_length))
+            branch = self.branches[key] = Branch(condition)
         step = self.current_step
         if branch.last_step != step - 1:
             self._refuse(f"a guidance branch was left out between step {branch.last_step} and step {step}")
         branch.last_step = step
         return branch
+
+    def before_computing(self, branch: Branch) -> None:
+        """The model is going to run for a branch: its oldest outputs go, and nobody's newest lies where it writes."""
+        for other in self.branches.values():
+            for history in other.histories:
+                history.before_computing() if other is branch else history.own_newest()
+
+    def keep(self, branch: Branch, outputs: list[Tensor], is_own: bool) -> None:
+        """A branch was computed; see `OutputHistory.add`."""
+        branch.histories = branch.histories or [OutputHistory(self.history_length) for _ in outputs]
+        for history, output in zip(branch.histories, outputs, strict=True):
+            history.add(output, is_own)
 
     def is_over(self) -> bool:
         """Whether the last branch of the last step was called."""

@@ -49,6 +49,11 @@ class Coefficients:
         differ = self.channels is not None and bool(self.channels.steps[step])
         return self.outputs[step] == [1.0] and self.sample[step] == 0 and not differ
 
+    def prepare(self, device: torch.device) -> None:
+        """Before a sampling loop: put what its steps need on a device, so that none of them waits for it."""
+        if self.channels is not None:
+            self.channels.prepare(device)
+
     def at(self, step: int, sample: Tensor) -> tuple[list[float], Tensor, float, Deviations | None]:
         """What `combine` takes after the outputs at that step."""
         deviations = self.channels.at(step, sample.device) if self.channels is not None else None

@@ -42,6 +42,7 @@ class Replay:
             set_grid(scheduler, self.calibration.adjusted_sigmas, self.calibration)
         elif self.calibration.adjusted_timesteps is not None:
             solver.put_on_timesteps(scheduler, self.calibration.adjusted_timesteps)
+        self.coefficients.prepare(torch.as_tensor(scheduler.timesteps).device)  # where the latents will be too
 
     def begin_weights(self) -> None:
         """Warn where a LoRA was loaded or fused, or the weights changed otherwise, since the last run."""

@@ -23,38 +23,62 @@ END_TIMESTEP = -1.0
 FOLLOWED_METHODS = ("step", "set_timesteps")
 
 
-@dataclass
+@dataclass(frozen=True)
+class StepPlaces:
+    """Which arguments of a scheduler's step are its model output and its sample, and where each argument may lie.
+
+    Found once for a scheduler: binding a signature takes longer than the rest of a small scheduler's step.
+    """
+
+    output: str
+    sample: str
+    positions: dict[str, int]
+
+    @classmethod
+    def of(cls, signature: inspect.Signature) -> "StepPlaces":
+        """Of `scheduler.step`, without its self."""
+        names = list(signature.parameters)
+        output = next((n for n in OUTPUT_NAMES if n in names), names[0])
+        sample = next((n for n in SAMPLE_NAMES if n in names), names[min(2, len(names) - 1)])
+        positional = [n for n, p in signature.parameters.items() if p.kind <= p.POSITIONAL_OR_KEYWORD]
+        return cls(output, sample, {name: place for place, name in enumerate(positional)})
+
+
+@dataclass(frozen=True)
 class StepCall:
     """One call of `scheduler.step`, with its model output and sample under one name whatever the scheduler."""
 
-    bound: inspect.BoundArguments
-    output_name: str
-    sample_name: str
+    places: StepPlaces
+    args: tuple
+    kwargs: dict[str, Any]
 
     @classmethod
     def bind(cls, signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> "StepCall":
-        names = list(signature.parameters)
-        output_name = next((n for n in OUTPUT_NAMES if n in names), names[0])
-        sample_name = next((n for n in SAMPLE_NAMES if n in names), names[min(2, len(names) - 1)])
-        return cls(signature.bind(*args, **kwargs), output_name, sample_name)
+        return cls(StepPlaces.of(signature), args, kwargs)
 
     @property
     def model_output(self) -> Tensor:
-        return self.bound.arguments[self.output_name]
+        return self._needed(self.places.output)
 
     @property
     def sample(self) -> Tensor:
-        return self.bound.arguments[self.sample_name]
+        return self._needed(self.places.sample)
 
     @property
     def timestep(self) -> Any:
-        return self.bound.arguments.get("timestep")
+        """None where the scheduler is not told."""
+        return self._value("timestep")
 
-    def arguments_with(self, model_output: Tensor) -> tuple[tuple, dict[str, Any]]:
-        """Positional and keyword arguments of the same call with another model output."""
-        bound = copy.copy(self.bound)
-        bound.arguments = {**self.bound.arguments, self.output_name: model_output}
-        return bound.args, bound.kwargs
+    def replaced(self, name: str, value: Any) -> "StepCall":
+        """The same call with another value of one argument."""
+        place = self.places.positions.get(name, len(self.args))
+        if place < len(self.args):
+            return StepCall(self.places, (*self.args[:place], value, *self.args[place + 1 :]), self.kwargs)
+        return StepCall(self.places, self.args, {**self.kwargs, name: value})
+
+    def with_output(self, model_output: Tensor) -> "StepCall":
+        """The same call with another model output."""
+        return self.replaced(self.places.output, model_output)
 
     def trial(self, model_output: Tensor) -> "StepCall":
         """The same call in float32 with cloned random generators, for a copy of the scheduler.
@@ -62,12 +86,21 @@ class StepCall:
         A step that takes a generator keeps the dtype of its sample: noise is drawn in it, and another dtype draws
         other numbers.
         """
-        bound = copy.copy(self.bound)
-        bound.arguments = {name: _clone_generators(value) for name, value in self.bound.arguments.items()}
-        if "generator" not in self.bound.arguments:
-            bound.arguments[self.sample_name] = self.sample.float()
-        bound.arguments[self.output_name] = model_output
-        return StepCall(bound, self.output_name, self.sample_name)
+        args = tuple(_clone_generators(value) for value in self.args)
+        kwargs = {name: _clone_generators(value) for name, value in self.kwargs.items()}
+        call = StepCall(self.places, args, kwargs).with_output(model_output)
+        stochastic = "generator" in kwargs or self.places.positions.get("generator", len(args)) < len(args)
+        return call if stochastic else call.replaced(self.places.sample, self.sample.float())
+
+    def _value(self, name: str) -> Any:
+        place = self.places.positions.get(name, len(self.args))
+        return self.args[place] if place < len(self.args) else self.kwargs.get(name)
+
+    def _needed(self, name: str) -> Any:
+        value = self._value(name)
+        if value is None:
+            raise TypeError(f"scheduler.step was called without {name!r}")
+        return value
 
 
 def _clone_generators(value: Any) -> Any:
@@ -104,7 +137,7 @@ def affine_step(scheduler: Any, call: StepCall) -> tuple[Tensor, float]:
 def _step_of_copy(scheduler: Any, call: StepCall) -> Tensor:
     device = call.sample.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        result = bare_copy(scheduler).step(*call.bound.args, **call.bound.kwargs)
+        result = bare_copy(scheduler).step(*call.args, **call.kwargs)
     return first_output(result).float()
 
 
