@@ -82,6 +82,7 @@ def _efforts(study: "Study", rows: list[Row]) -> str:
     made = {count: study.calibration("ertacache", count).settings for count in counts}
     return "".join(
         f"; K = {count}: {effort.get('search_budget', 0)} schedules tried, refined on {effort.get('refine', 0)} prompts"
+        + (f", {effort['descent']} steps of descent" if effort.get("descent") else "")
         for count, effort in made.items()
         if "search_budget" in effort
     )
