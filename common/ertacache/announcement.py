@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ertacache import policy
+from ertacache.descent import descent_evaluations, parts
 from ertacache.forms import form_evaluations, refined_form_evaluations
 from ertacache.recording import Recorder
 from ertacache.refinement import refinement_evaluations
@@ -22,6 +23,8 @@ class Work:
         search_budget: schedules that are tried; with any of them the growth of errors is measured once.
         refine: prompts for which the coefficients are fitted a second time, end to end.
         paper: the published method, which is fitted on the recorded runs without a run of its own.
+        descent: steps of gradient descent, in evaluations of about the same time; with any of them a quarter of the
+            prompts is left out of the fit and tells the quality.
     """
 
     prompts: int
@@ -29,6 +32,7 @@ class Work:
     search_budget: int = 0
     refine: int = 0
     paper: bool = False
+    descent: int = 0
 
     def evaluations(self, steps: int, computed: int) -> int:
         """(N + (1 + F + tries) K) P transformer evaluations for K of N steps, and what the rest takes.
@@ -56,14 +60,21 @@ class Work:
         """Evaluations of one calibration from the recorded runs."""
         if self.paper or computed == steps:
             return self.folds * computed * self.prompts
-        forms = form_evaluations(computed, self.prompts, self.folds) if self.search_budget else 0
-        making = forms + (self.folds + 1 + self.search_budget) * computed * self.prompts
+        fitted, fitting = self.prompts, self.folds * computed * self.prompts
+        if self.descent:
+            fitted = len(parts(self.prompts)[0])
+            # the last step is fitted again, and the prompts left out tell the quality
+            fitting = descent_evaluations(computed, self.prompts, self.descent) + computed * self.prompts
+            fitting += computed * (self.prompts - fitted) if self.folds else 0
+        fitting += (1 + self.search_budget) * computed * fitted
+        if self.search_budget:
+            fitting += form_evaluations(computed, fitted, self.folds)
         if not self.refine:
-            return making
-        few = min(self.refine, self.prompts)
+            return fitting
+        few = min(self.refine, fitted)
         choosing = refined_form_evaluations(computed, few) if self.search_budget else 0
-        last = computed * self.prompts  # the last step is fitted again once the others were refined
-        return making + choosing + refinement_evaluations(computed, few) + last
+        last = computed * fitted  # the last step is fitted again once the others were refined
+        return fitting + choosing + refinement_evaluations(computed, few) + last
 
     def _growth(self, steps: int) -> int:
         return growth_evaluations(steps, self.prompts) if self.search_budget and not self.paper else 0
@@ -93,7 +104,8 @@ class Announcement:
         known = f", {computed} computed" if computed is not None else ""
         self.total = self.work.evaluations(steps, computed) if computed is not None else self._most(steps)
         self.bar.total = self.total
-        exact = known and not self.work.refine  # which may need all its rounds and ridges, or few of them
+        # refinement may need all its rounds and ridges, or few of them, and descent may end early
+        exact = known and not self.work.refine and not self.work.descent
         self._print(
             f"{'' if exact else 'at most '}{self.total} transformer evaluations "
             f"({self.work.prompts} prompts, {steps} steps{known})"

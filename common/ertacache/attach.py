@@ -70,6 +70,7 @@ class Attachment:
         self.computed_calls = 0
         self.reused_calls = 0
         self.on_computed: Callable[[], None] = lambda: None
+        self.around: Callable[[Any], Any] = lambda call: call  # goes around the transformer's own call
 
     # -- attaching ---------------------------------------------------------------------------------------
 
@@ -130,7 +131,7 @@ class Attachment:
         return self.compute(call, module, args, kwargs) if computes else self.placeholder()
 
     def compute(self, call: Any, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        output = call_in_micro_batches(call, module, args, kwargs, self.micro_batch)
+        output = call_in_micro_batches(self.around(call), module, args, kwargs, self.micro_batch)
         tensor = first_output(output)
         self.structure = self.expected = (type(output), tensor.shape, tensor.dtype, tensor.device)
         self.computed_calls += 1

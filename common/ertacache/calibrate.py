@@ -27,6 +27,7 @@ def calibrate(
     method: str = "ertacache",
     search_budget: int = 0,
     refine: int = 0,
+    descent: int = 0,
     folds: int = 2,
     micro_batch: int = MICRO_BATCH,
     memory_limit: int | None = None,
@@ -49,7 +50,11 @@ def calibrate(
             cross-validated, with `refine` for refined coefficients too.
         refine: prompts, the first ones, for which the coefficients are fitted a second time, end to end; each costs
             about 2 K^2 steps, or twice that. 0 leaves it out.
-        folds: cross-validation folds of the quality prediction; 0 leaves it out, and then nothing is predicted.
+        descent: steps of gradient descent, after refinement, on matrices of channels; 80 do. Each takes the time of
+            about 4 K steps of up to 16 prompts, and the transformer has to let gradients through. The last quarter
+            of the prompts, of which there must be 8 or more, is fitted to by nothing then. 0 leaves it out.
+        folds: cross-validation folds of the quality prediction; 0 leaves it out. With `descent` the prompts that are
+            left out of the fit tell it, whatever the folds.
         micro_batch: how many samples the transformer sees at a time, which bounds its peak memory.
         memory_limit: bytes of recorded trajectories that may stay in host memory; above it they go to files in the
             system's temporary folder, which are removed afterwards. None for no limit.
@@ -67,7 +72,7 @@ def calibrate(
     """
     goal = _checked_goal(method, speedup, computed_steps, min_psnr, threshold)
     runs = make_runs(pipe, prompts, seeds, pipe_kwargs, micro_batch, progress, memory_limit)
-    maker = Maker(runs, method, threshold, search_budget, refine, folds)
+    maker = Maker(runs, method, threshold, search_budget, refine, folds, descent if method == "ertacache" else 0)
     Announcement(maker.work(), goal, runs.bar).follow(runs.recorded)
     with quiet(pipe), torch.no_grad():
         runs.record()
@@ -76,7 +81,7 @@ def calibrate(
             computed_steps = policy.computed_steps_for(num_steps, speedup)
         made = maker.smallest(min_psnr) if min_psnr is not None else maker.make(computed_steps)
     runs.bar.close()
-    effort = {"search_budget": search_budget, "refine": refine} if method == "ertacache" else {}
+    effort = {"search_budget": search_budget, "refine": refine, "descent": descent} if method == "ertacache" else {}
     return replace(made, **_provenance(runs, model_id, effort))
 
 

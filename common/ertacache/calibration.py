@@ -36,9 +36,10 @@ class Calibration:
         guidance_scale, latent_shape, dtype: of the calibrated runs; latent_shape without the batch.
         model, scheduler: what identifies them; see provenance.py and solver.py.
         prompts: sha256 and count of the calibration prompts and seeds.
-        settings: plain arguments that the pipeline was called with, and the effort: search_budget and refine.
-        predicted: cross-validated quality: psnr and psnr_p10 (worst decile) in dB to the uncached result, and folds;
-            None where it could not be measured.
+        settings: plain arguments that the pipeline was called with, and the effort: search_budget, refine, descent.
+        predicted: quality on prompts not fitted to: psnr and psnr_p10 (worst decile) in dB to the uncached result, and
+            folds of the cross-validation, or 1 and left_out, how many prompts were left out; None where it could not
+            be measured.
         versions, date: of the software and the day it was made.
     """
 
@@ -179,12 +180,14 @@ class Calibration:
             f"scheduler  {scheduler}, guidance {self.guidance_scale}, latents {shape}",
         ]
         if self.predicted:
-            count = printable(self.prompts.get("count", "?"))
+            count, left_out = printable(self.prompts.get("count", "?")), self.predicted.get("left_out")
+            how = f"{self.predicted['folds']}-fold cross-validation"
+            if left_out is not None:
+                how = f"on {printable(left_out)} of them that were left out"
             lines.insert(
                 1,
                 f"predicted  {self.predicted['psnr']:.1f} dB PSNR to the uncached result, worst decile "
-                f"{self.predicted['psnr_p10']:.1f} dB ({count} calibration prompts, "
-                f"{self.predicted['folds']}-fold cross-validation)",
+                f"{self.predicted['psnr_p10']:.1f} dB ({count} calibration prompts, {how})",
             )
         return "\n".join(lines)
 

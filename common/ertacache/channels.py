@@ -183,7 +183,7 @@ def fit_channels(columns: Sequence[Tensor], target: Tensor, shared: Sequence[flo
 
     Prompts weigh as in `rectification.fit_rectification`.
     """
-    grams = _grams([*columns, target], layout)  # (P, m + 1, C, m + 1, C)
+    grams = channel_grams([*columns, target], layout)  # (P, m + 1, C, m + 1, C)
     to_differences = np.eye(len(columns) + 1) - np.diag([*[1.0] * (len(columns) - 1), 0.0], 1)
     to_differences[-1, :-1] = -np.asarray(shared)  # the target less what the shared ones make
     grams = np.einsum("ij,pjckd,lk->picld", to_differences, grams, to_differences, optimize=True)
@@ -206,7 +206,7 @@ def fit_channels(columns: Sequence[Tensor], target: Tensor, shared: Sequence[flo
     return np.round(by_output, DECIMALS)
 
 
-def _grams(tensors: Sequence[Tensor], layout: Layout) -> Array:
+def channel_grams(tensors: Sequence[Tensor], layout: Layout) -> Array:
     """Inner products of the channels of the tensors, of each prompt, (P, m, C, m, C) in float64."""
     prompts = []
     for prompt in range(len(tensors[0])):  # one at a time, since the float64 copies of videos are large

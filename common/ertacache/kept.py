@@ -13,6 +13,8 @@ from ertacache.errors import CalibrationError
 from ertacache.model_folder import ModelFolder, slug
 from ertacache.settings import Settings, read_prompts
 
+EFFORTS = ("search", "refine", "descent")  # in file names, each with a number
+
 
 def computed_steps(settings: Settings) -> int:
     """K of the settings' goal, where it says one."""
@@ -39,6 +41,7 @@ def obtain_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> tup
         method=settings.method,
         search_budget=settings.search_budget,
         refine=settings.refine if settings.method == "ertacache" else 0,
+        descent=settings.descent if settings.method == "ertacache" else 0,
         micro_batch=settings.micro_batch,
         memory_limit=settings.memory_limit(),
         **{goal: value},
@@ -49,26 +52,31 @@ def obtain_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> tup
 
 
 def kept_path(settings: Settings, model: ModelFolder) -> Path | None:
-    """The kept file for the settings that most effort went into, no less of either kind than they ask for."""
+    """The kept file for the settings that most effort went into, no less of any kind than they ask for."""
     folder, asked = settings.path("calibration_folder"), _effort(settings)
     name = _base_name(settings, model)
     efforts = {path: _effort_of(path.stem.removeprefix(name)) for path in folder.glob(f"{glob.escape(name)}*.json")}
-    enough = [
-        (*effort, path)
+    enough = {
+        path: effort
         for path, effort in efforts.items()
         if effort and all(spent >= wanted for spent, wanted in zip(effort, asked, strict=True))
-    ]
-    return max(enough)[-1] if enough else None
+    }
+    return max(enough, key=lambda path: (enough[path], path)) if enough else None
 
 
 def kept_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> Calibration | None:
-    """The kept calibration for the settings; None where there is none, or one of other prompts or other weights."""
+    """The kept calibration for the settings; None where there is none, or one of other prompts or other weights.
+
+    More prompts of the same file are more effort too.
+    """
     path = kept_path(settings, model)
     if path is None:
         return None
     calibration = Calibration.load(path)
-    prompts = calibration_prompts(settings)
-    same_prompts = calibration.prompts.get("sha256") == provenance.prompts_hash(prompts, range(len(prompts)))
+    prompts, count = calibration_file_prompts(settings), calibration.prompts.get("count")
+    if not isinstance(count, int) or not min(settings.num_calibration_prompts, len(prompts)) <= count <= len(prompts):
+        return None
+    same_prompts = calibration.prompts.get("sha256") == provenance.prompts_hash(prompts[:count], range(count))
     weights = provenance.weights_fingerprint(pipe.transformer)
     return calibration if same_prompts and calibration.model.get("weights_fingerprint") == weights else None
 
@@ -81,24 +89,30 @@ def _checked(calibration: Calibration, settings: Settings, path: Path) -> Calibr
 
 def calibration_prompts(settings: Settings) -> list[str]:
     """The prompts that the settings calibrate on."""
-    return read_prompts(settings.path("calibration_prompts"))[: settings.num_calibration_prompts]
+    return calibration_file_prompts(settings)[: settings.num_calibration_prompts]
+
+
+def calibration_file_prompts(settings: Settings) -> list[str]:
+    """All prompts of their file, the first of which they calibrate on."""
+    return read_prompts(settings.path("calibration_prompts"))
 
 
 def calibration_name(settings: Settings, model: ModelFolder) -> str:
-    """File name of a calibration: `_base_name`, and the schedules tried and prompts refined on where there are any."""
-    parts = [f"-{kind}{count}" for kind, count in zip(("search", "refine"), _effort(settings), strict=True) if count]
+    """File name of a calibration: `_base_name`, and how much of each kind of effort where there is any."""
+    parts = [f"-{kind}{count}" for kind, count in zip(EFFORTS, _effort(settings), strict=True) if count]
     return "".join([_base_name(settings, model), *parts, ".json"])
 
 
-def _effort(settings: Settings) -> tuple[int, int]:
-    """Schedules to try and prompts to refine on."""
-    return (settings.search_budget, settings.refine) if settings.method == "ertacache" else (0, 0)
+def _effort(settings: Settings) -> tuple[int, ...]:
+    """Schedules to try, prompts to refine on, and steps of descent."""
+    ours = settings.method == "ertacache"
+    return (settings.search_budget, settings.refine, settings.descent) if ours else (0,) * len(EFFORTS)
 
 
-def _effort_of(suffix: str) -> tuple[int, int] | None:
+def _effort_of(suffix: str) -> tuple[int, ...] | None:
     """The effort that the end of a file name tells; None where it tells something else."""
-    found = re.fullmatch(r"(?:-search(\d+))?(?:-refine(\d+))?", suffix)
-    return (int(found[1] or 0), int(found[2] or 0)) if found else None
+    found = re.fullmatch("".join(rf"(?:-{kind}(\d+))?" for kind in EFFORTS), suffix)
+    return tuple(int(count or 0) for count in found.groups()) if found else None
 
 
 def _base_name(settings: Settings, model: ModelFolder) -> str:

@@ -88,6 +88,11 @@ class LinearisedRun:
         return self.coefficients.changed(self.places, change.tolist())
 
 
+def segment_ends(schedule: Sequence[int], num_steps: int) -> list[int]:
+    """The last step of each segment, a computed step and the reused ones after it."""
+    return [step - 1 for step in schedule[1:]] + [num_steps - 1]
+
+
 def linearisation_evaluations(computed_steps: int, prompts: int) -> int:
     """Transformer evaluations of `linearise`, over all prompts: the run, and the rest of it after each nudge."""
     rests = sum((min(s + 1, NUDGED_OUTPUTS) + 1) * (computed_steps - 1 - s) for s in range(computed_steps))
@@ -106,7 +111,7 @@ def linearise(
         fit: those of the step-by-step fit, where they are others.
     """
     recorded, rows = runs.recorded, slice(len(runs))
-    ends = [step - 1 for step in schedule[1:]] + [recorded.num_steps - 1]
+    ends = segment_ends(schedule, recorded.num_steps)
     counts = [min(len(coefficients.outputs[end]), NUDGED_OUTPUTS) for end in ends]
     store = TrajectoryStore(recorded.memory_limit, recorded.folder)
     # the nominal run's outputs, and a column for each coefficient

@@ -12,6 +12,7 @@ from torch import Tensor
 from ertacache import policy
 from ertacache.announcement import Work
 from ertacache.calibration import Calibration, calibration_fields
+from ertacache.descent import descend, known_layout, parts
 from ertacache.errors import CalibrationError
 from ertacache.fitting import REFINED_FORM, SAFE_FORM, Fitter, Form
 from ertacache.forms import best_form, best_refined_form
@@ -23,7 +24,8 @@ from ertacache.rectification import Coefficients
 from ertacache.refinement import Refined
 from ertacache.refinement import refine as refine_end_to_end
 from ertacache.replay import Replay
-from ertacache.runs import Runs
+from ertacache.rerun import Rerun
+from ertacache.runs import Runs, mean_log_error
 from ertacache.schedule_search import choose_schedule, error_growth
 
 
@@ -37,15 +39,22 @@ class Maker:
     search_budget: int
     refine: int
     folds: int
+    descent: int = 0
     form: Form = SAFE_FORM  # of what was made last
     refined: Refined | None = None  # likewise
 
+    @property
+    def _fitted_runs(self) -> Runs:
+        """Those that are fitted to: with descent, which owes much to its prompts, a quarter is left out."""
+        return self.runs.first(len(parts(len(self.runs))[0])) if self.descent else self.runs
+
     @cached_property
     def _growth(self) -> NDArray[np.float64] | None:
-        return error_growth(self.runs) if self.search_budget else None
+        return error_growth(self._fitted_runs) if self.search_budget else None
 
     def work(self) -> Work:
-        return Work(len(self.runs), self._fold_count(), self.search_budget, self.refine, self.method == "paper")
+        folds, paper = self._fold_count(), self.method == "paper"
+        return Work(len(self.runs), folds, self.search_budget, self.refine, paper, self.descent)
 
     def make(self, computed_steps: int | None) -> Calibration:
         """A calibration with K computed steps (or at the paper's threshold), its quality predicted."""
@@ -85,33 +94,45 @@ class Maker:
             return bare_calibration(
                 recorded, list(range(computed_steps)), "ertacache", coefficients=[[1.0]] * computed_steps
             )
+        if self.descent:
+            known_layout(self.runs)  # before anything that takes long
         self.form = self._chosen_form(computed_steps)
-        schedule = choose_schedule(self.runs, computed_steps, self.search_budget, self._growth, self.form)
+        schedule = choose_schedule(self._fitted_runs, computed_steps, self.search_budget, self._growth, self.form)
         coefficients = self._refined(schedule) if self.refine else self._fitted(schedule)
+        if self.descent:
+            coefficients = self._descended(schedule, coefficients)
         return bare_calibration(recorded, schedule, "ertacache", **calibration_fields(coefficients))
 
     def _chosen_form(self, computed_steps: int) -> Form:
         """What the prompts are enough for, on the schedule that is best without a try."""
         if self._growth is None or self._fold_count() == 0:
             return REFINED_FORM if self.refine else SAFE_FORM
-        schedule = choose_schedule(self.runs, computed_steps, 0, None)
-        return best_form(self.runs, schedule, self._fold_count())
+        schedule = choose_schedule(self._fitted_runs, computed_steps, 0, None)
+        return best_form(self._fitted_runs, schedule, self._fold_count())
 
     def _refined(self, schedule: list[int]) -> Coefficients:
-        few = self.runs.first(self.refine)
+        few = self._fitted_runs.first(self.refine)
         if self.search_budget:  # as for the form of the step-by-step fit: what it costs goes with tries
             self.form = best_refined_form(few, schedule, [REFINED_FORM, self.form])
         self.refined = refine_end_to_end(few, linearise(few, schedule, self._fitted(schedule)))
         if self.refined.ridge is None:
             return self.refined.coefficients
         last = self._last_fitter(schedule, self.refined.coefficients)
-        self.runs.run(last)
+        self._fitted_runs.run(last)
         return last.fitted()
 
     def _fitted(self, schedule: list[int]) -> Coefficients:
         fitter = Fitter(schedule, self.runs.recorded.latents, form=self.form)
-        self.runs.run(fitter)
+        self._fitted_runs.run(fitter)
         return fitter.fitted()
+
+    def _descended(self, schedule: list[int], start: Coefficients) -> Coefficients:
+        """After descent, with the last step fitted once more where that carries over."""
+        made = descend(self.runs, schedule, start, self.descent)
+        self.form = Form(self.form.outputs, known_layout(self.runs))
+        last = self._last_fitter(schedule, made.coefficients, list(range(len(self._fitted_runs))))
+        errors = self.runs.squared_errors(self.runs.run(last))
+        return last.fitted() if mean_log_error(errors[made.left_out]) <= made.after else made.coefficients
 
     def _last_fitter(self, schedule: list[int], refined: Coefficients, rows: list[int] | None = None) -> Fitter:
         """The last step leads to what the refined ones aim at, so its weights are fitted to that once more."""
@@ -126,18 +147,29 @@ class Maker:
         return bare_calibration(recorded, method="paper", **asdict(fit))
 
     def _fold_count(self) -> int:
-        return min(self.folds, len(self.runs)) if self.folds >= 2 and len(self.runs) >= 2 else 0
+        count = len(self._fitted_runs)
+        return min(self.folds, count) if self.folds >= 2 and count >= 2 else 0
 
     def _predict(self, made: Calibration) -> dict[str, Any] | None:
-        """PSNR on prompts that a fold did not fit to: mean and worst decile in dB."""
+        """PSNR on prompts that were not fitted to: mean and worst decile in dB."""
         count = self._fold_count()
         if count == 0:
             return None
+        if self.descent and len(made.computed_steps) < self.runs.recorded.num_steps:
+            return self._predict_left_out(made)
         values = torch.zeros(len(self.runs))
         for fold in range(count):
             held_out = list(range(fold, len(self.runs), count))
             values[held_out] = self._fold_psnr(made, held_out)[held_out].float()
         return {"psnr": float(values.mean()), "psnr_p10": float(worst_decile(values, True)), "folds": count}
+
+    def _predict_left_out(self, made: Calibration) -> dict[str, Any]:
+        """The same from the prompts that descent leaves out."""
+        rows = range(len(self._fitted_runs), len(self.runs))
+        pixels = self.runs.of(rows).run(Rerun(made.computed_steps, made.combinations()), decode=True)
+        values = psnr(pixels, self.runs.pictures[rows.start :])
+        quality = {"psnr": float(values.mean()), "psnr_p10": float(worst_decile(values, True))}
+        return {**quality, "folds": 1, "left_out": len(rows)}
 
     def _fold_psnr(self, made: Calibration, held_out: list[int]) -> Tensor:
         recorded = self.runs.recorded

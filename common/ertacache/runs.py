@@ -14,6 +14,7 @@ from ertacache.attach import Structure, attached
 from ertacache.channels import Layout, layout_of
 from ertacache.errors import CalibrationError
 from ertacache.fitting import SAFE_FORM, Fitter, Form
+from ertacache.gradients import checkpointed, undecorated
 from ertacache.recording import Recorder
 
 MICRO_BATCH = 8
@@ -32,30 +33,48 @@ class Runs:
     recorded: Recorder = field(default_factory=Recorder)
     pictures: Tensor = field(default_factory=lambda: torch.empty(0))  # of the reference runs, once recorded
     structure: Structure | None = None  # of what the transformer returns, once it ran
+    rows: list[int] | None = None  # of the recorded prompts that these are; None for all
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def run(self, controller: Any, decode: bool = False) -> Tensor:
-        """Run the pipeline under a controller; final latents, or pixels in [0, 1] with `decode`."""
+    def run(self, controller: Any, decode: bool = False, gradients: bool = False) -> Tensor:
+        """Run the pipeline under a controller; final latents, or pixels in [0, 1] with `decode`.
+
+        Args:
+            gradients: they carry those of what the controller combines; for runs within `gradients.differentiable`.
+        """
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
         with attached(self.pipe, controller, self.micro_batch) as attachment:
             attachment.on_computed = lambda: self.bar.update(len(self))
             attachment.expected = self.structure
-            result = self.pipe(
+            if gradients:
+                attachment.around = checkpointed
+            call = undecorated(self.pipe) if gradients else self.pipe
+            result = call(
                 prompt=self.prompts, generator=generators, output_type="pt" if decode else "latent", **self.kwargs
             )
             self.structure = attachment.expected
-        return solver.first_output(result).detach().float().cpu()
+        final = solver.first_output(result)
+        return (final if gradients else final.detach()).float().cpu()
 
     def first(self, count: int) -> "Runs":
-        """The runs of the first prompts only; `recorded` stays that of all."""
-        count = min(count, len(self))
+        """The runs of the first prompts only."""
+        return self.of(range(min(count, len(self))))
+
+    def of(self, rows: Sequence[int]) -> "Runs":
+        """The runs of the prompts in these rows only; `recorded` and `pictures` stay those of all."""
         structure = self.structure
         if structure is not None:  # its batch is that of the prompts, or twice that for guidance in one call
             kind, shape, dtype, device = structure
-            structure = (kind, torch.Size([shape[0] * count // len(self), *shape[1:]]), dtype, device)
-        return replace(self, prompts=self.prompts[:count], seeds=self.seeds[:count], structure=structure)
+            structure = (kind, torch.Size([shape[0] * len(rows) // len(self), *shape[1:]]), dtype, device)
+        return replace(
+            self,
+            prompts=[self.prompts[row] for row in rows],
+            seeds=[self.seeds[row] for row in rows],
+            structure=structure,
+            rows=[row if self.rows is None else self.rows[row] for row in rows],
+        )
 
     def record(self) -> None:
         """The uncached reference runs, kept in `recorded` and `pictures`."""
@@ -67,7 +86,8 @@ class Runs:
 
     def squared_errors(self, final: Tensor) -> Tensor:
         """Mean squared error of final latents (P, ...) of each prompt."""
-        return (final - self.recorded.latents[-1][: len(self)].float()).square().flatten(1).mean(1)
+        rows = slice(None) if self.rows is None else self.rows
+        return (final - self.recorded.latents[-1][rows].float()).square().flatten(1).mean(1)
 
     def fitted_error(self, schedule: list[int], form: Form = SAFE_FORM) -> float:
         """`final_error` of a schedule with our rectification."""

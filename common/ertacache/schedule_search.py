@@ -30,14 +30,14 @@ def choose_schedule(
     """The K computed steps for rectified reuse.
 
     Args:
-        runs: recorded calibration runs.
+        runs: recorded calibration runs, or the first of them.
         budget: schedules whose error may be measured.
         growth: of `error_growth`; needed where there is a budget. With none, errors weigh the same wherever they arise.
         form: what a step combines; a schedule is judged by the true error of the step-by-step fit of that form, which
             takes K evaluations a prompt.
     """
     recorded = runs.recorded
-    gram, gains = gram_matrix(recorded.outputs), np.asarray(recorded.gains)
+    gram, gains = gram_matrix([o[: len(runs)] for o in recorded.outputs]), np.asarray(recorded.gains)
     if budget == 0 or growth is None:
         return path_schedule(gram, gains, computed_steps, form.outputs)
     measured: dict[tuple[int, ...], float] = {}

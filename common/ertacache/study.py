@@ -19,7 +19,7 @@ from ertacache.calibration import Calibration
 from ertacache.comparison import Comparison, Contender
 from ertacache.errors import ERTACacheError, UsageError
 from ertacache.generation import latents_run
-from ertacache.kept import calibration_prompts, kept_calibration
+from ertacache.kept import calibration_file_prompts, calibration_prompts, kept_calibration
 from ertacache.ledger import Ledger
 from ertacache.lpips import Lpips, LpipsUnavailableError, load_lpips
 from ertacache.model_folder import ModelFolder, slug
@@ -52,7 +52,7 @@ class Study:
         self.out = Path(chosen.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.calibration_prompts = calibration_prompts(chosen)
-        both = set(self.calibration_prompts) & set(prompts)
+        both = set(calibration_file_prompts(chosen)) & set(prompts)  # a kept calibration may be of more than asked for
         if both:
             raise UsageError(f"prompt {sorted(both)[0]!r} is a calibration prompt: held-out prompts must be others")
         self.ledger = Ledger(self.out / ".progress", self._subject())
@@ -69,6 +69,7 @@ class Study:
             "seeds": self.chosen.seeds,
             "search_budget": self.chosen.search_budget,
             "refine": self.chosen.refine,
+            "descent": self.chosen.descent,
             "layout": self.chosen.layout,
             "versions": provenance.package_versions(),
         }
@@ -157,6 +158,7 @@ class Study:
                 method=method,
                 search_budget=self.chosen.search_budget if ours else 0,
                 refine=self.chosen.refine if ours else 0,
+                descent=self.chosen.descent if ours else 0,
                 micro_batch=self.chosen.micro_batch,
                 memory_limit=self.chosen.memory_limit(),
                 progress=processes.is_main(),

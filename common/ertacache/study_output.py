@@ -90,6 +90,7 @@ def _efforts(study: "Study", rows: list[Row]) -> str:
     made = {count: calibration.settings for count, calibration in _ours(study, rows).items()}
     return "".join(
         f"; K = {count}: {effort.get('search_budget', 0)} schedules tried, refined on {effort.get('refine', 0)} prompts"
+        + (f", {effort['descent']} steps of descent" if effort.get("descent") else "")
         for count, effort in made.items()
         if "search_budget" in effort
     )
