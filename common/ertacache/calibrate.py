@@ -74,7 +74,9 @@ def calibrate(
     runs = make_runs(pipe, prompts, seeds, pipe_kwargs, micro_batch, progress, memory_limit)
     maker = Maker(runs, method, threshold, search_budget, refine, folds, descent if method == "ertacache" else 0)
     Announcement(maker.work(), goal, runs.bar).follow(runs.recorded)
-    with quiet(pipe), torch.no_grad():
+    # what is made in inference mode has no gradients later either
+    inference = torch.is_inference_mode_enabled() and not descent
+    with quiet(pipe), torch.inference_mode(inference), torch.no_grad():
         runs.record()
         num_steps = runs.recorded.num_steps
         if speedup is not None:

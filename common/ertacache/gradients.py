@@ -33,7 +33,7 @@ def differentiable(pipe: Any) -> Iterator[None]:
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             yield
     finally:
         for parameter in trained:

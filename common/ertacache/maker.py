@@ -26,7 +26,7 @@ from ertacache.refinement import refine as refine_end_to_end
 from ertacache.replay import Replay
 from ertacache.rerun import Rerun
 from ertacache.runs import Runs, mean_log_error
-from ertacache.schedule_search import choose_schedule, error_growth
+from ertacache.schedule_search import JUDGES, choose_schedule, error_growth
 
 
 @dataclass
@@ -47,6 +47,11 @@ class Maker:
     def _fitted_runs(self) -> Runs:
         """Those that are fitted to: with descent, which owes much to its prompts, a quarter is left out."""
         return self.runs.first(len(parts(len(self.runs))[0])) if self.descent else self.runs
+
+    @property
+    def _judges(self) -> Runs:
+        """Those that schedules and forms are chosen on: more would tell them apart no better."""
+        return self._fitted_runs.first(JUDGES)
 
     @cached_property
     def _growth(self) -> NDArray[np.float64] | None:
@@ -97,7 +102,7 @@ class Maker:
         if self.descent:
             known_layout(self.runs)  # before anything that takes long
         self.form = self._chosen_form(computed_steps)
-        schedule = choose_schedule(self._fitted_runs, computed_steps, self.search_budget, self._growth, self.form)
+        schedule = choose_schedule(self._judges, computed_steps, self.search_budget, self._growth, self.form)
         coefficients = self._refined(schedule) if self.refine else self._fitted(schedule)
         if self.descent:
             coefficients = self._descended(schedule, coefficients)
@@ -107,8 +112,8 @@ class Maker:
         """What the prompts are enough for, on the schedule that is best without a try."""
         if self._growth is None or self._fold_count() == 0:
             return REFINED_FORM if self.refine else SAFE_FORM
-        schedule = choose_schedule(self._fitted_runs, computed_steps, 0, None)
-        return best_form(self._fitted_runs, schedule, self._fold_count())
+        schedule = choose_schedule(self._judges, computed_steps, 0, None)
+        return best_form(self._judges, schedule, self._fold_count())
 
     def _refined(self, schedule: list[int]) -> Coefficients:
         few = self._fitted_runs.first(self.refine)

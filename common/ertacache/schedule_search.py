@@ -16,6 +16,7 @@ Array = NDArray[np.float64]
 
 GROWTH_PLACES = 6  # steps at which the growth of an error is measured, the first and the last but one among them
 GROWTH_PROMPTS = 4
+JUDGES = 64  # prompts, at most, that schedules and forms are chosen on
 NUDGE = {torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 1e-1}  # of an output, relative to its change
 WEIGHT_POWERS = (0.0, 1.0, 2.0)  # of the growth, in the weights of squared errors
 
