@@ -48,7 +48,17 @@ def smaller(folder: Path, flags: list[str], tmp_path: Path) -> list[str]:
     if isinstance(read_constants(folder / "config.py").get("num_frames", [None])[0], int):
         made += ["--num-frames", "9"]
     made += ["--num-inference-steps", str(STEPS), "--num-calibration-prompts", "2", "--search-budget", "0"]
-    return [*made, "--refine", "0", "--calibration-folder", str(tmp_path / "mine"), "--out", str(tmp_path / "out")]
+    return [
+        *made,
+        "--refine",
+        "0",
+        "--descent",
+        "0",
+        "--calibration-folder",
+        str(tmp_path / "mine"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
 
 
 @pytest.mark.parametrize(("folder", "flags"), run_lines(), ids=[f"{f.name}: {' '.join(c)}" for f, c in run_lines()])
