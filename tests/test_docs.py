@@ -391,6 +391,7 @@ def test_the_page_lists_every_field_of_a_calibration():
 def test_messages_on_the_page_are_those_that_come(tmp_path):
     path = next(iter(sorted((FIRST_FOLDER / "calibration").glob("tiny-*.json"))))
     good = json.loads(path.read_text(encoding="utf-8"))
+    good = {**good, "channel_coefficients": None, "channel_axis": None}
     steps = good["num_inference_steps"]
     wrong = [
         "[]",
