@@ -32,8 +32,8 @@ bench:
 	$(PYTHON) bench/few_steps.py
 	$(PYTHON) bench/prompts_needed.py
 	$(PYTHON) bench/scaling.py
-	$(PYTHON) bench/step_cost.py ERTACache4FLUX
 	$(PYTHON) bench/changed_weights.py
+	$(PYTHON) bench/published_parts.py
 	$(PYTHON) bench/fuzz_calibration.py
 	$(PYTHON) bench/fuzz_kill.py
 
@@ -48,6 +48,7 @@ figures:
 	$(PYTHON) -m ertacache.overview $(wildcard $(foreach page,$(PAGES),bench/results/$(firstword $(subst :, ,$(page))).json)) --into README.md
 	$(PYTHON) bench/speed_page.py
 	$(PYTHON) bench/changed_weights.py --page
+	$(PYTHON) bench/published_parts.py --page
 
 tree:
 	$(PYTHON) bench/readme_tree.py

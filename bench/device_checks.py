@@ -3,13 +3,15 @@
 Only the last one does anything on a CPU; the others say that they were not made there.
 """
 
-import copy
+import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import attempted
 from step_timer import Call
 from torch import Tensor
 
@@ -17,18 +19,19 @@ import ertacache
 from ertacache import rectification, solver
 from ertacache.baselines.base import replaced
 from ertacache.calibration import Calibration
+from ertacache.solver import StepCall, StepPlaces
 
 LIBRARY = str(Path(ertacache.__file__).parent)
 
 
 def run_checks(pipe: Any, call: Call, calibration: Calibration, device: torch.device) -> dict[str, Any]:
-    """Name -> what came out, for the JSON."""
+    """Name -> what came out, for the JSON; {"error": ...} for a check that could not be made."""
     not_here = {"skipped": "no CUDA device"}
     cuda = device.type == "cuda"
     return {
-        "host_syncs": host_syncs(pipe, call, calibration) if cuda else not_here,
-        "cuda_graphs": cuda_graphs(pipe, call, calibration) if cuda else not_here,
-        "compile": compiled_graphs(pipe, call, calibration),
+        "host_syncs": attempted(lambda: host_syncs(pipe, call, calibration)) if cuda else not_here,
+        "cuda_graphs": attempted(lambda: cuda_graphs(pipe, call, calibration)) if cuda else not_here,
+        "compile": attempted(lambda: compiled_graphs(pipe, call, calibration)),
     }
 
 
@@ -61,44 +64,45 @@ def _synced_from(pipe: Any, call: Call) -> list[str]:
     return [warning.filename for warning in seen if "synchronizing" in str(warning.message)]
 
 
-def cuda_graphs(pipe: Any, call: Call, calibration: Calibration) -> dict[str, bool]:
-    """Whether a computed step's forward and a reused step's arithmetic replay from a graph with the eager result."""
-    seen: dict[str, Any] = {}
+def cuda_graphs(pipe: Any, call: Call, calibration: Calibration) -> dict[str, Any]:
+    """Whether a computed step's forward and the cache's sum replay from a graph with the eager result."""
+    works = parts_of_steps(pipe, call, calibration)
+    return {name: attempted(lambda work=work: _replays(work)) for name, work in works.items()}
 
-    def forward(original: Callable[..., Any]) -> Callable[..., Any]:
-        def looking(*args: Any, **kwargs: Any) -> Any:
-            seen.setdefault("forward", (args, kwargs))
-            return original(*args, **kwargs)
 
-        return looking
+def parts_of_steps(pipe: Any, call: Call, calibration: Calibration) -> dict[str, Callable[[], Tensor]]:
+    """The transformer's forward at a computed step, and what the cache does at a reused one, on a run's tensors.
 
-    def step(original: Callable[..., Any]) -> Callable[..., Any]:
-        def looking(*args: Any, **kwargs: Any) -> Any:
-            if len(seen.setdefault("outputs", [])) < len(calibration.coefficients[-1]):
-                seen["outputs"].append(args[0].clone())
-                seen["step"] = (copy.deepcopy(pipe.scheduler), args, kwargs)
-            return original(*args, **kwargs)
+    Without the scheduler's step: UniPC's copies numbers from the host, which a graph cannot hold, with a cache or
+    without.
+    """
+    forwards: list[tuple[tuple, dict[str, Any]]] = []
+    steps: list[StepCall] = []
+    places = StepPlaces.of(inspect.signature(pipe.scheduler.step))
+    last = calibration.num_inference_steps - 1
+    coefficients = calibration.combinations()
 
-        return looking
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        forwards.append((args, kwargs))
+        return original_forward(*args, **kwargs)
 
+    def step(*args: Any, **kwargs: Any) -> Any:
+        call = StepCall(places, args, kwargs)
+        if len(steps) < len(coefficients.outputs[last]):
+            steps.append(call.with_output(call.model_output.clone()))
+        return original_step(*args, **kwargs)
+
+    original_forward, original_step = pipe.transformer.forward, pipe.scheduler.step
     with (
-        replaced(pipe.transformer, "forward", forward(pipe.transformer.forward)),
-        replaced(pipe.scheduler, "step", step(pipe.scheduler.step)),
+        replaced(pipe.transformer, "forward", functools.wraps(original_forward)(forward)),
+        replaced(pipe.scheduler, "step", functools.wraps(original_step)(step)),
     ):
         call()
-    args, kwargs = seen["forward"]
-    scheduler, step_args, step_kwargs = seen["step"]
-
-    combined = calibration.combinations().at(calibration.num_inference_steps - 1, step_args[2])
-
-    def reused() -> Tensor:
-        output = rectification.combine(seen["outputs"], *combined)
-        stepper = solver.bare_copy(scheduler)
-        return solver.first_output(stepper.step(output, *step_args[1:], **step_kwargs))
-
+    args, kwargs = forwards[0]
+    outputs, combined = [one.model_output for one in steps], coefficients.at(last, steps[-1].sample)
     return {
-        "computed_step": _replays(lambda: solver.first_output(pipe.transformer(*args, **kwargs))),
-        "reused_step": _replays(reused),
+        "computed_step": lambda: solver.first_output(pipe.transformer(*args, **kwargs)),
+        "reused_step": lambda: rectification.combine(outputs, *combined).clone(),
     }
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from latency import caller
 from latency import measure as measure_latency
 from quality import HeldOut
 from record import RESULTS, machine, write
+from subjects import caller
 from tiny_pipelines import FOLDERS, available, tiny_pipeline
 
 import ertacache

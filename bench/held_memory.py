@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
+from record import failure
 from step_timer import Call
 
 import ertacache
@@ -69,6 +70,9 @@ def compare_memory(
                 held, peak = held_bytes(call, device)
         except NotApplicable as reason:
             found.append({"method": name, "not_applicable": str(reason)})
+            continue
+        except Exception as problem:
+            found.append({"method": name, **failure(problem)})
             continue
         found.append(
             {

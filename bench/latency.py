@@ -2,33 +2,32 @@
 
     python bench/latency.py flux --device cuda                       full size: random weights, no download
     python bench/latency.py wan --layers 0.04 --scale 0.25 --steps 6 a thirtieth of the blocks, a sixteenth of the area
-    python bench/latency.py flux --tiny                              the folder's trained tiny pipeline, its calibration
+    python bench/latency.py wan --device cpu                         reduced as real_models.py says, and prints
+    python bench/latency.py flux --tiny                              the folder's tiny pipeline, the calibrations there
     python bench/latency.py flux --memory                            also what each cache holds
     python bench/latency.py flux --device cuda --checks              also syncs, CUDA graphs, torch.compile
 
 With OMP_NUM_THREADS=1 on a CPU the times are those of the processor, which other work on the machine leaves alone.
-Writes bench/results/latency_<model>_<device or tiny>.json. The uncached and the cached runs take turns; the first of
-each warms up and is not counted.
+Writes bench/results/latency_<model>_<device>_full.json, ..._reduced.json or latency_<model>_tiny.json after every row.
+The uncached and the cached runs take turns; the first of each warms up and is not counted.
 """
 
 import argparse
 import gc
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from real_models import MODELS, RealModel, Request
-from record import RESULTS, machine, write
+from real_models import MODELS, Request
+from record import RESULTS, attempted, machine, write
 from step_timer import Call, Timings, clock_of, compare, time_run
-from synthetic import grid_and_shape, synthetic_calibration
-from tiny_pipelines import FOLDERS, tiny_calibration, tiny_pipeline
+from subjects import Subject, caller, real_subject, tiny_subject
+from synthetic import grid_and_shape
 
 import ertacache
-from ertacache import policy
 from ertacache.calibration import Calibration
-
-SPEEDUPS = (1.5, 2.0, 3.0)
 
 
 def measure(pipe: Any, call: Call, calibration: Calibration, repeats: int, device: torch.device) -> dict[str, Any]:
@@ -42,74 +41,34 @@ def measure(pipe: Any, call: Call, calibration: Calibration, repeats: int, devic
     return compare(uncached[1:], cached[1:], calibration.computed_steps)
 
 
-def caller(pipe: Any, arguments: dict[str, Any], steps: int) -> Call:
-    """A function that runs the pipeline to its latents, the same ones every time."""
-
-    def call(**overrides: Any) -> Any:
-        generator = torch.Generator("cpu").manual_seed(0)
-        with torch.no_grad():
-            return pipe(num_inference_steps=steps, generator=generator, **{**arguments, **overrides})
-
-    return call
-
-
-def real_rows(model: RealModel, request: Request, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is measured on one real architecture."""
-    pipe, arguments = model.pipeline(request)
-    record: dict[str, Any] = {
-        "model": model.name,
-        "weights": "random",
-        "layers_fraction": request.layers,
-        "scale": request.scale,
-        "full_size": request.layers == request.scale == 1 and request.frames is None,
-        "size": model.sized(request),
-        "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
+def measure_all(subject: Subject, options: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
+    """Every row, then memory and checks where they are asked for; saved after each, so that a crash loses little."""
+    record = {
+        **subject.record,
         "rows": [],
+        "clock": clock_of(subject.device),
+        **machine(subject.device, subject.dtype),
     }
-    for steps in options.steps or model.steps:
-        call = caller(pipe, arguments, steps)
-        timesteps, sigmas, shape, output_bytes = grid_and_shape(pipe, call)
-        counts = options.computed or [policy.computed_steps_for(steps, s) for s in SPEEDUPS]
-        for count in counts:
-            made = synthetic_calibration(pipe, timesteps, sigmas, shape, count)
-            record["rows"].append(measure(pipe, call, made, options.repeats, request.device))
-            print(_line(model.name, record["rows"][-1]), file=sys.stderr)
-        record["latent_shape"], record["output_bytes"] = shape, output_bytes
+    for steps in subject.steps:
+        call = caller(subject.pipe, subject.arguments, steps)
+        *_, record["latent_shape"], record["output_bytes"] = grid_and_shape(subject.pipe, call)
+        for count in subject.counts(steps):
+            made = subject.calibration(call, steps, count)
+            record["rows"].append(measure(subject.pipe, call, made, options.repeats, subject.device))
+            print(_line(record["model"], record["rows"][-1]), file=sys.stderr)
+            save(record)
     if options.memory:
         from held_memory import compare_memory
 
-        record["memory"] = compare_memory(pipe, call, made, output_bytes, request.device)
+        output_bytes = record["output_bytes"]
+        found = attempted(lambda: compare_memory(subject.pipe, call, made, output_bytes, subject.device))
+        record["memory"] = found if isinstance(found, list) else [{"method": "all", **found}]
+        save(record)
     if options.checks:
         from device_checks import run_checks
 
-        record["checks"] = run_checks(pipe, call, made, request.device)
-    return record
-
-
-def tiny_rows(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The same on the trained tiny pipeline of a folder, with the calibrations that lie there."""
-    pipe, chosen, module = tiny_pipeline(name)
-    arguments = {"prompt": "a large red star at the left", **module.MODEL_FOLDER.arguments(chosen)}
-    steps = arguments.pop("num_inference_steps")
-    call = caller(pipe, {**arguments, "output_type": "latent"}, steps)
-    record: dict[str, Any] = {
-        "model": f"{MODELS[name].name} tiny",
-        "weights": "trained",
-        "full_size": False,
-        "size": {key: arguments[key] for key in ("height", "width", "num_frames") if key in arguments},
-        "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
-        "rows": [],
-    }
-    for count in options.computed or [policy.computed_steps_for(steps, s) for s in SPEEDUPS]:
-        made = tiny_calibration(pipe, chosen, module, count)
-        record["rows"].append(measure(pipe, call, made, options.repeats, torch.device("cpu")))
-        print(_line(record["model"], record["rows"][-1]), file=sys.stderr)
-    if options.memory:
-        from held_memory import compare_memory
-
-        *_, record["latent_shape"], record["output_bytes"] = grid_and_shape(pipe, call)
-        record["memory"] = compare_memory(pipe, call, made, record["output_bytes"], torch.device("cpu"))
-    return record
+        record["checks"] = run_checks(subject.pipe, call, made, subject.device)
+        save(record)
 
 
 def _line(name: str, row: dict[str, Any]) -> str:
@@ -127,11 +86,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="the folder's trained tiny pipeline instead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; the real one on CUDA, float32 on a CPU")
-    parser.add_argument("--layers", type=float, default=1.0, help="fraction of each kind of block")
-    parser.add_argument("--scale", type=float, default=1.0, help="fraction of height and of width")
+    parser.add_argument("--layers", type=float, help="fraction of each kind of block; 1, or less on a CPU")
+    parser.add_argument("--scale", type=float, help="fraction of height and of width; 1, or less on a CPU")
     parser.add_argument("--frames", type=int, help="frames of a video instead of the real number")
     parser.add_argument("--steps", type=int, nargs="+", help="scheduler steps instead of the real numbers")
-    parser.add_argument("--computed", type=int, nargs="+", help="computed steps instead of N / 1.5, N / 2, N / 3")
+    parser.add_argument(
+        "--computed", type=int, nargs="+", help="computed steps instead of N / 1.5, N / 2, N / 3, or all kept ones"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--checks", action="store_true")
@@ -140,28 +101,31 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     unknown = [name for name in options.models if name not in MODELS]
     if unknown:
         parser.error(f"unknown model {', '.join(unknown)}: choose from {', '.join(MODELS)}")
-    if options.repeats < 1 or options.scale <= 0 or not 0 < options.layers <= 1:
-        parser.error("--repeats must be 1 or more, --scale above 0, --layers above 0 and at most 1")
+    if options.repeats < 1 or (options.scale is not None and options.scale <= 0):
+        parser.error("--repeats must be 1 or more, --scale above 0")
+    if options.layers is not None and not 0 < options.layers <= 1:
+        parser.error("--layers must be above 0 and at most 1")
     return options
+
+
+def _subject(name: str, options: argparse.Namespace) -> Subject | None:
+    if options.tiny:
+        return tiny_subject(name, options.computed)
+    device = torch.device(options.device)
+    dtype = torch.float32 if device.type == "cpu" else MODELS[name].dtype
+    dtype = getattr(torch, options.dtype) if options.dtype else dtype
+    request = Request(options.layers, options.scale, options.frames, device, dtype)
+    return real_subject(name, request, options.steps, options.computed)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = _arguments(argv)
     for name in options.models:
-        if options.tiny:
-            if not (FOLDERS[name] / "tiny" / "model_index.json").exists():
-                print(f"{name}: no tiny pipeline in {FOLDERS[name].name}", file=sys.stderr)
-                continue
-            device, dtype, suffix = torch.device("cpu"), torch.float32, "tiny"
-            record = tiny_rows(name, options)
-        else:
-            device, model = torch.device(options.device), MODELS[name]
-            dtype = getattr(torch, options.dtype) if options.dtype else model.dtype
-            dtype = torch.float32 if device.type == "cpu" and not options.dtype else dtype
-            request = Request(options.layers, options.scale, options.frames, device, dtype)
-            record, suffix = real_rows(model, request, options), device.type
-        record["clock"] = clock_of(device)
-        write(f"latency_{name}_{suffix}", {**record, **machine(device, dtype)}, options.out)
+        subject = _subject(name, options)
+        if subject is not None:
+            path = f"latency_{subject.name}"
+            measure_all(subject, options, lambda record, path=path: write(path, record, options.out))
+        del subject  # twelve billion parameters are to go before the next ones come
         gc.collect()
 
 

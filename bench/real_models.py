@@ -1,4 +1,4 @@
-"""The four real architectures with random weights, whole or cut down: no checkpoint, text encoder or VAE is needed.
+"""The real architectures with random weights, whole or cut down: no checkpoint, text encoder or VAE is needed.
 
 Timing does not depend on the weights' values. `layers` is the fraction of each kind of block that is kept, `scale`
 the fraction of height and width.
@@ -30,13 +30,23 @@ SIDE_MULTIPLE = 16  # pixels: 8 of the VAE, 2 of the patches
 
 @dataclass(frozen=True)
 class Request:
-    """What is built and asked for; sizes in pixels and frames, fractions of the real model's."""
+    """What is built and asked for; sizes in pixels and frames, fractions of the real model's (None: left open)."""
 
-    layers: float = 1.0
-    scale: float = 1.0
+    layers: float | None = 1.0
+    scale: float | None = 1.0
     frames: int | None = None
     device: torch.device = CPU
     dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What a CPU is given where nothing is said: minutes on two cores, and a few GB in float32."""
+
+    layers: float
+    scale: float
+    steps: tuple[int, ...]
+    frames: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class RealModel:
         branches: transformer samples of a step: 2 with guidance, in one call or in two.
         build: (request, size) -> pipeline.
         embeddings: (device, dtype) -> arguments of the pipeline in place of a prompt, guidance included.
+        reduced: see there.
     """
 
     name: str
@@ -59,6 +70,7 @@ class RealModel:
     branches: int
     build: Callable[[Request, dict[str, int]], Any]
     embeddings: Callable[[torch.device, torch.dtype], dict[str, Any]]
+    reduced: Reduced
 
     def sized(self, request: Request) -> dict[str, int]:
         """height, width and num_frames at the request's scale, rounded to what the pipeline takes."""
@@ -124,27 +136,32 @@ def normal(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tenso
     return torch.randn(*shape, generator=generator).to(device, dtype)
 
 
-# -- the four ----------------------------------------------------------------------------------------------
+# -- the models ----------------------------------------------------------------------------------------------
 
 
-def build_flux(request: Request, _: dict[str, int]) -> FluxPipeline:
+def build_flux(request: Request, distilled: bool) -> FluxPipeline:
     transformer = made(
         FluxTransformer2DModel,
         request,
         num_layers=kept(19, request.layers),
         num_single_layers=kept(38, request.layers),
-        guidance_embeds=True,
+        guidance_embeds=not distilled,
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=not distilled, shift=1.0 if distilled else 3.0)
     return FluxPipeline(scheduler, None, None, None, None, None, transformer)
 
 
-def flux_embeddings(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "prompt_embeds": normal(1, 512, 4096, device=device, dtype=dtype),
-        "pooled_prompt_embeds": normal(1, 768, device=device, dtype=dtype),
-        "guidance_scale": 3.5,
-    }
+def flux_embeddings(tokens: int, guidance_scale: float) -> Callable[[torch.device, torch.dtype], dict[str, Any]]:
+    """Embeddings of a prompt by both text encoders."""
+
+    def embeddings(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "prompt_embeds": normal(1, tokens, 4096, device=device, dtype=dtype),
+            "pooled_prompt_embeds": normal(1, 768, device=device, dtype=dtype),
+            "guidance_scale": guidance_scale,
+        }
+
+    return embeddings
 
 
 def build_wan(request: Request, _: dict[str, int]) -> WanPipeline:
@@ -213,7 +230,24 @@ def opensora_embeddings(device: torch.device, dtype: torch.dtype) -> dict[str, A
 
 MODELS = {
     "flux": RealModel(
-        "FLUX.1-dev", {"height": 1024, "width": 1024}, (28, 50), torch.bfloat16, 1, build_flux, flux_embeddings
+        "FLUX.1-dev",
+        {"height": 1024, "width": 1024},
+        (28, 50),
+        torch.bfloat16,
+        1,
+        lambda request, _: build_flux(request, distilled=False),
+        flux_embeddings(512, 3.5),
+        Reduced(0.01, 0.125, (6,)),
+    ),
+    "flux-schnell": RealModel(
+        "FLUX.1-schnell",
+        {"height": 1024, "width": 1024},
+        (4, 8),
+        torch.bfloat16,
+        1,
+        lambda request, _: build_flux(request, distilled=True),
+        flux_embeddings(256, 0.0),
+        Reduced(0.01, 0.125, (4,)),
     ),
     "wan": RealModel(
         "Wan2.1-1.3B",
@@ -223,6 +257,7 @@ MODELS = {
         2,
         build_wan,
         guided(512, 5.0),
+        Reduced(0.034, 0.25, (6,), frames=5),
     ),
     "cogvideox": RealModel(
         "CogVideoX-2B",
@@ -232,6 +267,7 @@ MODELS = {
         2,
         build_cogvideox,
         guided(226, 6.0),
+        Reduced(0.034, 0.25, (6,), frames=9),
     ),
     "opensora": RealModel(
         "Open-Sora 1.2",
@@ -241,5 +277,6 @@ MODELS = {
         2,
         build_opensora,
         opensora_embeddings,
+        Reduced(0.036, 0.25, (6,), frames=17),
     ),
 }

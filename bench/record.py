@@ -5,6 +5,8 @@ import os
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from ertacache.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+STARTED = time.perf_counter()
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -41,6 +44,21 @@ def commit(folder: Path = ROOT) -> str:
     return f"{name}+" if changed else name
 
 
+def attempted(work: Callable[[], Any]) -> Any:
+    """What `work` returns, or `failure`: a check that fails is a result too, and must not lose the others."""
+    try:
+        return work()
+    except Exception as problem:
+        return failure(problem)
+
+
+def failure(problem: Exception) -> dict[str, str]:
+    """{"error": class and first line of the message}; all of it is printed."""
+    print(f"failed: {type(problem).__name__}: {problem}", file=sys.stderr)
+    first = (str(problem).strip().splitlines() or [""])[0]
+    return {"error": f"{type(problem).__name__}: {first}"[:200]}
+
+
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's with the number of its cores that this process may use."""
     if device.type == "cuda":
@@ -59,8 +77,14 @@ def _processor() -> str:
 
 
 def write(name: str, record: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write `record` as <folder>/<name>.json and say where."""
+    """Write `record` as <folder>/<name>.json, with the seconds since the command began, and say where."""
     folder.mkdir(parents=True, exist_ok=True)
+    record = {**record, "seconds": round(time.perf_counter() - STARTED, 1)}
     path = write_atomically(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
     print(path, file=sys.stderr)
     return path
+
+
+def read(pattern: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The results whose names match."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{pattern}.json"))]

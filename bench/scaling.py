@@ -6,13 +6,13 @@
 Runs on a pipeline whose transformer is a formula, so that what is timed is the calibration itself: recording, Gram
 matrix, the search for the schedule that `calibrate` makes, fitting. The transformer's share is (N + (1 + F) K) P
 evaluations on top.
+With OMP_NUM_THREADS=1 the times are those of the processor, which other work on the machine leaves alone.
 Writes bench/results/scaling.json; `growth` are exponents: time grows as the varied number to that power.
 """
 
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ import numpy as np
 import torch
 from closed_form import ClosedFormPipeline
 from record import RESULTS, machine, write
+from step_timer import Marks, clock_of
 
 from ertacache.fitting import SAFE_FORM, Fitter
 from ertacache.paths import path_schedule
 from ertacache.recording import gram_matrix
 from ertacache.runs import Runs, quiet, recorded_runs
 
+CPU = torch.device("cpu")
 STEPS = (10, 20, 50, 100, 200, 500, 1000)
 FACTORS = (1, 2, 4, 8, 16)
 BASE = {"prompts": 2, "frames": 1, "side": 32}  # while N varies; latents (prompts, 4, frames, side, side)
@@ -65,9 +67,10 @@ def _fit(runs: Runs, schedule: list[int]) -> None:
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
+    marks = Marks(CPU)
+    start = marks.now()
     result = work()
-    return time.perf_counter() - start, result
+    return marks.seconds(start, marks.now()), result
 
 
 def growth(numbers: list[float], seconds: list[float]) -> float:
@@ -112,7 +115,8 @@ def main(argv: list[str] | None = None) -> None:
         "base": BASE,
         "sized": {**SIZED, "steps": SIZED_STEPS},
         "series": measure(options.steps, options.factors),
-        **machine(torch.device("cpu"), torch.float32),
+        "clock": clock_of(CPU),
+        **machine(CPU, torch.float32),
     }
     write("scaling", record, options.out)
 

@@ -7,13 +7,13 @@ A section whose JSON is not there says which command makes it.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, ROOT
+from record import RESULTS, ROOT, read
+from speed_targets import commands, targets
 
 from ertacache.pages import grid, replace_between
 
@@ -85,8 +85,8 @@ def memory(records: Sequence[Record]) -> str:
             if entry["method"] == "none":
                 continue
             name = f"{record['model']}, {size_of(record)}"
-            if "not_applicable" in entry:
-                lines.append([name, entry["method"], "not applicable", "–", "–"])
+            if "beyond_uncached_bytes" not in entry:
+                lines.append([name, entry["method"], entry.get("error", "not applicable"), "–", "–"])
                 continue
             peak = entry["peak_beyond_uncached_bytes"]
             numbers = [f"{entry['beyond_uncached_bytes'] / 2**20:.3g}", f"{entry['beyond_uncached_outputs']:.2f}"]
@@ -96,14 +96,19 @@ def memory(records: Sequence[Record]) -> str:
 
 def checks(records: Sequence[Record]) -> str:
     header = ["Model and size", "Host syncs in the loop: uncached, cached, by the cache"]
-    header += ["CUDA graph of a computed step, of a reused one", "Compiled graphs: uncached, cached"]
+    header += ["CUDA graph of a computed step's forward, of the cache's sum", "Compiled graphs: uncached, cached"]
     lines = []
     for record in records:
         if "checks" in record:
             syncs, graphs, compiled = (record["checks"][k] for k in ("host_syncs", "cuda_graphs", "compile"))
-            texts = [one.get("skipped") or ", ".join(str(v) for v in one.values()) for one in (syncs, graphs, compiled)]
-            lines.append([f"{record['model']}, {size_of(record)}", *texts])
+            lines.append([f"{record['model']}, {size_of(record)}", *map(_found, (syncs, graphs, compiled))])
     return grid(header, lines, left=4) if lines else ""
+
+
+def _found(check: Record) -> str:
+    """What a check found, or why there is nothing; its parts may have failed one by one."""
+    parts = [_found(part) if isinstance(part, dict) else str(part) for part in check.values()]
+    return ", ".join(parts).replace("|", "/")
 
 
 def prompts(records: Sequence[Record]) -> str:
@@ -145,7 +150,8 @@ def scaling(records: Sequence[Record]) -> str:
 
 
 def few_steps(records: Sequence[Record]) -> str:
-    header = ["Model", "N", "K", "Speed-up", "Ideal", "ERTACache, dB (p10)", "K plain steps, dB (p10)"]
+    header = ["Model", "N", "K", "Speed-up", "Ideal", "Realised / ideal"]
+    header += ["ERTACache, dB (p10)", "K plain steps, dB (p10)"]
     lines = [
         [
             record["model"],
@@ -153,6 +159,7 @@ def few_steps(records: Sequence[Record]) -> str:
             str(len(row["computed_steps"])),
             f"{row['speedup']:.2f}x",
             f"{row['ideal_speedup']:.2f}x",
+            f"{row['realised_over_ideal']:.3f}",
             f"{row['psnr']:.1f} ({row['psnr_p10']:.1f})",
             f"{row['fewer_steps_psnr']:.1f} ({row['fewer_steps_psnr_p10']:.1f})",
         ]
@@ -169,6 +176,7 @@ def _machines(records: Sequence[Record]) -> str:
 
 # section of the page -> (what makes it, JSON files, command that makes those)
 SECTIONS: dict[str, tuple[Callable[[Sequence[Record]], str], str, str]] = {
+    "targets": (targets, "latency_*", "python bench/latency.py"),
     "latency": (latency, "latency_*", "python bench/latency.py"),
     "shares": (shares, "latency_*", "python bench/latency.py"),
     "memory": (memory, "latency_*", "python bench/latency.py --memory"),
@@ -177,10 +185,6 @@ SECTIONS: dict[str, tuple[Callable[[Sequence[Record]], str], str, str]] = {
     "scaling": (scaling, "scaling", "python bench/scaling.py"),
     "few-steps": (few_steps, "few_steps_*", "python bench/few_steps.py"),
 }
-
-
-def read(pattern: str, folder: Path) -> list[Record]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{pattern}.json"))]
 
 
 def section(name: str, folder: Path = RESULTS) -> str:
@@ -194,7 +198,7 @@ def filled(text: str, folder: Path = RESULTS) -> str:
     """The page with every section between its markers; ValueError where a marker is missing."""
     for name in SECTIONS:
         text = replace_between(text, section(name, folder), name)
-    return text
+    return replace_between(text, commands(folder), "commands")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from record import ROOT
 
 from ertacache import settings
 from ertacache.calibration import Calibration
-from ertacache.kept import obtain_calibration
+from ertacache.kept import kept_path, obtain_calibration
 
 FOLDERS = {
     "flux": ROOT / "ERTACache4FLUX",
@@ -59,9 +59,20 @@ def _imports_from(folder: Path) -> Iterator[None]:
         sys.modules.update(before)
 
 
+def kept_counts(chosen: Any, module: ModuleType) -> list[int]:
+    """The numbers of computed steps for which the folder keeps a calibration, most first."""
+    counts = range(chosen.num_inference_steps - 1, 0, -1)
+    return [count for count in counts if kept_path(_asking(chosen, count), module.MODEL_FOLDER)]
+
+
 def tiny_calibration(pipe: Any, chosen: Any, module: ModuleType, computed_steps: int) -> Calibration:
     """The folder's calibration for K computed steps; made and kept there where it is missing, as run.sh does."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return obtain_calibration(pipe, _asking(chosen, computed_steps), module.MODEL_FOLDER)[0]
+
+
+def _asking(chosen: Any, computed_steps: int) -> Any:
+    """The settings, with a number of computed steps for their goal."""
     chosen.speedup = chosen.min_psnr = chosen.threshold = None
     chosen.computed_steps = computed_steps
-    with contextlib.redirect_stderr(io.StringIO()):
-        return obtain_calibration(pipe, chosen, module.MODEL_FOLDER)[0]
+    return chosen

@@ -8,7 +8,7 @@ import tiny_flux
 import tiny_opensora
 import tiny_wan
 import torch
-from latency import caller
+from subjects import caller
 from synthetic import grid_and_shape, synthetic_calibration
 from torch import Tensor
 

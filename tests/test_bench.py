@@ -1,12 +1,15 @@
 """The benches: arithmetic by hand, their pieces on tiny pipelines, and the page that is made from their results."""
 
+import contextlib
 import copy
 import json
 import random
 import re
 import time
 
+import device_checks
 import fuzz_calibration
+import held_memory
 import latency
 import numpy as np
 import pytest
@@ -14,6 +17,9 @@ import real_models
 import record
 import scaling
 import speed_page
+import speed_targets
+import subjects
+import tiny_pipelines
 import torch
 from device_checks import compiled_graphs
 from held_memory import compare_memory, held_bytes
@@ -91,7 +97,9 @@ def test_results_say_which_commit_made_them(tmp_path, monkeypatch):
 # -- architectures -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "billions"), [("flux", 11.9), ("wan", 1.42), ("cogvideox", 1.69)])
+@pytest.mark.parametrize(
+    ("name", "billions"), [("flux", 11.9), ("flux-schnell", 11.9), ("wan", 1.42), ("cogvideox", 1.69)]
+)
 def test_architectures_have_their_real_size(name, billions):
     """Parameter counts of the published checkpoints; nothing is allocated."""
     model = real_models.MODELS[name]
@@ -107,6 +115,91 @@ def test_architectures_are_cut_down_by_fractions():
     assert real_models.kept(19, 0.01) == 1
     with pytest.raises(ValueError, match="layers is 0"):
         real_models.kept(19, 0)
+
+
+def test_schnell_is_distilled():
+    model = real_models.MODELS["flux-schnell"]
+    pipe = model.build(real_models.Request(layers=0.01, device=torch.device("meta")), model.size)
+    assert model.steps == (4, 8) and not pipe.transformer.config.guidance_embeds
+    assert pipe.scheduler.config.shift == 1 and not pipe.scheduler.config.use_dynamic_shifting
+
+
+SMALL = ["--device", "cpu", "--layers", "0.034", "--scale", "0.07", "--frames", "5", "--repeats", "1"]
+
+
+def test_a_reduced_model_is_measured_and_saved_after_every_row(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(latency, "write", lambda name, record, _: saved.append((name, copy.deepcopy(record))))
+    latency.main(["wan", *SMALL, "--steps", "2", "--computed", "1", "2", "--out", str(tmp_path)])
+    assert [name for name, _ in saved] == ["latency_wan_cpu_reduced"] * 2
+    assert [len(result["rows"]) for _, result in saved] == [1, 2]
+    result = saved[-1][1]
+    assert result["layers_fraction"] == 0.034 and not result["full_size"] and result["commit"]
+    assert result["rows"][0]["computed_steps"] == [0] and result["size"]["num_frames"] == 5
+
+
+@pytest.mark.parametrize("name", list(real_models.MODELS))
+def test_a_cpu_is_given_less_where_nothing_is_said(name, capsys, monkeypatch):
+    built = []
+
+    class Stop(Exception):
+        pass
+
+    def build(self, request):
+        built.append(request)
+        raise Stop
+
+    monkeypatch.setattr(real_models.RealModel, "pipeline", build)
+    with pytest.raises(Stop):
+        subjects.real_subject(name, real_models.Request(None, None), None, None)
+    assert built[0].layers < 0.05 and built[0].scale <= 0.25 and "on a CPU reduced to" in capsys.readouterr().err
+    with pytest.raises(Stop):
+        subjects.real_subject(name, real_models.Request(1.0, None), None, None)
+    assert (built[1].layers, built[1].scale) == (1, 1) and not capsys.readouterr().err
+
+
+def test_the_tiny_pipeline_is_measured_with_the_calibrations_that_lie_there():
+    subject = subjects.tiny_subject("flux", None)
+    before = sorted((tiny_pipelines.FOLDERS["flux"] / "calibration").iterdir())
+    counts = subject.counts(28)
+    assert len(counts) >= 3 and counts == sorted(counts, reverse=True)
+    call = subjects.caller(subject.pipe, subject.arguments, 28)
+    assert [len(subject.calibration(call, 28, count).computed_steps) for count in counts] == counts
+    assert sorted((tiny_pipelines.FOLDERS["flux"] / "calibration").iterdir()) == before
+    assert subject.name == "flux_tiny" and subjects.tiny_subject("flux-schnell", None) is None
+
+
+def failing(*_, **__):
+    raise RuntimeError("no memory\nat all")
+
+
+def test_what_fails_is_an_entry_and_the_rest_is_kept(tmp_path, monkeypatch):
+    error = {"error": "RuntimeError: no memory"}
+    monkeypatch.setattr(device_checks, "compiled_graphs", failing)
+    monkeypatch.setattr(held_memory, "compare_memory", failing)
+    latency.main(
+        ["wan", *SMALL, "--steps", "2", "--computed", "1", "--memory", "--checks", "--out", str(tmp_path)],
+    )
+    (path,) = tmp_path.iterdir()
+    result = json.loads(path.read_text())
+    assert len(result["rows"]) == 1 and result["seconds"] > 0
+    assert result["memory"] == [{"method": "all", **error}] and result["checks"]["compile"] == error
+    page = speed_page.memory([result]) + speed_page.checks([result])
+    assert page.count("RuntimeError: no memory") == 2 and "no CUDA device" in page
+
+
+def test_a_cache_that_fails_does_not_hide_the_others(monkeypatch):
+    pipe, call, calibration, output_bytes = made("flux")
+    caches = held_memory._caches(pipe, calibration)[:2]
+    monkeypatch.setattr(held_memory, "_caches", lambda *_: [("broken", Broken()), *caches])
+    found = compare_memory(pipe, call, calibration, output_bytes, CPU)
+    assert found[1] == {"method": "broken", "error": "RuntimeError: no memory"}
+    assert [entry["method"] for entry in found] == ["none", "broken", "ertacache", "taylorseer-lite"]
+
+
+class Broken(contextlib.nullcontext):
+    def __enter__(self):
+        failing()
 
 
 # -- memory ------------------------------------------------------------------------------------------------
@@ -165,6 +258,18 @@ def test_the_compiled_transformer_stays_one_graph():
     assert compiled_graphs(pipe, call, calibration) == {"uncached": 1, "cached": 1}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_goes_into_a_cuda_graph_is_the_forward_and_the_sum(kind, monkeypatch):
+    pipe, call, calibration, _ = made(kind)
+    works = device_checks.parts_of_steps(pipe, call, calibration)
+    assert "step" not in vars(pipe.scheduler) and "forward" not in vars(pipe.transformer)
+    monkeypatch.setattr(type(pipe.scheduler), "step", failing)  # the scheduler's step is not part of it
+    with torch.no_grad():
+        parts = {name: work() for name, work in works.items()}
+        again = works["reused_step"]()
+    assert all(part.isfinite().all() for part in parts.values()) and torch.equal(parts["reused_step"], again)
+
+
 # -- calibration -------------------------------------------------------------------------------------------
 
 
@@ -220,7 +325,7 @@ def test_scaling_times_the_search_that_calibrations_make(monkeypatch):
     asked = []
     monkeypatch.setattr(scaling, "path_schedule", lambda *given: asked.append(given[2:]) or path_schedule(*given))
     found = scaling.stages(6, prompts=1, frames=1, side=4)
-    assert set(found) == set(scaling.STAGES) and min(found.values()) > 0
+    assert set(found) == set(scaling.STAGES) and min(found.values()) >= 0
     assert asked == [(3, SAFE_FORM.outputs)] * scaling.REPEATS
 
 
@@ -253,13 +358,55 @@ def test_the_page_is_made_from_results(tmp_path):
         **record.machine(CPU, torch.float32),
     }
     (tmp_path / "latency_flux_cpu.json").write_text(json.dumps(result))
-    text = "\n".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in speed_page.SECTIONS)
+    text = "\n".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in [*speed_page.SECTIONS, "commands"])
     page = speed_page.filled(text, tmp_path)
     assert "**reduced**: 0.5 of the blocks" in page and "taylorseer-lite" in page
     assert "Not measured yet: `python bench/scaling.py`" in page
+    assert "`bench/results/latency_MODEL_cpu_reduced.json` | not measured" in page
     assert speed_page.filled(page, tmp_path) == page
-    with pytest.raises(ValueError, match="latency:begin"):
+    with pytest.raises(ValueError, match="targets:begin"):
         speed_page.filled("no markers", tmp_path)
+
+
+def on_gpu(realised: float, reused: float = 0.3, **more) -> dict:
+    row = {
+        "computed_steps": [0],
+        "num_inference_steps": 2,
+        "realised_over_ideal": realised,
+        "reused_percent_of_computed": reused,
+    }
+    return {"model": "M", "weights": "random", "full_size": True, "device_kind": "cuda", "rows": [row], **more}
+
+
+def test_targets_are_met_missed_or_not_measured():
+    def statuses(*results):
+        lines = speed_targets.targets(results).splitlines()[2:]
+        return [line.split(" | ")[1].strip(" |") for line in lines]
+
+    assert statuses() == ["not measured"] * len(speed_targets.TARGETS)
+    held = {"memory": [{"method": "none"}, {"method": "ertacache", "beyond_uncached_outputs": 3.2}]}
+    good = on_gpu(0.985, checks={"host_syncs": {"by_the_cache": 0}}, **held)
+    where = "(M, 1 of 2 steps)"
+    assert statuses(good) == [f"met: 0.985 {where}", "not measured", f"met: 0.3 {where}", "met: 3 (M)", "met: 0 (M)"]
+    # the worst of all results counts
+    assert statuses(good, on_gpu(0.97, 0.6))[0] == f"**missed**: 0.97 {where}"
+    assert statuses(good, on_gpu(0.97, 0.6))[2] == f"**missed**: 0.6 {where}"
+    tiny = {**on_gpu(0.94), "weights": "trained", "full_size": False, "device_kind": "cpu"}
+    assert statuses(tiny)[:3] == ["not measured", f"**missed**: 0.94 {where}", "not measured"]
+    reduced = {**on_gpu(0.9), "full_size": False}
+    assert statuses(reduced) == ["not measured"] * len(speed_targets.TARGETS)
+
+
+def test_commands_say_how_long_they_took(tmp_path):
+    result = {"device_kind": "cpu", "threads": 2}
+    for name, seconds in (("flux", 20.0), ("wan", 400.0)):
+        (tmp_path / f"few_steps_{name}.json").write_text(json.dumps({**result, "seconds": seconds}))
+    (tmp_path / "latency_flux_cuda_full.json").write_text(
+        json.dumps({"device_kind": "cuda", "seconds": 9, "threads": 1})
+    )
+    table = speed_targets.commands(tmp_path)
+    assert "| `python bench/few_steps.py` | `bench/results/few_steps_MODEL.json` | 7 min, 2 threads |" in table
+    assert table.count("not measured") == len(speed_targets.COMMANDS) - 1
 
 
 def test_replay_forgets_its_history_between_runs():
