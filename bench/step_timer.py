@@ -7,7 +7,7 @@ or of the processor time where one thread does all the work (OMP_NUM_THREADS=1).
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -125,12 +125,16 @@ def _loop_start(pipe: Any, begin: Callable[[], None]) -> Iterator[None]:
 
 
 def compare(uncached: list[Timings], cached: list[Timings], computed_steps: list[int]) -> dict[str, Any]:
-    """Medians over the repeats, seconds; per step over the repeats' steps of a kind, step 0 left out."""
+    """Seconds; a step takes the least of its repeats, since what else a machine does only adds to them.
+
+    `*_seconds` of a loop are sums over its steps, those of a step medians over the steps of a kind, step 0 left out.
+    """
     num_steps = len(uncached[0].steps)
+    later = range(1, num_steps)
     computed = [i for i in computed_steps if i > 0] or [0]
     reused = [i for i in range(num_steps) if i not in computed_steps]
-    slow, fast = (statistics.median(run.loop for run in runs) for runs in (uncached, cached))
-    fresh = _median(uncached, "steps", range(1, num_steps))
+    slow, fast = sum(_least(uncached, "steps")), sum(_least(cached, "steps"))
+    fresh = _median(uncached, "steps", later)
     spared = _median(cached, "steps", reused)
     ideal = num_steps / len(computed_steps)
     return {
@@ -145,17 +149,22 @@ def compare(uncached: list[Timings], cached: list[Timings], computed_steps: list
         "computed_step_seconds": _median(cached, "steps", computed),
         "reused_step_seconds": spared,
         "reused_percent_of_computed": 100 * spared / fresh,
-        "transformer_percent": 100 * _median(uncached, "transformer", range(1, num_steps)) / fresh,
-        "scheduler_percent": 100 * _median(uncached, "scheduler", range(1, num_steps)) / fresh,
-        "pipeline_percent": 100 * _median(uncached, "pipeline", range(1, num_steps)) / fresh,
+        "transformer_percent": 100 * _median(uncached, "transformer", later) / fresh,
+        "scheduler_percent": 100 * _median(uncached, "scheduler", later) / fresh,
+        "pipeline_percent": 100 * _median(uncached, "pipeline", later) / fresh,
         # of a reused step: the scheduler with the cache attached to it, and the rest of the pipeline's loop
         "reused_scheduler_and_cache_seconds": _median(cached, "scheduler", reused),
         "reused_pipeline_seconds": _median(cached, "pipeline", reused),
-        "uncached_scheduler_seconds": _median(uncached, "scheduler", range(1, num_steps)),
+        "uncached_scheduler_seconds": _median(uncached, "scheduler", later),
         "repeats": len(cached),
     }
 
 
-def _median(runs: list[Timings], part: str, steps: Any) -> float:
-    values = [getattr(run, part)[i] for run in runs for i in steps]
-    return statistics.median(values) if values else 0.0
+def _least(runs: list[Timings], part: str) -> list[float]:
+    """Of each step, over the repeats."""
+    return [min(values) for values in zip(*(getattr(run, part) for run in runs), strict=True)]
+
+
+def _median(runs: list[Timings], part: str, steps: Sequence[int]) -> float:
+    values = _least(runs, part)
+    return statistics.median(values[i] for i in steps) if steps else 0.0
