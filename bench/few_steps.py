@@ -18,7 +18,7 @@ from latency import measure as measure_latency
 from quality import HeldOut
 from record import RESULTS, machine, write
 from subjects import caller
-from tiny_pipelines import FOLDERS, available, tiny_pipeline
+from tiny_pipelines import FOLDERS, available, subject_name, tiny_pipeline
 
 import ertacache
 from ertacache.settings import read_prompts
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     for name in options.models:
         record = {
-            "model": f"{FOLDERS[name].name} tiny",
+            "model": subject_name(name),
             "held_out_prompts": options.held_out,
             "rows": measure(name, options.steps, options.held_out, options.repeats),
             **machine(torch.device("cpu"), torch.float32),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from quality import HeldOut
 from record import RESULTS, machine, write
-from tiny_pipelines import FOLDERS, available, tiny_pipeline
+from tiny_pipelines import FOLDERS, available, subject_name, tiny_pipeline
 
 import ertacache
 from ertacache import policy
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     for name in options.models:
         record = {
-            "model": f"{FOLDERS[name].name} tiny",
+            "model": subject_name(name),
             "held_out_prompts": options.held_out,
             "rows": measure(name, options.counts, options.held_out, options.draws),
             **machine(torch.device("cpu"), torch.float32),

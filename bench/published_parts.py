@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from quality import HeldOut
 from record import RESULTS, ROOT, machine, read, write
-from tiny_pipelines import FOLDERS, available, tiny_pipeline
+from tiny_pipelines import FOLDERS, available, subject_name, tiny_pipeline
 
 import ertacache
 from ertacache import policy
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     for name in [] if options.page else options.models:
         record = {
-            "model": f"{FOLDERS[name].name} tiny",
+            "model": subject_name(name),
             "calibration_prompts": options.prompts,
             "held_out_prompts": options.held_out,
             "rows": measure(name, options.prompts, options.held_out),

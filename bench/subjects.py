@@ -9,7 +9,7 @@ import torch
 from real_models import MODELS, Request
 from step_timer import Call
 from synthetic import grid_and_shape, synthetic_calibration
-from tiny_pipelines import FOLDERS, kept_counts, tiny_calibration, tiny_pipeline
+from tiny_pipelines import FOLDERS, kept_counts, subject_name, tiny_calibration, tiny_pipeline
 
 from ertacache import policy
 from ertacache.calibration import Calibration
@@ -111,7 +111,7 @@ def tiny_subject(name: str, computed: list[int] | None) -> Subject | None:
         print(f"{name}: no calibration of {folder.name}'s tiny pipeline; --computed makes one", file=sys.stderr)
         return None
     record = {
-        "model": f"{MODELS[name].name} tiny",
+        "model": subject_name(name),
         "weights": "trained",
         "full_size": False,
         "size": {key: arguments[key] for key in ("height", "width", "num_frames") if key in arguments},

@@ -28,6 +28,11 @@ def available() -> list[str]:
     return [name for name, folder in FOLDERS.items() if (folder / "tiny" / "model_index.json").exists()]
 
 
+def subject_name(name: str) -> str:
+    """What results call a model's tiny pipeline, as those of comparisons do."""
+    return f"{tiny_module(name).MODEL_FOLDER.name} tiny"
+
+
 def tiny_module(name: str) -> ModuleType:
     """The folder's generate.py."""
     with _imports_from(FOLDERS[name]):

@@ -10,7 +10,7 @@ from made_up import row, rows
 
 from ertacache.pages import replace_between
 from ertacache.plots import main as plots_main
-from ertacache.results import Row, best_rival, is_comparable, read_results, write_results
+from ertacache.results import METRICS, Row, best_rival, is_comparable, read_results, write_results
 from ertacache.table import load_published, margins, table_markdown
 from ertacache.table import main as table_main
 
@@ -125,6 +125,17 @@ def test_the_table_has_a_section_for_each_cost_and_ours_in_bold() -> None:
         assert "Margin of ours over the best comparable rival in each metric: PSNR +1" in section
         assert "pyramid\\_attention\\_broadcast [1] |" in section and "[1] does not reach the asked cost" in section
         assert "uniform schedule" in section_of(f"tiny FLUX: ablation, {asked} of 28 steps computed", markdown)
+
+
+def test_what_a_metric_cannot_tell_from_nothing_is_not_shown_as_nothing() -> None:
+    lpips = METRICS["lpips"]
+    assert [lpips.show(v) for v in (0.0, 0.00004, 0.00006)] == ["0.0000", "<0.0001", "0.0001"]
+    assert lpips.show(0.00004, sign=True) == "+0.0000"
+
+
+def test_an_ablation_has_no_knobs() -> None:
+    section = section_of("tiny FLUX: ablation, 14 of 28 steps computed", table_markdown(rows(), load_published()))
+    assert "| Variant | Cost ↓ |" in section and "Knob" not in section
 
 
 def test_published_rows_are_those_of_the_model_and_labelled() -> None:

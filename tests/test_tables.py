@@ -1,9 +1,10 @@
 """The tables in the READMEs are the ones that the checked-in results make."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_up import rows
+from made_up import row, rows
 
 from ertacache.overview import main as overview_main
 from ertacache.overview import overview_markdown
@@ -35,6 +36,13 @@ def test_what_was_promised_is_shown_where_a_comparison_kept_it():
     lines = {line.split(" | ")[1]: line for line in made.splitlines() if line.startswith("| tiny FLUX |")}
     assert " | 61.50 | **62.00** | " in lines["14 of 28"] and " | not kept | " in lines["11 of 28"]
     assert bare.count("**62.00**") == 1 and "not kept" not in bare
+
+
+def test_the_front_page_counts_the_speed_up_of_ours_and_of_the_rival():
+    """Seconds of a busy machine, as in the folders' tables, can lie beyond N / K."""
+    made = [row(compute_fraction=0.5, speedup=9.0), row("magcache", "rival", compute_fraction=0.52, speedup=9.0)]
+    page = overview_markdown([[*made[:1], replace(made[1], comparable=True)]], load_published(), [{}])
+    assert "| 14 of 28 | 2.00x |" in page and "| magcache | 1.92x |" in page and "9.00x" not in page
 
 
 def test_a_front_page_that_differs_is_noticed(tmp_path, capsys):

@@ -33,7 +33,10 @@ class Metric:
         return "↑" if self.higher_is_better else "↓"
 
     def show(self, value: float, sign: bool = False) -> str:
-        """The value with the metric's decimals, without its unit."""
+        """The value with the metric's decimals, without its unit; what they cannot tell from nothing is `<0.0001`."""
+        least = 10.0**-self.decimals
+        if 0 < value < least / 2 and not sign:
+            return f"<{least:.{self.decimals}f}"
         return f"{value:{'+' if sign else ''}.{self.decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 

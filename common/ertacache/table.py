@@ -118,7 +118,7 @@ def _comparison(reference: Sequence[Row], section: Sequence[Row]) -> Table:
     lead = next((row for row in shown if row.role == "ours"), shown[0])
     title = f"{lead.model}: {lead.asked_steps} of {lead.num_inference_steps} steps computed"
     temporal = any(row.temporal_error is not None for row in shown)
-    table = Table(title, _header("Method", "Knob", temporal))
+    table = Table(title, _header(["Method", "Knob"], temporal))
     for row in [*reference, *shown]:
         method = row.method
         if row.role == "rival" and not row.comparable:
@@ -134,9 +134,9 @@ def _ablation(section: Sequence[Row]) -> Table:
     first = shown[0]
     title = f"{first.model}: ablation, {first.asked_steps} of {first.num_inference_steps} steps computed"
     temporal = any(row.temporal_error is not None for row in shown)
-    table = Table(title, _header("Variant", "Knob", temporal))
+    table = Table(title, _header(["Variant"], temporal))
     for row in [*shown, *(r for r in section if r.role == "ours")]:
-        table.add([row.method, knob_text(row), *_measured(row, table, temporal)], row.role == "ours")
+        table.add([row.method, *_measured(row, table, temporal)], row.role == "ours")
     return table
 
 
@@ -167,10 +167,10 @@ def _published(rows: Sequence[Row], published: Mapping[str, Any]) -> Table:
     return table
 
 
-def _header(first: str, second: str, temporal: bool) -> list[str]:
+def _header(first: list[str], temporal: bool) -> list[str]:
     metrics = [f"{m.label}{', ' + m.unit if m.unit else ''} {m.arrow} (p10)" for m in METRICS.values()]
     extra = [f"{TEMPORAL_ERROR.label} {TEMPORAL_ERROR.arrow}"] if temporal else []
-    return [first, second, "Cost ↓", "Seconds ↓", "Speed-up ↑", *metrics, *extra]
+    return [*first, "Cost ↓", "Seconds ↓", "Speed-up ↑", *metrics, *extra]
 
 
 def _measured(row: Row, table: Table, temporal: bool) -> list[str]:
@@ -202,7 +202,10 @@ def _ran_on(rows: Sequence[Row], command: str | None) -> str:
         if r.role in ("reference", "ours")
     )
     text = "Measured against the uncached output of the same prompt and seed. Cost: fraction of the uncached run's "
-    text += "transformer FLOPs. Seconds: denoising loop per prompt. p10: worst decile."
+    text += (
+        "transformer FLOPs. Seconds: denoising loop per prompt, wall clock, median of interleaved repeats. p10: worst "
+    )
+    text += "decile."
     made_by = [f"Made by `{' '.join(command.replace('`', '').split())}`."] if command else []
     return "\n\n".join([*map(_escape, runs), text, *made_by])
 
