@@ -25,6 +25,7 @@ SPEEDUP: float | None = 2.0  # steps per computed step
 COMPUTED_STEPS: int | None = None  # number of steps at which the transformer runs
 MIN_PSNR: float | None = None  # dB to the uncached picture, as predicted by cross-validation
 THRESHOLD: float | None = None  # the paper's lambda (0.6 for FLUX) or TeaCache's; not for ertacache
+PHI_OVER = "output"  # of the paper: phi measures the error of reuse by |o_i| (output) or |o_i - o_(i+1)| (change)
 
 # calibration
 CALIBRATION: str | None = None  # a calibration file to use; None: the one in CALIBRATION_FOLDER, made if missing

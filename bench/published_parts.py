@@ -3,7 +3,7 @@
     python bench/published_parts.py          every tiny pipeline there is
     python bench/published_parts.py --page   no measuring: the table in docs/method.md
 
-All on the schedule of the threshold that computes N / 2 or N / 3 steps, without its corrections first.
+All on the schedule of the threshold that computes N / 2 or N / 3 steps, the adjustment with both of its definitions.
 Writes bench/results/published_parts_<model>.json.
 """
 
@@ -24,7 +24,7 @@ from ertacache import policy
 from ertacache.calibration import Calibration
 from ertacache.pages import fill, grid
 from ertacache.settings import read_prompts
-from ertacache.timesteps import MIN_FACTOR
+from ertacache.timesteps import MIN_FACTOR, PHI_OVER
 
 SPEEDUPS = (2.0, 3.0)
 PAGE = ROOT / "docs" / "method.md"
@@ -43,6 +43,7 @@ PARTS: dict[str, Callable[[Calibration], Calibration]] = {
     "with_adjustment": lambda made: replace(made, error_model=None),
     "both": lambda made: made,
 }
+ADJUSTING = ("with_adjustment", "both")  # those that differ with what phi is measured by
 
 
 def measure(name: str, calibrating: int, held_out: int) -> list[dict[str, Any]]:
@@ -50,22 +51,34 @@ def measure(name: str, calibrating: int, held_out: int) -> list[dict[str, Any]]:
     pipe, chosen, module = tiny_pipeline(name)
     arguments = module.MODEL_FOLDER.arguments(chosen)
     quality = HeldOut(pipe, FOLDERS[name], arguments, held_out)
+    prompts = read_prompts(chosen.path("calibration_prompts"))[:calibrating]
     rows = []
     for speedup in SPEEDUPS:
-        made = ertacache.calibrate(
-            pipe,
-            read_prompts(chosen.path("calibration_prompts"))[:calibrating],
-            seeds=range(calibrating),
-            method="paper",
-            computed_steps=policy.computed_steps_for(arguments["num_inference_steps"], speedup),
-            micro_batch=chosen.micro_batch,
-            progress=False,
-            **arguments,
-        )
-        psnr = {part: quality.of(take(made))["psnr"] for part, take in PARTS.items()}
-        rows.append({**grid_facts(made), "psnr": psnr})
-        print(f"{name}: {rows[-1]}", file=sys.stderr)
+        count = policy.computed_steps_for(arguments["num_inference_steps"], speedup)
+        row: dict[str, Any] = {}
+        for phi_over in PHI_OVER:
+            made = ertacache.calibrate(
+                pipe,
+                prompts,
+                seeds=range(calibrating),
+                method="paper",
+                computed_steps=count,
+                phi_over=phi_over,
+                micro_batch=chosen.micro_batch,
+                progress=False,
+                **arguments,
+            )
+            parts = {part: take for part, take in PARTS.items() if not row or part in ADJUSTING}
+            psnr = {part: quality.of(take(made))["psnr"] for part, take in parts.items()}
+            row = {**row, **facts(made), phi_over: {"psnr": psnr, **grid_facts(made)}}
+        rows.append(row)
+        print(f"{name}: {row}", file=sys.stderr)
     return rows
+
+
+def facts(made: Calibration) -> dict[str, Any]:
+    """The schedule."""
+    return {"num_inference_steps": made.num_inference_steps, "computed_steps": made.computed_steps}
 
 
 def grid_facts(made: Calibration) -> dict[str, Any]:
@@ -75,8 +88,6 @@ def grid_facts(made: Calibration) -> dict[str, Any]:
     sizes = zip(before, before[1:], after, after[1:], strict=False)
     stretched = [(c - d) / (a - b) for a, b, c, d in sizes]
     return {
-        "num_inference_steps": made.num_inference_steps,
-        "computed_steps": made.computed_steps,
         "reused_steps": len(factors),
         "factors_at_the_minimum": sum(f <= MIN_FACTOR for f in factors),
         "last_step_stretched": stretched[-1],
@@ -85,21 +96,27 @@ def grid_facts(made: Calibration) -> dict[str, Any]:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown: a line a pipeline and number of computed steps."""
-    header = ["Pipeline", "Computed", "Residual reuse", "+ error model", "+ adjustment", "both"]
-    header += ["Reused steps whose phi is at its minimum", "Last step, times its original length"]
+    header = ["Pipeline", "Computed", "Residual reuse", "+ error model"]
+    for over in ("\\|o_i\\|", "\\|o_i − o_(i+1)\\|"):
+        header += [f"+ adjustment over {over}", "both", "phi at its minimum", "last step, times its length"]
     lines = [
         [
             record["model"],
             f"{len(row['computed_steps'])} of {row['num_inference_steps']}",
-            *(f"{row['psnr'][part]:.2f}" for part in PARTS),
-            f"{row['factors_at_the_minimum']} of {row['reused_steps']}",
-            f"{row['last_step_stretched']:.1f}",
+            *(f"{row[PHI_OVER[0]]['psnr'][part]:.2f}" for part in PARTS if part not in ADJUSTING),
+            *(cell for phi_over in PHI_OVER for cell in _adjusted(row[phi_over])),
         ]
         for record in records
         for row in record["rows"]
     ]
     said = "; ".join(f"{one['model']} {one['calibration_prompts']}, {one['held_out_prompts']}" for one in records)
     return f"{grid(header, lines)}\n\nPrompts calibrated on, and held out: {said}."
+
+
+def _adjusted(found: dict[str, Any]) -> list[str]:
+    decibels = [f"{found['psnr'][part]:.2f}" for part in ADJUSTING]
+    at_minimum = f"{found['factors_at_the_minimum']} of {found['reused_steps']}"
+    return [*decibels, at_minimum, f"{found['last_step_stretched']:.1f}"]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from ertacache.calibration import METHODS, Calibration
 from ertacache.errors import CalibrationError
 from ertacache.maker import Maker, bare_calibration
 from ertacache.runs import MICRO_BATCH, Runs, make_runs, quiet
+from ertacache.timesteps import PHI_OVER
 
 
 def calibrate(
@@ -25,6 +26,7 @@ def calibrate(
     min_psnr: float | None = None,
     threshold: float | None = None,
     method: str = "ertacache",
+    phi_over: str = PHI_OVER[0],
     search_budget: int = 0,
     refine: int = 0,
     descent: int = 0,
@@ -45,6 +47,7 @@ def calibrate(
         prompts: calibration prompts. Run i takes prompt i and seed i, the shorter list repeated.
         seeds: of the noise of the runs, drawn on the CPU; one for all prompts by default.
         method: "ertacache", or "paper" for the published one, which alone takes `threshold`.
+        phi_over: of method "paper": what its timestep adjustment measures an error by, "output" or "change".
         search_budget: how many schedules may be tried for real, 0 for none; 3 are a good beginning. Each costs K steps
             of all prompts. With any, the growth of errors is measured (about 12 N steps) and what a step may combine is
             cross-validated, with `refine` for refined coefficients too.
@@ -72,7 +75,10 @@ def calibrate(
     """
     goal = _checked_goal(method, speedup, computed_steps, min_psnr, threshold)
     runs = make_runs(pipe, prompts, seeds, pipe_kwargs, micro_batch, progress, memory_limit)
-    maker = Maker(runs, method, threshold, search_budget, refine, folds, descent if method == "ertacache" else 0)
+    if phi_over not in PHI_OVER:
+        raise CalibrationError(f"phi_over is {phi_over!r}: it must be one of {', '.join(PHI_OVER)}")
+    descent = descent if method == "ertacache" else 0
+    maker = Maker(runs, method, threshold, search_budget, refine, folds, descent, phi_over=phi_over)
     Announcement(maker.work(), goal, runs.bar).follow(runs.recorded)
     # what is made in inference mode has no gradients later either
     inference = torch.is_inference_mode_enabled() and not descent
@@ -83,7 +89,8 @@ def calibrate(
             computed_steps = policy.computed_steps_for(num_steps, speedup)
         made = maker.smallest(min_psnr) if min_psnr is not None else maker.make(computed_steps)
     runs.bar.close()
-    effort = {"search_budget": search_budget, "refine": refine, "descent": descent} if method == "ertacache" else {}
+    effort: dict[str, Any] = {"search_budget": search_budget, "refine": refine, "descent": descent}
+    effort = effort if method == "ertacache" else {"phi_over": phi_over}
     return replace(made, **_provenance(runs, model_id, effort))
 
 

@@ -12,6 +12,7 @@ from ertacache.calibration import Calibration
 from ertacache.errors import CalibrationError
 from ertacache.model_folder import ModelFolder, slug
 from ertacache.settings import Settings, read_prompts
+from ertacache.timesteps import PHI_OVER
 
 EFFORTS = ("search", "refine", "descent")  # in file names, each with a number
 
@@ -20,6 +21,11 @@ def computed_steps(settings: Settings) -> int:
     """K of the settings' goal, where it says one."""
     name, value = settings.goal()
     return value if name == "computed_steps" else policy.computed_steps_for(settings.num_inference_steps, value)
+
+
+def phi_over(settings: Settings) -> str:
+    """What the published adjustment measures an error by, where the folder's config.py offers it."""
+    return getattr(settings, "phi_over", PHI_OVER[0])
 
 
 def obtain_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> tuple[Calibration, Path]:
@@ -39,6 +45,7 @@ def obtain_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> tup
         prompts,
         seeds=range(len(prompts)),
         method=settings.method,
+        phi_over=phi_over(settings),
         search_budget=settings.search_budget,
         refine=settings.refine if settings.method == "ertacache" else 0,
         descent=settings.descent if settings.method == "ertacache" else 0,
@@ -131,6 +138,7 @@ def _base_name(settings: Settings, model: ModelFolder) -> str:
         f"g{settings.guidance_scale:g}",
         *([model.variant(settings)] if model.variant else []),
         settings.method,
+        *(["change"] if settings.method == "paper" and phi_over(settings) == "change" else []),
         goal_part,
     ]
     return "-".join(parts)

@@ -27,6 +27,7 @@ from ertacache.replay import Replay
 from ertacache.rerun import Rerun
 from ertacache.runs import Runs, mean_log_error
 from ertacache.schedule_search import JUDGES, choose_schedule, error_growth
+from ertacache.timesteps import PHI_OVER
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Maker:
     refine: int
     folds: int
     descent: int = 0
+    phi_over: str = PHI_OVER[0]
     form: Form = SAFE_FORM  # of what was made last
     refined: Refined | None = None  # likewise
 
@@ -148,7 +150,9 @@ class Maker:
         recorded = self.runs.recorded
         if computed_steps is not None:
             policy.check_computed_steps(recorded.num_steps, computed_steps)
-        fit = fit_paper(recorded, threshold=self.threshold, computed_steps=computed_steps, rows=rows)
+        fit = fit_paper(
+            recorded, threshold=self.threshold, computed_steps=computed_steps, rows=rows, phi_over=self.phi_over
+        )
         return bare_calibration(recorded, method="paper", **asdict(fit))
 
     def _fold_count(self) -> int:

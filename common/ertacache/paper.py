@@ -11,7 +11,7 @@ from ertacache.error_model import fit_error_model
 from ertacache.recording import Recorder, residual_distances, residuals
 from ertacache.solver import END_TIMESTEP
 from ertacache.threshold import threshold_for, threshold_schedule
-from ertacache.timesteps import adjust_timesteps, adjustment_factor
+from ertacache.timesteps import PHI_OVER, adjust_timesteps, adjustment_factor
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,14 @@ def fit_paper(
     rows: list[int] | None = None,
     adjust: bool = True,
     error_model: bool = True,
+    phi_over: str = PHI_OVER[0],
 ) -> PaperFit:
     """Fit the published method to recorded runs, by `threshold`, by `computed_steps`, or on a given `schedule`.
 
     Args:
         rows: prompts to fit to; None for all.
         adjust, error_model: leave a part out, for ablations.
+        phi_over: one of `PHI_OVER`.
     """
     residual = residuals(recorded, rows)
     if schedule is None:
@@ -63,7 +65,8 @@ def fit_paper(
             models.append(None)
             continue
         reused = latents[step] + residual[kept]
-        factors.append(adjustment_factor(_l1(reused - outputs[step]), _l1(_change(outputs, step))))
+        scale = outputs[step] if phi_over == "output" else _change(outputs, step)
+        factors.append(adjustment_factor(_l1(reused - outputs[step]), _l1(scale)))
         models.append(list(fit_error_model(reused, outputs[step])) if error_model else None)
     sigmas, timesteps = _adjusted_grid(recorded, factors) if adjust else (None, None)
     if sigmas is None and timesteps is None:

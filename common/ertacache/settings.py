@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from ertacache.command import Parser
 from ertacache.errors import UsageError
+from ertacache.timesteps import PHI_OVER
 
 GOALS = ("speedup", "computed_steps", "min_psnr", "threshold")
 METHODS = ("none", "paper", "teacache", "ertacache")
@@ -134,6 +135,8 @@ def check(settings: Settings) -> None:
     _one_of(settings, "method", METHODS)
     _one_of(settings, "dtype", DTYPES)
     _one_of(settings, "offload", OFFLOADS)
+    if hasattr(settings, "phi_over"):
+        _one_of(settings, "phi_over", PHI_OVER)
     for name in ("num_inference_steps", "height", "width", "max_sequence_length", "num_calibration_prompts"):
         if getattr(settings, name, 1) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(settings, name)}")
@@ -160,7 +163,9 @@ def check(settings: Settings) -> None:
 
 def _one_of(settings: Settings, name: str, allowed: Sequence[str]) -> None:
     if getattr(settings, name) not in allowed:
-        raise UsageError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(settings, name)!r}")
+        raise UsageError(
+            f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}, not {getattr(settings, name)!r}"
+        )
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -19,7 +19,7 @@ from ertacache.calibration import Calibration
 from ertacache.comparison import Comparison, Contender
 from ertacache.errors import ERTACacheError, UsageError
 from ertacache.generation import latents_run
-from ertacache.kept import calibration_file_prompts, calibration_prompts, kept_calibration
+from ertacache.kept import calibration_file_prompts, calibration_prompts, kept_calibration, phi_over
 from ertacache.ledger import Ledger
 from ertacache.lpips import Lpips, LpipsUnavailableError, load_lpips
 from ertacache.model_folder import ModelFolder, slug
@@ -70,6 +70,7 @@ class Study:
             "search_budget": self.chosen.search_budget,
             "refine": self.chosen.refine,
             "descent": self.chosen.descent,
+            "phi_over": phi_over(self.chosen),
             "layout": self.chosen.layout,
             "versions": provenance.package_versions(),
         }
@@ -156,6 +157,7 @@ class Study:
                 seeds=range(len(prompts)),
                 computed_steps=count,
                 method=method,
+                phi_over=phi_over(self.chosen),
                 search_budget=self.chosen.search_budget if ours else 0,
                 refine=self.chosen.refine if ours else 0,
                 descent=self.chosen.descent if ours else 0,

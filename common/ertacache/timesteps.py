@@ -8,16 +8,19 @@ are negative; only their size is changed here.
 from collections.abc import Sequence
 
 MIN_FACTOR = 0.05
+# What phi measures the error of reuse by: |o_i|_1, or |o_i - o_{i+1}|_1. Both are quoted; the second is so small at
+# many steps that phi is at its minimum wherever steps are reused in a row (docs/method.md).
+PHI_OVER = ("output", "change")
 
 
-def adjustment_factor(reuse_error: float, output_change: float) -> float:
-    """phi = clip(1 - |o~_i - o_i|_1 / |o_i - o_{i+1}|_1, MIN_FACTOR, 1).
+def adjustment_factor(reuse_error: float, scale: float) -> float:
+    """phi = clip(1 - |o~_i - o_i|_1 / scale, MIN_FACTOR, 1); the scale is one of `PHI_OVER`.
 
     The paper clips at 0; a zero step would repeat a sigma, which multistep solvers turn into NaN.
     """
-    if output_change <= 0:
+    if scale <= 0:
         return MIN_FACTOR if reuse_error > 0 else 1.0
-    return min(1.0, max(MIN_FACTOR, 1.0 - reuse_error / output_change))
+    return min(1.0, max(MIN_FACTOR, 1.0 - reuse_error / scale))
 
 
 def adjust_timesteps(sigmas: Sequence[float], factors: Sequence[float]) -> list[float]:
