@@ -11,6 +11,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ SPEEDUPS = (2.0, 3.0)
 DRAWS = 2
 
 
-def measure(name: str, counts: list[int], held_out: int, draws: int) -> list[dict[str, Any]]:
+def measure(
+    name: str, counts: list[int], held_out: int, draws: int, speedups: Sequence[float] = SPEEDUPS
+) -> list[dict[str, Any]]:
     """One row for each number of computed steps and of calibration prompts."""
     pipe, chosen, module = tiny_pipeline(name)
     arguments = module.MODEL_FOLDER.arguments(chosen)
@@ -36,7 +39,7 @@ def measure(name: str, counts: list[int], held_out: int, draws: int) -> list[dic
     quality = HeldOut(pipe, FOLDERS[name], arguments, held_out)
     prompts = read_prompts(chosen.path("calibration_prompts"))
     rows = []
-    for speedup in SPEEDUPS:
+    for speedup in speedups:
         computed = policy.computed_steps_for(steps, speedup)
         for count in counts:
             found, seconds, predicted = [], [], []
@@ -87,13 +90,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS))
     parser.add_argument("--held-out", type=int, default=24, help="held-out prompts, a seed each")
     parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--speedups", type=float, nargs="+", default=list(SPEEDUPS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
     for name in options.models:
         record = {
             "model": subject_name(name),
             "held_out_prompts": options.held_out,
-            "rows": measure(name, options.counts, options.held_out, options.draws),
+            "rows": measure(name, options.counts, options.held_out, options.draws, options.speedups),
             **machine(torch.device("cpu"), torch.float32),
         }
         write(f"prompts_needed_{name}", record, options.out)

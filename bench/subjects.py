@@ -59,11 +59,11 @@ def usual_counts(steps: int) -> list[int]:
 
 def real_subject(name: str, request: Request, steps: list[int] | None, computed: list[int] | None) -> Subject:
     """A real architecture; cut down to what the model says for a CPU where the request leaves it open."""
-    model = MODELS[name]
+    model, halving = MODELS[name], False
     if request.device.type == "cpu" and request.layers is request.scale is None:
         frames = request.frames or model.reduced.frames
         request = replace(request, layers=model.reduced.layers, scale=model.reduced.scale, frames=frames)
-        steps = steps or list(model.reduced.steps)
+        steps, halving = steps or list(model.reduced.steps), True
         said = f"--layers {request.layers:g} --scale {request.scale:g} --steps {' '.join(map(str, steps))}"
         said += f" --frames {frames}" if frames else ""
         print(f"{name}: on a CPU reduced to {said}; all of it: --layers 1 --scale 1", file=sys.stderr)
@@ -90,7 +90,7 @@ def real_subject(name: str, request: Request, steps: list[int] | None, computed:
         arguments,
         record,
         steps or list(model.steps),
-        lambda steps: computed or usual_counts(steps),
+        lambda steps: computed or ([steps // 2] if halving else usual_counts(steps)),
         calibration,
         request.device,
         request.dtype,
