@@ -405,6 +405,7 @@ def test_messages_on_the_page_are_those_that_come(tmp_path, monkeypatch):
                 {key: value for key, value in good.items() if key != "dtype"},
                 {**good, "sigma": 1},
                 {**good, "computed_steps": [1, 2]},
+                {**good, "adjusted_sigmas": good["sigmas"]},
                 {**good, "computed_steps": [0, 1], "coefficients": [[1.0], *[[1.0, 0.0, 0.0]] * (steps - 1)]},
             )
         ),

@@ -9,9 +9,9 @@ from ertacache.channels import ChannelTerms, Layout, Terms
 from ertacache.errors import CalibrationError
 from ertacache.files import write_atomically
 from ertacache.rectification import Coefficients
-from ertacache.schema import METHODS, SCHEMA, check_schema, printable, read_json, shown, validate
+from ertacache.schema import SCHEMA, check_schema, printable, read_json, shown, validate
 
-__all__ = ["METHODS", "SCHEMA", "Calibration", "to_json"]
+__all__ = ["SCHEMA", "Calibration", "to_json"]
 
 LONG_FIELD = 8000  # characters
 
