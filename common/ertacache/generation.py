@@ -21,7 +21,10 @@ from ertacache.metrics import psnr, ssim, temporal_error
 from ertacache.model_folder import ModelFolder, slug
 from ertacache.settings import Settings, prompts_of
 
-COMPARE_FLAG = ("--compare", {"action": "store_true", "help": "also make the uncached twins and measure against them"})
+COMPARE_FLAG = (
+    "--compare",
+    {"action": "store_true", "default": False, "help": "also make the uncached twins and measure against them"},
+)
 
 
 def generate(pipe: Any, settings: Settings, model: ModelFolder) -> Path:
