@@ -181,6 +181,13 @@ def check(settings: Settings) -> None:
         raise UsageError("--min-psnr takes dB between 0 and 120 and belongs to --method ertacache or paper")
 
 
+def check_multiple(settings: Settings, names: Sequence[str], multiple: int) -> None:
+    """Raise UsageError for one of the numbers that is no multiple: a pipeline would round it in silence."""
+    for name in names:
+        if getattr(settings, name) % multiple:
+            raise UsageError(f"{_flag(name)} must be a multiple of {multiple}, not {getattr(settings, name)}")
+
+
 def _one_of(settings: Settings, name: str, allowed: Sequence[str]) -> None:
     if getattr(settings, name) not in allowed:
         raise UsageError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(settings, name)!r}")
