@@ -411,9 +411,19 @@ def test_commands_say_how_long_they_took(tmp_path):
     (tmp_path / "latency_flux_cuda_full.json").write_text(
         json.dumps({"device_kind": "cuda", "seconds": 9, "threads": 1})
     )
+    (tmp_path / "fuzz_kill.json").write_text(json.dumps({"seconds": 25.6}))  # it does not say on what
+    (tmp_path / "scaling.json").write_text(json.dumps({**result, "seconds": 30, "threads": 1}))
     table = speed_targets.commands(tmp_path)
     assert "| `python bench/few_steps.py` | `bench/results/few_steps_MODEL.json` | 7 min, 2 threads |" in table
-    assert table.count("not measured") == len(speed_targets.COMMANDS) - 1
+    assert "| `python bench/fuzz_kill.py` | `bench/results/fuzz_kill.json` | 26 s |" in table
+    assert "| `python bench/scaling.py` | `bench/results/scaling.json` | 30 s, 1 thread |" in table
+    assert table.count("not measured") == len(speed_targets.COMMANDS) - 3
+
+
+@pytest.mark.parametrize(("cores", "said"), [({0}, "(1 core)"), ({0, 1}, "(2 cores)")])
+def test_a_processor_is_named_with_its_cores(monkeypatch, cores, said):
+    monkeypatch.setattr(record.os, "sched_getaffinity", lambda _: cores, raising=False)
+    assert record.device_name(torch.device("cpu")).endswith(said)
 
 
 def test_replay_forgets_its_history_between_runs():
