@@ -113,7 +113,7 @@ def linearise(
     recorded, rows = runs.recorded, slice(len(runs))
     ends = segment_ends(schedule, recorded.num_steps)
     counts = [min(len(coefficients.outputs[end]), NUDGED_OUTPUTS) for end in ends]
-    store = TrajectoryStore(recorded.memory_limit, recorded.folder)
+    store = TrajectoryStore(recorded.memory_limit)
     # the nominal run's outputs, and a column for each coefficient
     store.plan((len(schedule) + sum(counts) + len(ends)) * 4 * recorded.latents[0][rows].numel())
     nominal = Rerun(schedule, coefficients, store=store)
