@@ -29,7 +29,7 @@ from test_attach import run
 from toys import ToyPipeline, curved
 
 import ertacache
-from ertacache import policy
+from ertacache import ablation_schedules
 from ertacache.attach import attached
 from ertacache.channels import KEPT_BYTES, PATCH
 from ertacache.fitting import SAFE_FORM
@@ -319,7 +319,7 @@ def test_gram_matrix_in_pieces_is_the_whole(monkeypatch):
 def test_the_policy_takes_seconds_at_a_thousand_steps():
     errors = np.random.default_rng(0).random((1000, 1000)).cumsum(axis=1)
     start = time.process_time()
-    assert len(policy.best_schedule(errors, 500)) == 500
+    assert len(ablation_schedules.best_schedule(errors, 500)) == 500
     assert time.process_time() - start < 20
 
 

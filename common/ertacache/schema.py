@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
-from ertacache.channels import AXES, MAX_CHANNELS, Layout
+from ertacache.channels import CHANNEL_AXES, MAX_CHANNELS, Layout
 from ertacache.errors import CalibrationError
 from ertacache.timesteps import MIN_FACTOR
 
@@ -175,8 +175,8 @@ def _validate_channels(c: "Calibration", require: Require) -> None:
     if steps is None:
         require(axis is None, "channel_axis", "null without channel_coefficients")
         return
-    known = isinstance(axis, int) and axis in AXES and -axis <= len(c.latent_shape)
-    require(known, "channel_axis", f"one of {', '.join(map(str, AXES))}, and an axis of the latents")
+    known = isinstance(axis, int) and axis in CHANNEL_AXES and -axis <= len(c.latent_shape)
+    require(known, "channel_axis", f"one of {', '.join(map(str, CHANNEL_AXES))}, and an axis of the latents")
     count = Layout(axis or -1).channels_of(c.latent_shape)
     require(1 <= count <= MAX_CHANNELS, "channel_coefficients", f"null unless there are 1 to {MAX_CHANNELS} channels")
     require(isinstance(steps, list) and len(steps) == n, "channel_coefficients", f"{n} lists")
