@@ -10,7 +10,7 @@ def reuse_errors(gram: Array, gains: Array) -> Array:
     """E[j, k] = |c_k| ||o_k - o_j||: what it costs to reuse the output of step j at step k.
 
     Args:
-        gram: (N, N), G[i, j] = <o_i, o_j>, averaged over prompts.
+        gram: (N, N), G[i, j] = <o_i, o_j>, a mean over prompts and values (`recording.gram_matrix`).
         gains: (N,), the c_k of solver.py.
     """
     squared_norms = np.diag(gram)

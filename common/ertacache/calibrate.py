@@ -68,7 +68,9 @@ def calibrate(
         method may compute fewer than asked for, where its threshold reaches no such number.
 
     Raises:
-        CalibrationError: the request is not one of the above, or cannot be met.
+        CalibrationError: the request is not one of the above, or cannot be met; with `descent` also where there are
+            too few prompts, latents whose channels cannot be told, or a transformer that lets no gradients through.
+        NumericsError: an output of the transformer holds NaN or Inf; it is looked at in every step.
         StateError: the pipeline's calls do not form runs that can be followed.
     """
     goal = _checked_goal(method, speedup, computed_steps, min_psnr, threshold)

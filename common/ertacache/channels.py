@@ -170,17 +170,19 @@ def _of_tokens(matrices: Tensor) -> Tensor:
 
 
 def fit_channels(columns: Sequence[Tensor], target: Tensor, shared: Sequence[float], layout: Layout) -> Array:
-    """What the coefficients of channels differ by from the shared ones, (outputs, channels from, channels to).
+    """The matrices M_j that minimise sum_p w_p || o* - sum_j a_j o_j - sum_j M_j^T o_j ||_p^2, ridge-shrunk to 0.
 
     The unknowns are those of the differences between an output and the next older one, and of the oldest: the
-    outputs themselves are so much alike that a ridge on them would not tell small from large.
+    outputs themselves are so much alike that a ridge on them would not tell small from large. Prompts weigh as in
+    `rectification.fit_rectification`, in the first round by the errors that the shared coefficients leave.
 
     Args:
-        columns: the m computed outputs, newest first, (P, ...) each.
-        target: the output that is wanted, (P, ...).
-        shared: m coefficients, towards which the ridge shrinks.
+        columns: the m computed outputs o_j, newest first, (P, ...) each.
+        target: the output o* that is wanted, (P, ...).
+        shared: the m coefficients a_j.
 
-    Prompts weigh as in `rectification.fit_rectification`.
+    Returns:
+        (outputs, channels from, channels to), without unit, rounded to DECIMALS.
     """
     grams = channel_grams([*columns, target], layout)  # (P, m + 1, C, m + 1, C)
     to_differences = np.eye(len(columns) + 1)

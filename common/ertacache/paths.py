@@ -24,7 +24,7 @@ class SegmentCosts:
     """Squared least-squares residual of a segment's summed increments sum_k c_k o_k on the last computed outputs.
 
     Args:
-        gram: (N, N), G[i, j] = <o_i, o_j>, averaged over prompts.
+        gram: (N, N), G[i, j] = <o_i, o_j>, a mean over prompts and values (`recording.gram_matrix`).
         gains: (N,), the c_k of solver.py.
     """
 

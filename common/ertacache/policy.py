@@ -10,13 +10,14 @@ from ertacache.errors import CalibrationError
 
 
 def computed_steps_for(num_steps: int, speedup: float) -> int:
-    """K = floor(N / speedup), at least 1."""
+    """K = floor(N / speedup), at least 1. Raises CalibrationError for a speed-up below 1."""
     if not speedup >= 1:
         raise CalibrationError(f"speedup is {speedup}: it must be 1 or more")
     return max(1, int(num_steps / speedup + 1e-9))
 
 
 def check_computed_steps(num_steps: int, computed_steps: int) -> None:
+    """Raise CalibrationError unless 1 <= K <= N."""
     if not 1 <= computed_steps <= num_steps:
         raise CalibrationError(f"computed_steps is {computed_steps}: it must lie between 1 and {num_steps}")
 

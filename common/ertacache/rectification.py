@@ -37,6 +37,7 @@ class Coefficients:
 
     @classmethod
     def of_outputs(cls, outputs: list[list[float]]) -> "Coefficients":
+        """Those of computed outputs alone: neither latents nor channels take part."""
         return cls(outputs, [0.0] * len(outputs))
 
     @property

@@ -53,6 +53,7 @@ def choose_schedule(
 
 
 def growth_places(num_steps: int) -> list[int]:
+    """The steps at which `error_growth` measures: evenly spread from the first to the last but one."""
     return sorted({round(i * (num_steps - 2) / (GROWTH_PLACES - 1)) for i in range(GROWTH_PLACES)} - {num_steps - 1})
 
 
