@@ -286,7 +286,7 @@ while True:
 
 
 def test_killed_while_writing_nothing_is_half(made, tmp_path):
-    """A few kills here; bench/fuzz_kill.py does a hundred, of calibration and of a comparison too."""
+    """A few kills here; bench/fuzz_kill.py does a hundred, of calibration and its ledger."""
     source = made.save(tmp_path / "source.json")
     out = tmp_path / "out"
     generator = random.Random(1)
