@@ -12,7 +12,8 @@ from toys import ToyPipeline
 import ertacache
 from ertacache import channels
 from ertacache.calibration import Calibration
-from ertacache.channels import ChannelMatrices, Layout, PlacedMatrices, fit_channels, layout_of, placed
+from ertacache.channel_fitting import fit_channels
+from ertacache.channels import ChannelMatrices, Layout, PlacedMatrices, layout_of, placed
 from ertacache.errors import CalibrationError, MismatchError
 from ertacache.fitting import Fitter, Form
 from ertacache.rectification import Coefficients, combine

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ertacache.channels import ChannelMatrices, Layout, StepMatrices, fit_channels, placed
+from ertacache.channel_fitting import fit_channels
+from ertacache.channels import ChannelMatrices, Layout, StepMatrices, placed
 from ertacache.history import OutputHistory
 from ertacache.rectification import Coefficients, combine, drift_target, fit_rectification
 from ertacache.solver import StepCall, affine_step

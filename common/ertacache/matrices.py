@@ -1,8 +1,8 @@
 """Matrices of channels as unknowns of a descent: their scale, the run that carries their gradients, and its parts.
 
-The unknowns are those of `channels.fit_channels`, a matrix for every difference between a cached output and the next
-older one, at the last step of each segment. Such differences are small and alike, so steps of one length in all of
-them would be far too long for some and lost in others; they are whitened first.
+The unknowns are those of `channel_fitting.fit_channels`, a matrix for every difference between a cached output and the
+next older one, at the last step of each segment. Such differences are small and alike, so steps of one length in all
+of them would be far too long for some and lost in others; they are whitened first.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,8 @@ import torch
 from torch import Tensor
 
 from ertacache.arrays import Array
-from ertacache.channels import (
-    DECIMALS,
-    MATRIX_RIDGE,
-    ChannelMatrices,
-    Layout,
-    PlacedMatrices,
-    channel_grams,
-    neighbour_differences,
-)
+from ertacache.channel_fitting import DECIMALS, MATRIX_RIDGE, channel_grams, neighbour_differences
+from ertacache.channels import ChannelMatrices, Layout, PlacedMatrices
 from ertacache.gradients import check_passes
 from ertacache.rectification import Coefficients, combine
 from ertacache.rerun import Rerun
