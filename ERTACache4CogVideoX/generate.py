@@ -1,6 +1,7 @@
 """Generate videos with CogVideoX and ERTACache: `sh run.sh`, or `python generate.py --prompt "..."`."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,8 @@ from scheduler import SCHEDULERS, any_grid_scheduler
 from torch import Tensor
 from transformer import modulated_input
 
-from ertacache import command, models, settings
+from ertacache import command, generation, models, settings
 from ertacache.errors import UsageError
-from ertacache.generation import COMPARE_FLAG, generate
 from ertacache.model_folder import ModelFolder
 from ertacache.settings import Settings
 from ertacache.videos import write_mp4
@@ -59,9 +59,7 @@ def check_shapes(chosen: Settings, pipe: CogVideoXPipeline) -> None:
     """Raise UsageError for sizes that this pipeline would round or fail on."""
     config = pipe.transformer.config
     multiple = pipe.vae_scale_factor_spatial * config.patch_size
-    for name in ("height", "width"):
-        if getattr(chosen, name) % multiple:
-            raise UsageError(f"--{name} must be a multiple of {multiple}, not {getattr(chosen, name)}")
+    settings.check_multiple(chosen, ("height", "width"), multiple)
     fixed = not config.use_rotary_positional_embeddings  # its positions are laid out for one text length
     if fixed and chosen.max_sequence_length != config.max_text_seq_length:
         raise UsageError(
@@ -93,14 +91,8 @@ def variant(chosen: Settings) -> str:
     return f"{chosen.solver}-dynamic" if chosen.dynamic_guidance else chosen.solver
 
 
-def main(argv: list[str] | None = None) -> None:
-    chosen = settings.parse(FOLDER, argv, __doc__, extra=[COMPARE_FLAG])
-    settings.prompts_of(chosen)  # a missing prompt file is said before a model loads
-    pipe = load(chosen)
-    generate(pipe, chosen, MODEL_FOLDER)
-
-
 MODEL_FOLDER = ModelFolder("CogVideoX", arguments, save, modulated_input, variant)
+main = partial(generation.main, FOLDER, load, MODEL_FOLDER)
 
 if __name__ == "__main__":
     sys.exit(command.run(main))

@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
-from ertacache.attach import CachedTransformer
+from ertacache.patching import CachedTransformer
 
 
 class ERTACacheCogVideoXTransformer3DModel(CachedTransformer, CogVideoXTransformer3DModel):

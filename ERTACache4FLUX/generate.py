@@ -1,6 +1,7 @@
 """Generate pictures with FLUX and ERTACache: `sh run.sh`, or `python generate.py --prompt "..."`."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,8 @@ from diffusers import FluxPipeline
 from torch import Tensor
 from transformer import modulated_input
 
-from ertacache import command, models, settings
-from ertacache.errors import UsageError
+from ertacache import command, generation, models, settings
 from ertacache.files import write_atomically
-from ertacache.generation import COMPARE_FLAG, generate
 from ertacache.model_folder import ModelFolder
 from ertacache.pictures import png_bytes
 from ertacache.settings import Settings
@@ -25,9 +24,7 @@ def load(chosen: Settings) -> FluxPipeline:
     settings.check(chosen)
     pipe = models.load_pipeline(FluxPipeline, source, chosen)
     multiple = pipe.vae_scale_factor * 2  # the pipeline packs 2x2 latents and would round silently
-    for name in ("height", "width"):
-        if getattr(chosen, name) % multiple:
-            raise UsageError(f"--{name} must be a multiple of {multiple}, not {getattr(chosen, name)}")
+    settings.check_multiple(chosen, ("height", "width"), multiple)
     return pipe
 
 
@@ -47,14 +44,8 @@ def save(picture: Tensor, path: Path, _: Settings) -> Path:
     return write_atomically(path.with_name(path.name + ".png"), png_bytes(picture))
 
 
-def main(argv: list[str] | None = None) -> None:
-    chosen = settings.parse(FOLDER, argv, __doc__, extra=[COMPARE_FLAG])
-    settings.prompts_of(chosen)  # a missing prompt file is said before a model loads
-    pipe = load(chosen)
-    generate(pipe, chosen, MODEL_FOLDER)
-
-
 MODEL_FOLDER = ModelFolder("FLUX", arguments, save, modulated_input)
+main = partial(generation.main, FOLDER, load, MODEL_FOLDER)
 
 if __name__ == "__main__":
     sys.exit(command.run(main))

@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from ertacache.attach import CachedTransformer
+from ertacache.patching import CachedTransformer
 
 
 class ERTACacheFluxTransformer2DModel(CachedTransformer, FluxTransformer2DModel):

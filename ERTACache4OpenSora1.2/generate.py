@@ -1,6 +1,7 @@
 """Generate videos with Open-Sora 1.2 and ERTACache: `sh run.sh`, or `python generate.py --prompt "..."`."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,9 @@ from torch import Tensor
 from transformer import modulated_input
 from weights import load_official, needed_files, official_layout
 
-from ertacache import command, models, settings
+from ertacache import command, generation, models, settings
 from ertacache.errors import UsageError
 from ertacache.files import write_atomically
-from ertacache.generation import COMPARE_FLAG, generate
 from ertacache.model_folder import ModelFolder
 from ertacache.pictures import png_bytes
 from ertacache.settings import Settings
@@ -81,14 +81,8 @@ def variant(chosen: Settings) -> str:
     return chosen.dtype
 
 
-def main(argv: list[str] | None = None) -> None:
-    chosen = settings.parse(FOLDER, argv, __doc__, extra=[COMPARE_FLAG])
-    settings.prompts_of(chosen)  # a missing prompt file is said before a model loads
-    pipe = load(chosen)
-    generate(pipe, chosen, MODEL_FOLDER)
-
-
 MODEL_FOLDER = ModelFolder("Open-Sora 1.2", arguments, save, modulated_input, variant)
+main = partial(generation.main, FOLDER, load, MODEL_FOLDER)
 
 if __name__ == "__main__":
     sys.exit(command.run(main))

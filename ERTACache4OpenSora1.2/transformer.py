@@ -9,7 +9,7 @@ from typing import Any
 from opensora12 import STDiT3
 from torch import Tensor
 
-from ertacache.attach import CachedTransformer
+from ertacache.patching import CachedTransformer
 
 
 class ERTACacheSTDiT3(CachedTransformer, STDiT3):

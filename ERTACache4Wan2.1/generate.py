@@ -1,6 +1,7 @@
 """Generate videos with Wan2.1 and ERTACache: `sh run.sh`, or `python generate.py --prompt "..."`."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,8 @@ from scheduler import GRIDS, SOLVERS, make_scheduler
 from torch import Tensor
 from transformer import modulated_input
 
-from ertacache import command, models, settings
+from ertacache import command, generation, models, settings
 from ertacache.errors import UsageError
-from ertacache.generation import COMPARE_FLAG, generate
 from ertacache.model_folder import ModelFolder
 from ertacache.models import ModelError
 from ertacache.settings import Settings
@@ -42,9 +42,7 @@ def check(chosen: Settings) -> None:
     for name, allowed in (("solver", SOLVERS), ("grid", GRIDS)):
         if getattr(chosen, name) not in allowed:
             raise UsageError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(chosen, name)!r}")
-    for name in ("height", "width"):
-        if getattr(chosen, name) % SIDE_MULTIPLE:
-            raise UsageError(f"--{name} must be a multiple of {SIDE_MULTIPLE}, not {getattr(chosen, name)}")
+    settings.check_multiple(chosen, ("height", "width"), SIDE_MULTIPLE)
     if chosen.num_frames < 1 or chosen.num_frames % 4 != 1:
         raise UsageError(f"--num-frames must be 1, 5, 9, ... (4 n + 1), not {chosen.num_frames}")
     if not chosen.flow_shift > 0:
@@ -77,14 +75,8 @@ def variant(chosen: Settings) -> str:
     return f"{chosen.solver}-{chosen.grid}-shift{chosen.flow_shift:g}"
 
 
-def main(argv: list[str] | None = None) -> None:
-    chosen = settings.parse(FOLDER, argv, __doc__, extra=[COMPARE_FLAG])
-    settings.prompts_of(chosen)  # a missing prompt file is said before a model loads
-    pipe = load(chosen)
-    generate(pipe, chosen, MODEL_FOLDER)
-
-
 MODEL_FOLDER = ModelFolder("Wan2.1", arguments, save, modulated_input, variant)
+main = partial(generation.main, FOLDER, load, MODEL_FOLDER)
 
 if __name__ == "__main__":
     sys.exit(command.run(main))

@@ -37,6 +37,14 @@ class OfficialUniPCScheduler(UniPCMultistepScheduler):
         sigmas: np.ndarray | None = None,
         mu: float | None = None,
     ) -> None:
+        """Put the run on a grid.
+
+        Args:
+            num_inference_steps: N, for the official grid.
+            device: of the timesteps, which are 0 to 1000.
+            sigmas: unshifted noise levels in [0, 1], N of them, which go before the official ones.
+            mu: as in diffusers.
+        """
         if sigmas is None:
             sigmas = even_sigmas(UNIPC_SIGMA_MAX, num_inference_steps)
         super().set_timesteps(device=device, sigmas=np.asarray(sigmas), mu=mu)
@@ -56,6 +64,14 @@ class OfficialDPMScheduler(DPMSolverMultistepScheduler):
         mu: float | None = None,
         timesteps: list[int] | None = None,
     ) -> None:
+        """Put the run on a grid.
+
+        Args:
+            num_inference_steps: N, for the official grid.
+            device: of the timesteps, which are 0 to 1000.
+            timesteps: N of them, which go before the official ones.
+            mu: as in diffusers.
+        """
         super().set_timesteps(num_inference_steps, device=device, mu=mu, timesteps=timesteps)
         if timesteps is not None:
             return
@@ -76,6 +92,14 @@ class OfficialEulerScheduler(FlowMatchEulerDiscreteScheduler):
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
+        """Put the run on a grid.
+
+        Args:
+            num_inference_steps: N, for the official grid.
+            device: of the timesteps, which are 0 to 1000.
+            sigmas, timesteps: unshifted noise levels in [0, 1], or timesteps; they go before the official ones.
+            mu: as in diffusers.
+        """
         if sigmas is None and timesteps is None:
             sigmas = even_sigmas(UNIPC_SIGMA_MAX, num_inference_steps)
         super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)

@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from ertacache.attach import CachedTransformer
+from ertacache.patching import CachedTransformer
 
 
 class ERTACacheWanTransformer3DModel(CachedTransformer, WanTransformer3DModel):

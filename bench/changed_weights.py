@@ -12,48 +12,37 @@ import copy
 import json
 import sys
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline
+from quality import HeldOut
+from record import RESULTS, ROOT, machine, write
 
 import ertacache
-from ertacache.files import write_atomically
-from ertacache.metrics import psnr
+from ertacache.calibration import Calibration
 from ertacache.pages import fill, grid
-from ertacache.provenance import package_versions
+from ertacache.settings import read_prompts
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "ERTACache4FLUX"
-RESULT = ROOT / "bench" / "results" / "changed_weights.json"
+RESULT = RESULTS / "changed_weights.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 MARKER = "weights"
 ARGUMENTS = {"height": 64, "width": 64, "num_inference_steps": 28, "guidance_scale": 3.5, "max_sequence_length": 40}
 STEPS = 14
 
 
-def prompts_in(name: str, count: int) -> list[str]:
-    return (FOLDER / "prompts" / name).read_text().splitlines()[:count]
-
-
-def quality(pipe: Any, calibration: Any, prompts: list[str]) -> float:
-    """Mean PSNR in dB on held-out prompts, to the uncached result of the same weights."""
-
-    def sample() -> torch.Tensor:
-        generators = [torch.Generator().manual_seed(500 + i) for i in range(len(prompts))]
-        return pipe(prompts, generator=generators, output_type="pt", **ARGUMENTS).images
-
-    reference = sample()
+def quality(pipe: Any, calibrations: Sequence[Calibration], count: int) -> list[float]:
+    """Mean PSNR in dB with each calibration on held-out prompts, to the uncached result of the same weights."""
+    held_out = HeldOut(pipe, FOLDER, ARGUMENTS, count, first_seed=500)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ertacache.MismatchWarning)
-        with ertacache.apply(pipe, calibration):
-            return float(psnr(sample(), reference).mean())
+        return [held_out.of(calibration)["psnr"] for calibration in calibrations]
 
 
-def calibrated(pipe: Any, count: int) -> Any:
-    prompts = prompts_in("calibration.txt", count)
+def calibrated(pipe: Any, count: int) -> Calibration:
+    prompts = read_prompts(FOLDER / "prompts" / "calibration.txt")[:count]
     return ertacache.calibrate(
         pipe, prompts, seeds=range(count), computed_steps=STEPS, folds=0, refine=count, **ARGUMENTS
     )
@@ -130,11 +119,11 @@ def main() -> int:
     if chosen.page:
         fill(PAGE, table(json.loads(RESULT.read_text(encoding="utf-8"))), MARKER)
         return 0
-    prompts = prompts_in("held_out.txt", chosen.prompts)
     base = FluxPipeline.from_pretrained(FOLDER / "tiny", dtype=torch.float32)
     base.set_progress_bar_config(disable=True)
     calibration = calibrated(base, chosen.calibration_prompts)
-    rows = [{"weights": "unchanged", "base_psnr": quality(base, calibration, prompts), "recalibrated_psnr": None}]
+    (unchanged,) = quality(base, [calibration], chosen.prompts)
+    rows = [{"weights": "unchanged", "base_psnr": unchanged, "recalibrated_psnr": None}]
     for name, change in CHANGES.items():
         pipe = FluxPipeline(**{**base.components, "transformer": copy.deepcopy(base.transformer)})
         pipe.set_progress_bar_config(disable=True)
@@ -144,19 +133,19 @@ def main() -> int:
             print(f"{name}: {error}; its row stays as it was", file=sys.stderr)
             rows.append(measured_before(name, {"weights": name, "not_measured": str(error)}))
             continue
-        before = quality(pipe, calibration, prompts)
-        after = quality(pipe, calibrated(pipe, chosen.calibration_prompts), prompts)
+        again = calibrated(pipe, chosen.calibration_prompts)
+        before, after = quality(pipe, [calibration, again], chosen.prompts)
         rows.append({"weights": name, "base_psnr": before, "recalibrated_psnr": after})
         print(rows[-1])
     record = {
+        **machine(torch.device("cpu"), torch.float32),
         "model": "embedded FLUX",
         "computed_steps": f"{STEPS} of 28",
         "prompts": chosen.prompts,
         "calibration_prompts": chosen.calibration_prompts,
         "rows": rows,
-        "versions": package_versions(),
     }
-    write_atomically(RESULT, json.dumps(record, indent=1) + "\n")
+    write("changed_weights", record)
     return 0
 
 

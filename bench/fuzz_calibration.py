@@ -20,15 +20,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
+from record import ROOT, machine, write
 from tqdm import tqdm
 
 from ertacache.calibration import Calibration, to_json
 from ertacache.errors import CalibrationError
-from ertacache.files import write_atomically
-from ertacache.provenance import package_versions
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "bench" / "results" / "fuzz_calibration.json"
 VALUES: list[Any] = [None, True, -1, 0, 1, 2**31, 2**63, 10**400, 1.5, 1e308, "", "x" * 10_000, "\ud800", [], {}, [[]]]
 TOKENS = [b"1e999", b"NaN", b"-Infinity", b"[" * 5000, b"9" * 5000, b'"\\ud800"', b"null", b'{"a":', b"\x00", b"\xff"]
 
@@ -127,8 +125,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    result = {"seconds": chosen.seconds, "seed": chosen.seed, **fuzz(chosen.seconds, chosen.seed)}
-    write_atomically(RESULT, json.dumps({**result, "versions": package_versions()}, indent=1) + "\n")
+    result = {"fuzzed_seconds": chosen.seconds, "seed": chosen.seed, **fuzz(chosen.seconds, chosen.seed)}
+    write("fuzz_calibration", {**machine(torch.device("cpu"), torch.float32), **result})
     print({k: v for k, v in result.items() if k != "messages"})
     return 0
 

@@ -1,4 +1,4 @@
-"""Kills calibration and comparison at random moments: `python bench/fuzz_kill.py [--kills 100]`.
+"""Kills calibration and its ledger at random moments: `python bench/fuzz_kill.py [--kills 100]`.
 
 Each round starts a process that calibrates a small pipeline, saves the file and works through a ledger, as
 reproduce.sh does; kills it with SIGKILL; and then looks at everything that it left: every file that a reader would
@@ -17,20 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import ROOT, machine, write
 from tqdm import tqdm
 
 import ertacache
 from ertacache.calibration import Calibration
 from ertacache.files import write_atomically
 from ertacache.ledger import Ledger
-from ertacache.provenance import package_versions
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from toys import ToyPipeline, curved  # noqa: E402
+from toys import ToyPipeline, curved
 
-RESULT = ROOT / "bench" / "results" / "fuzz_kill.json"
 CALIBRATIONS = [(count, again) for again in range(30) for count in (3, 4, 5, 6)]
 
 
@@ -108,18 +106,17 @@ def kill_often(kills: int, seed: int) -> dict[str, Any]:
             "most_temporary_files_left": leftovers,
             "all_done_before_the_last_kill": finished_before,
             "resumed_result_is_the_undisturbed_one": same,
-            "seconds": round(time.monotonic() - began, 1),
         }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Kill calibration and comparison at random moments.")
+    parser = argparse.ArgumentParser(description="Kill calibration and its ledger at random moments.")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     torch.set_num_threads(1)  # threads would not live on in a copied process
     result = kill_often(chosen.kills, chosen.seed)
-    write_atomically(RESULT, json.dumps({**result, "versions": package_versions()}, indent=1) + "\n")
+    write("fuzz_kill", {**machine(torch.device("cpu"), torch.float32), **result})
     print(result)
     return 0
 

@@ -22,6 +22,7 @@ from tiny_pipelines import FOLDERS, available, subject_name, tiny_pipeline
 
 import ertacache
 from ertacache import policy
+from ertacache.announcement import Work
 from ertacache.settings import read_prompts
 
 COUNTS = (1, 2, 4, 8, 16)
@@ -79,7 +80,7 @@ def _row(
         "psnr_highest": max(values),
         "psnr_p10": statistics.mean(one["psnr_p10"] for one in found),
         "predicted_psnr": None if None in predicted else statistics.mean(predicted),
-        "evaluations": (steps + (1 + folds) * computed) * count,
+        "evaluations": Work(count, folds).evaluations(steps, computed),
         "calibration_seconds": statistics.median(seconds),
     }
 

@@ -11,7 +11,7 @@ from ertacache.calibration import Calibration
 from ertacache.metrics import psnr, worst_decile
 from ertacache.settings import read_prompts
 
-FIRST_SEED = 1000  # calibration prompts take seeds from 0
+FIRST_SEED = 1000
 BATCH = 4  # prompts a call
 
 
@@ -21,10 +21,11 @@ class HeldOut:
     Args:
         arguments: keyword arguments of the pipeline, num_inference_steps included.
         count: how many of the folder's held-out prompts.
+        first_seed: of the noise of the first one; calibration prompts take seeds from 0.
     """
 
-    def __init__(self, pipe: Any, folder: Path, arguments: dict[str, Any], count: int):
-        self.pipe, self.arguments = pipe, arguments
+    def __init__(self, pipe: Any, folder: Path, arguments: dict[str, Any], count: int, first_seed: int = FIRST_SEED):
+        self.pipe, self.arguments, self.first_seed = pipe, arguments, first_seed
         self.prompts = read_prompts(folder / "prompts" / "held_out.txt")[:count]
         self.reference = self.sample()
 
@@ -33,7 +34,7 @@ class HeldOut:
         pieces = []
         for start in range(0, len(self.prompts), BATCH):
             prompts = self.prompts[start : start + BATCH]
-            seeds = range(FIRST_SEED + start, FIRST_SEED + start + len(prompts))
+            seeds = range(self.first_seed + start, self.first_seed + start + len(prompts))
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
             with torch.no_grad():
                 result = self.pipe(

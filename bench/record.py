@@ -64,7 +64,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_processor()} ({cores} cores)"
+    return f"{_processor()} ({cores} core{'s' * (cores != 1)})"
 
 
 def _processor() -> str:

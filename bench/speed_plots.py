@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from PIL import Image
-from record import RESULTS, ROOT
+from record import ROOT, read
 
 DOCS = ROOT / "docs"
 KEY = "ertacache-results-sha256"
@@ -84,10 +84,6 @@ FIGURES: dict[str, tuple[Callable[[Sequence[dict[str, Any]]], Figure], str]] = {
 }
 
 
-def _records(name: str) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"{FIGURES[name][1]}.json"))]
-
-
 def _hash(records: Sequence[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
 
@@ -95,7 +91,7 @@ def _hash(records: Sequence[dict[str, Any]]) -> str:
 def is_current(name: str) -> bool:
     """Whether the figure shows the present results; one without results is not to be there."""
     path: Path = DOCS / name
-    records = _records(name)
+    records = read(FIGURES[name][1])
     if not records or not path.exists():
         return not records and not path.exists()
     with Image.open(path) as picture:
@@ -104,7 +100,7 @@ def is_current(name: str) -> bool:
 
 def draw(name: str) -> None:
     """Draw the figure, or remove it where its results are gone."""
-    records = _records(name)
+    records = read(FIGURES[name][1])
     if records:
         FIGURES[name][0](records).savefig(DOCS / name, dpi=110, metadata={KEY: _hash(records), "Software": None})
     else:

@@ -109,13 +109,16 @@ def commands(folder: Path = RESULTS) -> str:
     lines = []
     for command, pattern in COMMANDS.items():
         # written one after another by one command, each with the seconds since it began
-        records = [one for one in read(pattern, folder) if one.get("device_kind") == "cpu" and "seconds" in one]
+        records = [one for one in read(pattern, folder) if one.get("device_kind", "cpu") == "cpu" and "seconds" in one]
         longest = max(records, key=lambda one: one["seconds"], default=None)
         name = pattern.replace("*", "MODEL")
-        took = "not measured" if longest is None else f"{_duration(longest['seconds'])}, {longest['threads']} threads"
-        lines.append([f"`{command}`", f"`bench/results/{name}.json`", took.replace(", 1 threads", ", 1 thread")])
-    return grid(["Command", "Writes", "Takes on two cores"], lines, left=3)
+        took = "not measured" if longest is None else _duration(longest)
+        lines.append([f"`{command}`", f"`bench/results/{name}.json`", took])
+    return grid(["Command", "Writes", "Takes"], lines, left=3)
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+def _duration(record: Record) -> str:
+    """The seconds of a result, and its threads where it says them."""
+    seconds, threads = record["seconds"], record.get("threads")
+    took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    return took if threads is None else f"{took}, {threads} thread{'s' * (threads != 1)}"

@@ -6,10 +6,11 @@ from typing import Any
 
 from step_timer import Call
 
-from ertacache import policy, provenance, solver
+from ertacache import provenance, solver
+from ertacache.ablation_schedules import uniform_schedule
 from ertacache.baselines.base import replaced
 from ertacache.calibration import Calibration
-from ertacache.channels import Terms, layout_of
+from ertacache.channels import StepMatrices, layout_of
 from ertacache.forms import OUTPUTS
 
 WEIGHTS = (1.3, -0.4, 0.15, -0.05)  # sum to 1, of the size that fitted ones have
@@ -44,14 +45,14 @@ def synthetic_calibration(
 ) -> Calibration:
     """K evenly spread computed steps, and as many coefficients a step as a fitted calibration has."""
     steps = len(timesteps)
-    schedule = policy.uniform_schedule(steps, computed_steps)
+    schedule = uniform_schedule(steps, computed_steps)
     rows = [list(WEIGHTS[: min(max(OUTPUTS), sum(s <= step for s in schedule))]) for step in range(steps)]
     config = getattr(pipe.transformer, "config", None)
     layout = layout_of([1, *latent_shape], getattr(config, "in_channels", None))
-    terms: list[Terms] = [[]] * steps
+    matrices: list[StepMatrices] = [[]] * steps
     if layout is not None:
         count = layout.channels_of(latent_shape)
-        terms = [[], *([[[0.01] * count] * count] * len(row) for row in rows[1:])]
+        matrices = [[], *([[[0.01] * count] * count] * len(row) for row in rows[1:])]
     return Calibration(
         method="ertacache",
         num_inference_steps=steps,
@@ -63,7 +64,7 @@ def synthetic_calibration(
         latent_shape=latent_shape,
         dtype=provenance.model_dtype(pipe.transformer),
         coefficients=[[1.0], *rows[1:]],
-        channel_coefficients=terms if layout is not None else None,
+        channel_coefficients=matrices if layout is not None else None,
         channel_axis=layout.axis if layout is not None else None,
         guidance_scale=getattr(pipe, "guidance_scale", None),
     )

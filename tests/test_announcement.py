@@ -111,8 +111,9 @@ def test_a_calibration_from_files_is_the_same(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_files_keep_the_runs_own_dtype(dtype, tmp_path):
-    store, tensor = TrajectoryStore(0, tmp_path), torch.randn(2, 3, 5).to(dtype)
+def test_files_keep_the_runs_own_dtype(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    store, tensor = TrajectoryStore(0), torch.randn(2, 3, 5).to(dtype)
     store.plan(tensor.nbytes)
     kept = store.keep(tensor.transpose(0, 1))
     assert kept.dtype == dtype and torch.equal(kept, tensor.transpose(0, 1))
@@ -159,11 +160,11 @@ def test_the_flag_reaches_the_calibrations_of_a_comparison(monkeypatch):
     made = SimpleNamespace(
         pipe=None,
         chosen=chosen,
-        model=None,
+        model=ModelFolder("made up", lambda _: {}, lambda *_: None),
         calibration_prompts=["a"],
         arguments={},
         ledger=ledger,
-        _asking=lambda _: None,
+        _asking=lambda *asked: study.Study._asking(made, *asked),
     )
     with pytest.raises(AttributeError):  # what stands for a calibration cannot be kept
         study.Study.calibration(made, "ertacache", 3)

@@ -22,7 +22,6 @@ from ertacache.baselines import (
     TeaCache,
     Tuner,
     all_rivals,
-    tune,
 )
 from ertacache.baselines.diffusers_caches import enabled, visual_latents
 from ertacache.baselines.multistep import SOLVERS, make_solver, put_on_grid
@@ -259,7 +258,7 @@ def test_seacache_sees_the_latents_that_the_pipeline_packed(pipe):
 
 
 def test_tuning_finds_the_asked_cost(pipe):
-    tuned = tune(FewerSteps(), pipe, 0.5, [lambda **o: call(pipe, **o)], NUM_STEPS)
+    tuned = Tuner(pipe, [lambda **o: call(pipe, **o)], NUM_STEPS).tune(FewerSteps(), 0.5)
     assert (tuned.setting, tuned.fraction, tuned.comparable) == ({"num_steps": NUM_STEPS // 2}, 0.5, True)
 
 

@@ -29,7 +29,7 @@ from test_attach import run
 from toys import ToyPipeline, curved
 
 import ertacache
-from ertacache import policy
+from ertacache import ablation_schedules
 from ertacache.attach import attached
 from ertacache.channels import KEPT_BYTES, PATCH
 from ertacache.fitting import SAFE_FORM
@@ -319,7 +319,7 @@ def test_gram_matrix_in_pieces_is_the_whole(monkeypatch):
 def test_the_policy_takes_seconds_at_a_thousand_steps():
     errors = np.random.default_rng(0).random((1000, 1000)).cumsum(axis=1)
     start = time.process_time()
-    assert len(policy.best_schedule(errors, 500)) == 500
+    assert len(ablation_schedules.best_schedule(errors, 500)) == 500
     assert time.process_time() - start < 20
 
 
@@ -411,9 +411,19 @@ def test_commands_say_how_long_they_took(tmp_path):
     (tmp_path / "latency_flux_cuda_full.json").write_text(
         json.dumps({"device_kind": "cuda", "seconds": 9, "threads": 1})
     )
+    (tmp_path / "fuzz_kill.json").write_text(json.dumps({"seconds": 25.6}))  # it does not say on what
+    (tmp_path / "scaling.json").write_text(json.dumps({**result, "seconds": 30, "threads": 1}))
     table = speed_targets.commands(tmp_path)
     assert "| `python bench/few_steps.py` | `bench/results/few_steps_MODEL.json` | 7 min, 2 threads |" in table
-    assert table.count("not measured") == len(speed_targets.COMMANDS) - 1
+    assert "| `python bench/fuzz_kill.py` | `bench/results/fuzz_kill.json` | 26 s |" in table
+    assert "| `python bench/scaling.py` | `bench/results/scaling.json` | 30 s, 1 thread |" in table
+    assert table.count("not measured") == len(speed_targets.COMMANDS) - 3
+
+
+@pytest.mark.parametrize(("cores", "said"), [({0}, "(1 core)"), ({0, 1}, "(2 cores)")])
+def test_a_processor_is_named_with_its_cores(monkeypatch, cores, said):
+    monkeypatch.setattr(record.os, "sched_getaffinity", lambda _: cores, raising=False)
+    assert record.device_name(torch.device("cpu")).endswith(said)
 
 
 def test_replay_forgets_its_history_between_runs():

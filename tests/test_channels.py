@@ -12,7 +12,8 @@ from toys import ToyPipeline
 import ertacache
 from ertacache import channels
 from ertacache.calibration import Calibration
-from ertacache.channels import ChannelTerms, Deviations, Layout, deviations_of, fit_channels, layout_of
+from ertacache.channel_fitting import fit_channels
+from ertacache.channels import ChannelMatrices, Layout, PlacedMatrices, layout_of, placed
 from ertacache.errors import CalibrationError, MismatchError
 from ertacache.fitting import Fitter, Form
 from ertacache.rectification import Coefficients, combine
@@ -66,7 +67,7 @@ def test_channels_of_the_outputs_are_added_to_those_of_the_sum(axis):
     layout, rng = Layout(axis), torch.Generator().manual_seed(0)
     outputs = [torch.randn(SHAPES[axis], generator=rng) for _ in range(2)]
     terms = torch.randn(2, 3, 3, generator=rng)
-    made = combine(outputs, [0.5, 0.25], deviations=deviations_of(terms.tolist(), layout, torch.device("cpu")))
+    made = combine(outputs, [0.5, 0.25], matrices=placed(terms.tolist(), layout, torch.device("cpu")))
     wanted = sum(
         layout.rows(output) @ (share * torch.eye(3) + matrix)
         for share, output, matrix in zip((0.5, 0.25), outputs, terms, strict=True)
@@ -78,7 +79,7 @@ def test_channels_that_only_the_output_has_keep_the_shared_coefficients():
     """As the variances of a bare model whose pipeline drops them."""
     output = torch.randn(1, 6, 4, 4)
     half = 0.5 * torch.eye(3)
-    made = combine([output], [1.0], deviations=Deviations(half[None], Layout(-3)))
+    made = combine([output], [1.0], matrices=PlacedMatrices(half[None], Layout(-3)))
     torch.testing.assert_close(made[:, :3], 1.5 * output[:, :3])
     assert torch.equal(made[:, 3:], output[:, 3:])
 
@@ -87,9 +88,9 @@ def test_channels_that_only_the_output_has_keep_the_shared_coefficients():
 def test_half_precision_is_summed_in_single(axis):
     layout, rng = Layout(axis), torch.Generator().manual_seed(0)
     outputs = [torch.randn(SHAPES[axis], generator=rng).bfloat16() for _ in range(2)]
-    deviations = deviations_of(torch.randn(2, 3, 3, generator=rng).tolist(), layout, torch.device("cpu"))
-    made = combine(outputs, [1.0, -0.5], deviations=deviations)
-    exact = combine([o.float() for o in outputs], [1.0, -0.5], deviations=deviations)
+    matrices = placed(torch.randn(2, 3, 3, generator=rng).tolist(), layout, torch.device("cpu"))
+    made = combine(outputs, [1.0, -0.5], matrices=matrices)
+    exact = combine([o.float() for o in outputs], [1.0, -0.5], matrices=matrices)
     assert made.dtype == torch.bfloat16
     torch.testing.assert_close(made, exact.bfloat16())
 
@@ -98,33 +99,33 @@ def test_half_precision_is_summed_in_single(axis):
 def test_sums_in_any_order_of_memory(axis):
     layout, rng = Layout(axis), torch.Generator().manual_seed(0)
     outputs = [torch.randn(SHAPES[axis], generator=rng) for _ in range(2)]
-    deviations = deviations_of(torch.randn(2, 3, 3, generator=rng).tolist(), layout, torch.device("cpu"))
-    wanted = combine(outputs, [0.5, 0.25], deviations=deviations)
+    matrices = placed(torch.randn(2, 3, 3, generator=rng).tolist(), layout, torch.device("cpu"))
+    wanted = combine(outputs, [0.5, 0.25], matrices=matrices)
     turned = [output.transpose(0, 1).contiguous().transpose(0, 1) for output in outputs]
     assert not turned[0].is_contiguous()
-    torch.testing.assert_close(combine(turned, [0.5, 0.25], deviations=deviations), wanted)
+    torch.testing.assert_close(combine(turned, [0.5, 0.25], matrices=matrices), wanted)
 
 
 def test_latents_without_a_batch():
     output, terms = torch.randn(3, 4, 6), torch.randn(1, 3, 3)
-    made = combine([output], [0.5], deviations=Deviations(terms, Layout(-3)))
+    made = combine([output], [0.5], matrices=PlacedMatrices(terms, Layout(-3)))
     torch.testing.assert_close(made, 0.5 * output + torch.einsum("cd,chw->dhw", terms[0], output))
 
 
 def test_matrices_of_tokens_are_kept_where_they_are_small(monkeypatch):
     steps, output = [[], torch.randn(1, 3, 3).tolist()], torch.randn(2, 6, 12)
-    kept = ChannelTerms(Layout(-1), steps).at(1, output.device)
+    kept = ChannelMatrices(Layout(-1), steps).at(1, output.device)
     monkeypatch.setattr(channels, "KEPT_BYTES", 4 * 9 * 16 - 1)
-    made_anew = ChannelTerms(Layout(-1), steps).at(1, output.device)
+    made_anew = ChannelMatrices(Layout(-1), steps).at(1, output.device)
     assert kept.expanded.shape == (1, 12, 12) and made_anew.expanded is None
-    assert torch.equal(combine([output], [1.0], deviations=kept), combine([output], [1.0], deviations=made_anew))
+    assert torch.equal(combine([output], [1.0], matrices=kept), combine([output], [1.0], matrices=made_anew))
 
 
 def test_nothing_is_copied_to_the_device_inside_the_loop(monkeypatch):
     pipe, made = ToyPipeline(gaussian), calibrate()
     seen = []
-    copied, step = ChannelTerms._copied, pipe.scheduler.step
-    monkeypatch.setattr(ChannelTerms, "_copied", lambda *given: seen.append("copied") or copied(*given))
+    copied, step = ChannelMatrices._copied, pipe.scheduler.step
+    monkeypatch.setattr(ChannelMatrices, "_copied", lambda *given: seen.append("copied") or copied(*given))
     counted = functools.wraps(step)(lambda *a, **k: seen.append("step") or step(*a, **k))
     monkeypatch.setattr(pipe.scheduler, "step", counted)
     with ertacache.apply(pipe, made):
@@ -141,7 +142,7 @@ def test_the_fit_finds_the_coefficients_of_channels(axis):
     shape = (4, *SHAPES[axis][1:])
     columns = [torch.randn(shape, generator=rng) for _ in range(2)]
     true = 0.2 * torch.randn(2, 3, 3, generator=rng)
-    target = combine(columns, [1.0, -0.5], deviations=deviations_of(true.tolist(), layout, torch.device("cpu")))
+    target = combine(columns, [1.0, -0.5], matrices=placed(true.tolist(), layout, torch.device("cpu")))
     found = fit_channels(columns, target, [1.0, -0.5], layout)
     assert found == pytest.approx(true.numpy(), abs=2e-2)
     assert np.array_equal(found, np.round(found, 5))
@@ -149,7 +150,7 @@ def test_the_fit_finds_the_coefficients_of_channels(axis):
 
 def test_terms_serve_every_step_and_none_where_there_are_none():
     steps = [[], [[[1.0, 2.0], [3.0, 4.0]]], [[[5.0, 6.0], [7.0, 8.0]], [[9.0, 10.0], [11.0, 12.0]]]]
-    terms = ChannelTerms(Layout(-3), steps)
+    terms = ChannelMatrices(Layout(-3), steps)
     assert terms.at(0, torch.device("cpu")) is None
     for step in (1, 2):
         assert terms.at(step, torch.device("cpu")).matrices.tolist() == steps[step]
@@ -187,7 +188,7 @@ def test_given_steps_are_taken_as_they_are():
     last = Fitter(SCHEDULE, runs.recorded.latents, form=Form(3, runs.layout), given=moved, start=STEPS - 1)
     runs.run(last)
     made = last.fitted()
-    assert made.outputs[:-1] == moved.outputs[:-1] and made.channels.steps[:-1] == moved.channels.steps[:-1]
+    assert made.outputs[:-1] == moved.outputs[:-1] and made.matrices.steps[:-1] == moved.matrices.steps[:-1]
     assert made.outputs[-1] != moved.outputs[-1]
 
 

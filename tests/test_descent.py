@@ -21,7 +21,7 @@ from ertacache.descent import Descended, add_gradient, batches, descend, descent
 from ertacache.errors import CalibrationError, NumericsError
 from ertacache.fitting import REFINED_FORM, SAFE_FORM, Fitter
 from ertacache.gradients import NO_GRADIENT, differentiable
-from ertacache.matrices import Matrices, MatrixRun
+from ertacache.matrices import MatrixRun, MatrixUnknowns
 from ertacache.rectification import Coefficients
 from ertacache.refinement import refinement_evaluations
 from ertacache.rerun import Rerun
@@ -67,7 +67,7 @@ def calibrate(pipe, prompts=PROMPTS, **kwargs) -> Calibration:
 # -- the gradient ------------------------------------------------------------------------------------------
 
 
-def unknowns(runs: Runs, start: Coefficients) -> Matrices:
+def unknowns(runs: Runs, start: Coefficients) -> MatrixUnknowns:
     made = descent._nominal(runs, SCHEDULE, start, parts(len(runs))[0])[0]
     generator = torch.Generator().manual_seed(0)
     for value in made.values.values():
@@ -75,7 +75,7 @@ def unknowns(runs: Runs, start: Coefficients) -> Matrices:
     return made
 
 
-def loss(runs: Runs, start: Coefficients, matrices: Matrices, median: float) -> float:
+def loss(runs: Runs, start: Coefficients, matrices: MatrixUnknowns, median: float) -> float:
     """Without a gradient."""
     with torch.no_grad():
         final = runs.run(MatrixRun(SCHEDULE, start, matrices))
@@ -155,8 +155,8 @@ def test_the_coefficients_are_those_of_the_run_with_gradients():
     with torch.no_grad():
         wanted = runs.run(MatrixRun(SCHEDULE, start, matrices))
     torch.testing.assert_close(runs.run(Rerun(SCHEDULE, made)), wanted, rtol=0, atol=1e-4)  # rounded for the file
-    assert made.outputs == start.outputs and made.sample == start.sample
-    assert [step for step, terms in enumerate(made.channels.steps) if terms] == list(matrices.values)
+    assert made.outputs == start.outputs and made.latents_coefficients == start.latents_coefficients
+    assert [step for step, terms in enumerate(made.matrices.steps) if terms] == list(matrices.values)
 
 
 # -- the descent -------------------------------------------------------------------------------------------
@@ -412,8 +412,8 @@ def test_the_prompts_left_out_have_no_part_in_the_fit(asked, monkeypatch):
     assert schedule == same
 
     def numbers(made: Coefficients) -> torch.Tensor:
-        channels = [v for s in made.channels.steps for m in s for r in m for v in r] if made.channels else []
-        return torch.tensor([*[a for row in made.outputs for a in row], *made.sample, *channels])
+        channels = [v for s in made.matrices.steps for m in s for r in m for v in r] if made.matrices else []
+        return torch.tensor([*[a for row in made.outputs for a in row], *made.latents_coefficients, *channels])
 
     # the gains of the steps, which are measured on all prompts, differ by rounding
     torch.testing.assert_close(numbers(start), numbers(other), rtol=1e-2, atol=5e-3)

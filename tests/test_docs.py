@@ -232,6 +232,7 @@ def check_command(folder: Path, command: str, capsys) -> None:
         "sh run.sh --speedup fast",
         "sh run.sh --threshold 0.5",
         "sh reproduce.sh --layout square",
+        "sh reproduce.sh --speedup 2",
         "python bench/latency.py --fast",
         "python bench/none.py",
         "python -m ertacache.none",
@@ -252,9 +253,12 @@ def check_script(folder: Path, name: str, argv: list[str]) -> None:
         return
     test, smaller = RUN_BY[folder.name, name]
     assert exists(test) and smaller
-    extra = reproduce.FLAGS if name == "reproduce.sh" else [COMPARE_FLAG]
-    chosen = settings.parse(folder, argv, "", extra)  # UsageError for an unknown flag or a value of the wrong type
-    if name == "run.sh" and not isinstance(chosen.threshold, str):
+    # UsageError for an unknown flag or a value of the wrong type
+    if name == "reproduce.sh":
+        reproduce.parse(folder, argv)
+        return
+    chosen = settings.parse(folder, argv, "", [COMPARE_FLAG])
+    if not isinstance(chosen.threshold, str):
         settings.check(chosen)
 
 
@@ -405,6 +409,7 @@ def test_messages_on_the_page_are_those_that_come(tmp_path, monkeypatch):
                 {key: value for key, value in good.items() if key != "dtype"},
                 {**good, "sigma": 1},
                 {**good, "computed_steps": [1, 2]},
+                {**good, "adjusted_sigmas": good["sigmas"]},
                 {**good, "computed_steps": [0, 1], "coefficients": [[1.0], *[[1.0, 0.0, 0.0]] * (steps - 1)]},
             )
         ),

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ertacache.lpips import TRUNK_VARIABLE, LpipsUnavailableError, alexnet_features, load_lpips
-from ertacache.metrics import frame_psnr, psnr, ssim, temporal_error, worst_decile
+from ertacache.metrics import psnr, ssim, temporal_error, worst_decile
 
 LPIPS_FOLDER = Path(__file__).parents[2] / "shared" / "lpips"
 needs_trunk = pytest.mark.skipif(not LPIPS_FOLDER.is_dir(), reason=f"no AlexNet trunk in {LPIPS_FOLDER}")
@@ -80,15 +80,6 @@ def test_temporal_error_is_the_difference_of_the_frame_differences():
     video[0, 1] = 0.3
     video[1, 2] = 0.3
     assert temporal_error(video, reference).tolist() == pytest.approx([0.3, 0.15])
-
-
-def test_psnr_of_each_frame():
-    reference = torch.zeros(1, 3, 3, 8, 8)
-    video = reference.clone()
-    video[:, 1], video[:, 2] = 0.1, 0.01
-    assert frame_psnr(video, reference)[0].tolist() == pytest.approx([120.0, 20.0, 40.0], abs=1e-4)
-    with pytest.raises(ValueError, match="frame_psnr needs"):
-        frame_psnr(video[0], reference[0])
 
 
 def test_a_video_is_worth_what_its_frames_are():

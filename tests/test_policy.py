@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ertacache import policy
+from ertacache import ablation_schedules, policy
 from ertacache.errors import CalibrationError
 from ertacache.threshold import threshold_for, threshold_schedule
 
@@ -26,7 +26,7 @@ def cost_of(schedule: list[int], errors: np.ndarray) -> float:
 def test_dynamic_programming_equals_brute_force(num_steps, seed, data):
     errors = np.random.default_rng(seed).random((num_steps, num_steps))
     count = data.draw(st.integers(1, num_steps))
-    found = policy.best_schedule(errors, count)
+    found = ablation_schedules.best_schedule(errors, count)
     rivals = [[0, *rest] for rest in combinations(range(1, num_steps), count - 1)]
     assert found[0] == 0 and len(found) == len(set(found)) == count and found == sorted(found)
     assert cost_of(found, errors) == pytest.approx(min(cost_of(r, errors) for r in rivals))
@@ -34,7 +34,7 @@ def test_dynamic_programming_equals_brute_force(num_steps, seed, data):
 
 def test_reuse_errors_are_distances_times_gains():
     outputs = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]])
-    errors = policy.reuse_errors(outputs @ outputs.T, np.array([0.5, -1.0, 2.0]))
+    errors = ablation_schedules.reuse_errors(outputs @ outputs.T, np.array([0.5, -1.0, 2.0]))
     assert errors[0, 1] == pytest.approx(1.0 * np.sqrt(5))  # |c_1| |o_1 - o_0|
     assert errors[1, 2] == pytest.approx(2.0 * np.sqrt(9 + 4))
     assert errors[0, 0] == 0
@@ -58,8 +58,8 @@ def test_threshold_for_reaches_the_asked_number():
 
 
 def test_uniform_schedule():
-    assert policy.uniform_schedule(10, 5) == [0, 2, 4, 6, 8]
-    assert policy.uniform_schedule(7, 7) == list(range(7))
+    assert ablation_schedules.uniform_schedule(10, 5) == [0, 2, 4, 6, 8]
+    assert ablation_schedules.uniform_schedule(7, 7) == list(range(7))
 
 
 def test_speedup_is_floored():
@@ -87,4 +87,4 @@ def test_swap_search_finds_the_better_schedule_within_its_budget():
 @pytest.mark.parametrize("count", [0, 11, -1])
 def test_impossible_counts_are_refused(count):
     with pytest.raises(CalibrationError, match="between 1 and 10"):
-        policy.best_schedule(np.ones((10, 10)), count)
+        ablation_schedules.best_schedule(np.ones((10, 10)), count)

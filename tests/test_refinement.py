@@ -17,7 +17,7 @@ from ertacache.errors import CalibrationError
 from ertacache.fitting import REFINED_FORM, Fitter, Form
 from ertacache.forms import best_form, best_refined_form, form_evaluations
 from ertacache.linearisation import RIDGES, LinearisedRun, linearisation_evaluations, linearise
-from ertacache.rectification import SAMPLE, Coefficients, combine
+from ertacache.rectification import LATENTS, Coefficients, combine
 from ertacache.refinement import refine, refinement_evaluations
 from ertacache.rerun import Rerun
 from ertacache.runs import recorded_runs
@@ -64,8 +64,8 @@ def test_the_sample_has_a_share():
 
 def test_changes_land_at_their_places():
     before = Coefficients.of_outputs([[1.0], [1.0, 0.0]])
-    after = before.changed([(1, 1), (1, SAMPLE), (0, 0)], [0.5, 0.25, -0.125])
-    assert (after.outputs, after.sample) == ([[0.875], [1.0, 0.5]], [0.0, 0.25])
+    after = before.changed([(1, 1), (1, LATENTS), (0, 0)], [0.5, 0.25, -0.125])
+    assert (after.outputs, after.latents_coefficients) == ([[0.875], [1.0, 0.5]], [0.0, 0.25])
     assert before == Coefficients.of_outputs([[1.0], [1.0, 0.0]])
     assert before.plain(0) and not after.plain(0) and not after.plain(1)
 
@@ -176,7 +176,7 @@ def test_a_second_step_goes_where_the_first_one_did_not_reach():
     again = linearise(runs, SCHEDULE, first.coefficients, coefficients)
     back = again.changed(again.origin)
     for step, outputs in enumerate(coefficients.outputs):
-        assert back.outputs[step] == pytest.approx(outputs) and back.sample[step] == pytest.approx(0)
+        assert back.outputs[step] == pytest.approx(outputs) and back.latents_coefficients[step] == pytest.approx(0)
     assert again.solve(range(6), 1e9) == pytest.approx(again.origin, abs=1e-6)
     second = refine(runs, linear)
     assert second.error < first.error
@@ -299,4 +299,4 @@ def test_sample_coefficients_are_kept_and_checked(tmp_path):
     for wrong in ([0.0], "no", [None] * STEPS):
         with pytest.raises(CalibrationError, match="'sample_coefficients'"):
             Calibration.from_dict({**made.to_dict(), "sample_coefficients": wrong})
-    assert replace(made, sample_coefficients=None).combinations().sample == [0.0] * STEPS
+    assert replace(made, sample_coefficients=None).combinations().latents_coefficients == [0.0] * STEPS

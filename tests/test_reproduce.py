@@ -146,6 +146,37 @@ def test_vbench_layout(pipe, tmp_path):
     assert written == {f"{method}/{name}" for method in ("none-uncached", "ertacache-k-3") for name in names}
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--speedup", "3"], "--speedup has no part in this command: use --computed-steps K1,K2"),
+        (["--min-psnr", "40"], "use --computed-steps"),
+        (["--threshold", "0.6", "--computed-steps", "14"], "use --computed-steps"),
+        (["--method", "paper"], "use --methods A,B"),
+        (["--calibration=mine.json"], "use --calibration-folder"),
+        (["--prompt", "x", "--prompts", "file.txt"], "use --prompts FILE"),
+        (["--prompt"], "use --prompts FILE"),
+        (["--seed", "7"], "use --seeds S1,S2"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(argv, message):
+    with pytest.raises(UsageError) as error:
+        reproduce.parse(FOLDER, argv)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_other_flag_is_taken():
+    flags = "--computed-steps 14,9 --seeds 0,1 --methods ertacache --num-prompts 2 --search-budget 1 --refine 4"
+    rest = "--descent 2 --height 32 --width 32 --prompts p.txt --out o --calibration-folder c --layout vbench"
+    chosen = reproduce.parse(FOLDER, f"{flags} {rest}".split())
+    assert (chosen.computed_steps, chosen.seeds, chosen.num_prompts) == ([14, 9], [0, 1], 2)
+    assert (chosen.search_budget, chosen.refine, chosen.descent, chosen.prompts) == (1, 4, 2, "p.txt")
+    unset = reproduce.parse(FOLDER, [])
+    settings.apply_overrides(unset, FOLDER / "tiny" / "config.py")
+    assert (unset.computed_steps, unset.seeds, unset.prompts, unset.out) == (None, [1000, 1001], None, "reproduced")
+    assert unset.height == 64 and not unset.given
+
+
 def test_a_calibration_prompt_is_not_measured_on(pipe, tmp_path):
     seen = (FOLDER / "prompts" / "calibration.txt").read_text().splitlines()[0]
     (tmp_path / "p.txt").write_text(seen + "\n")

@@ -100,6 +100,51 @@ def test_a_wrong_value_anywhere(made, value):
             to_json(loaded.to_dict())
 
 
+OF_OURS = {
+    "coefficients": [[1.0]] * 8,
+    "sample_coefficients": [0.0] * 8,
+    "channel_coefficients": [[]] * 8,
+    "channel_axis": -1,
+}
+OF_PAPER = {
+    "threshold": 0.1,
+    "step_factors": [1.0] * 8,
+    "adjusted_sigmas": [1 - step / 8 for step in range(9)],
+    "adjusted_timesteps": [1000 - 125 * step for step in range(8)],
+    "error_model": [None] * 8,
+}
+
+
+def test_no_method_carries_fields_of_the_other(made):
+    """An adjusted grid in a file of ours would be applied, whatever the method."""
+    for name, value in (OF_PAPER if made.method == "ertacache" else OF_OURS).items():
+        for wrong in (value, "x"):
+            with pytest.raises(CalibrationError, match=f"'{name}' must be null for method {made.method}"):
+                Calibration.from_dict({"schema": SCHEMA, **asdict(made), name: wrong})
+
+
+def test_the_paper_has_factors_in_range_and_adjusted_sigmas_only_beside_sigmas():
+    pipe = ToyPipeline(curved)
+    paper = ertacache.calibrate(
+        pipe, ["p", "q"], computed_steps=4, method="paper", num_inference_steps=8, progress=False
+    )
+    good = {"schema": SCHEMA, **asdict(paper)}
+    for factor in (0.0, 0.04, 1.01, -1.0):
+        with pytest.raises(CalibrationError, match=r"'step_factors' must be null or numbers from 0\.05 to 1"):
+            Calibration.from_dict({**good, "step_factors": [1.0] * 7 + [factor]})
+    Calibration.from_dict({**good, "step_factors": [1.0, 0.05] * 4})
+    with pytest.raises(CalibrationError, match="'adjusted_sigmas'"):
+        Calibration.from_dict({**good, "sigmas": []})
+
+
+def test_a_dtype_is_one_of_torch(made):
+    """Whichever, since a quantised or a float64 model is calibrated as well."""
+    assert Calibration.from_dict({"schema": SCHEMA, **asdict(made), "dtype": "float64"}).dtype == "float64"
+    for dtype in ("", "x", "nn", "Tensor", "__name__"):
+        with pytest.raises(CalibrationError, match="'dtype' must be a dtype of torch"):
+            Calibration.from_dict({"schema": SCHEMA, **asdict(made), "dtype": dtype})
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -241,7 +286,7 @@ while True:
 
 
 def test_killed_while_writing_nothing_is_half(made, tmp_path):
-    """A few kills here; bench/fuzz_kill.py does a hundred, of calibration and of a comparison too."""
+    """A few kills here; bench/fuzz_kill.py does a hundred, of calibration and its ledger."""
     source = made.save(tmp_path / "source.json")
     out = tmp_path / "out"
     generator = random.Random(1)

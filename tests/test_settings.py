@@ -80,6 +80,16 @@ def test_bad_flags_are_one_clear_line(folder, argv, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_flag_that_was_not_given_is_in_no_conflict(folder):
+    """Flags of a command have defaults, which go before the config's but are not what anybody gave."""
+    extra = [("--prompts", {"default": None}), ("--computed-steps", {"type": int, "default": 7})]
+    chosen = settings.parse(folder, ["--prompt", "x", "--speedup", "3"], "test", extra)
+    assert chosen.given == {"prompt", "speedup"} and chosen.speedup == 3.0 and chosen.prompts is None
+    assert settings.parse(folder, [], "test", extra).computed_steps == 7
+    settings.apply_overrides(chosen, folder / "config.py")
+    assert chosen.prompts is None
+
+
 def test_prompts(folder):
     assert settings.prompts_of(parse(folder)) == ["one", "two"]
     assert settings.prompts_of(parse(folder, "--prompt", "x", "--prompt", "y")) == ["x", "y"]

@@ -22,11 +22,6 @@ def _tables() -> dict[str, dict]:
     return json.loads(Path(__file__).with_name("aspect_tables.json").read_text())
 
 
-def resolutions() -> list[str]:
-    """Names of the resolutions that `image_size` knows."""
-    return list(_tables()["sizes"])
-
-
 def image_size(resolution: str, aspect_ratio: str) -> tuple[int, int]:
     """(height, width) in pixels.
 

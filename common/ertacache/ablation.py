@@ -5,6 +5,7 @@ from dataclasses import asdict
 import numpy as np
 
 from ertacache import policy
+from ertacache.ablation_schedules import best_schedule, reuse_errors, uniform_schedule
 from ertacache.calibrate import plain_calibration
 from ertacache.calibration import Calibration, calibration_fields
 from ertacache.channels import Layout
@@ -25,11 +26,11 @@ def ablations(runs: Runs, computed_steps: int, searched: list[int], search_budge
         search_budget: tries for the rows whose swap search looks at plain reuse.
     """
     recorded = runs.recorded
-    uniform = policy.uniform_schedule(recorded.num_steps, computed_steps)
+    uniform = uniform_schedule(recorded.num_steps, computed_steps)
     distances = residual_distances(residuals(recorded))
     threshold = threshold_schedule(distances, threshold_for(distances, computed_steps))
-    errors = policy.reuse_errors(gram_matrix(recorded.outputs), np.asarray(recorded.gains))
-    dynamic = policy.best_schedule(errors, computed_steps)
+    errors = reuse_errors(gram_matrix(recorded.outputs), np.asarray(recorded.gains))
+    dynamic = best_schedule(errors, computed_steps)
     swapped = dynamic
     if search_budget:
         swapped = policy.swap_search(

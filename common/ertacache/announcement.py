@@ -10,7 +10,7 @@ from ertacache.descent import descent_evaluations, parts
 from ertacache.forms import form_evaluations, refined_form_evaluations
 from ertacache.recording import Recorder
 from ertacache.refinement import refinement_evaluations
-from ertacache.schedule_search import JUDGES, growth_evaluations
+from ertacache.schedule_search import CHOOSING_PROMPTS, growth_evaluations
 
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
@@ -66,10 +66,10 @@ class Work:
             # the last step is fitted again, and the prompts left out tell the quality
             fitting = descent_evaluations(computed, self.prompts, self.descent) + computed * self.prompts
             fitting += computed * (self.prompts - fitted) if self.folds else 0
-        judges = min(fitted, JUDGES)
-        fitting += computed * (fitted + self.search_budget * judges)
+        choosing = min(fitted, CHOOSING_PROMPTS)
+        fitting += computed * (fitted + self.search_budget * choosing)
         if self.search_budget:
-            fitting += form_evaluations(computed, judges, self.folds)
+            fitting += form_evaluations(computed, choosing, self.folds)
         if not self.refine:
             return fitting
         few = min(self.refine, fitted)

@@ -63,10 +63,14 @@ def apply(
 
     Raises:
         CalibrationError: the file is not a valid calibration.
-        MismatchError: the calibration is for another model or scheduler.
-        StateError: the transformer is attached already through something else.
+        MismatchError: the calibration is for another model or scheduler. A run raises it too, where its number of
+            steps, its noise grid or the channels of its latents are others than calibrated.
+        StateError: the transformer is attached already through something else. A run raises it too, where its calls
+            cannot be followed: no set_timesteps before it, another start than step 0, a scheduler that was replaced.
+        NumericsError: in a run, see `check_finite`.
     Warns:
-        MismatchWarning: other weights or dtype than calibrated.
+        MismatchWarning: other weights or dtype than calibrated; in a run another guidance scale or latent shape, or
+            weights that changed since.
     """
     if isinstance(pipe, nn.Module) and getattr(pipe, "scheduler", None) is None:
         calibration = _loaded(calibration)

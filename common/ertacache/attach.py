@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ertacache.errors import StateError
 from ertacache.finite import FiniteCheck
 from ertacache.micro_batches import call_in_micro_batches
-from ertacache.patching import CachedTransformer, follow, put_in_front, take_off, uncompiled
+from ertacache.patching import follow, put_in_front, take_off, uncompiled
 from ertacache.solver import StepCall, StepPlaces, first_output, host_grid
 
-__all__ = ["Attachment", "CachedTransformer", "Controller", "attached"]
+__all__ = ["Attachment", "Controller", "attached"]
 TRANSFORMER_NAMES = ("transformer", "transformer_2")
 TIMESTEP_TOLERANCE = 1.0
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ertacache.calibration import Calibration
 from ertacache.errors import MismatchError, StateError
-from ertacache.model_run import Branch, Run
+from ertacache.model_run import Branch, FollowedRun
 from ertacache.patching import put_in_front, take_off, uncompiled
 from ertacache.rectification import combine
 from ertacache.replay import check_latents, check_model, check_weights
@@ -46,7 +46,7 @@ class ModelAttachment:
         self.input_name = names[1]
         self.computed = frozenset(calibration.computed_steps)
         self.coefficients = calibration.combinations()
-        self.run = Run(calibration.timesteps, self.coefficients.longest)
+        self.run = FollowedRun(calibration.timesteps, self.coefficients.longest)
         self.computed_calls = 0
         self.reused_calls = 0
 
@@ -97,20 +97,20 @@ class ModelAttachment:
     def _combined(
         self, branch: Branch, step: int, inputs: list[Tensor], fresh: list[Tensor] | None = None
     ) -> list[Tensor]:
-        """What `combine` makes of each output; the guided combination of branches then has the latents' share too.
+        """What `combine` makes of each output; the guided combination of branches then has b x of the latents too.
 
         Args:
             fresh: the outputs of this step, where it was computed.
         """
         made = []
-        for index, (outputs, sample) in enumerate(zip(branch.histories, inputs, strict=True)):
-            row, _, share, deviations = self.coefficients.at(step, sample)
-            if share and outputs[0].shape != sample.shape:
+        for index, (outputs, latents) in enumerate(zip(branch.histories, inputs, strict=True)):
+            row, _, latents_coefficient, matrices = self.coefficients.at(step, latents)
+            if latents_coefficient and outputs[0].shape != latents.shape:
                 raise MismatchError(
-                    f"the model makes {list(branch.shapes[index])} of latents {list(sample.shape)}, but the "
+                    f"the model makes {list(branch.shapes[index])} of latents {list(latents.shape)}, but the "
                     "calibration combines both: calibrate again with refine=0"
                 )
-            tensor = combine(outputs, row, sample, share, deviations)
+            tensor = combine(outputs, row, latents, latents_coefficient, matrices)
             if tensor is outputs[0]:
                 tensor = tensor.clone()  # the loop may write into what it is given
             made.append(widened(tensor, branch.shapes[index], fresh[index] if fresh else None))

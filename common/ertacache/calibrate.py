@@ -9,10 +9,11 @@ import torch
 
 from ertacache import policy, provenance, solver
 from ertacache.announcement import Announcement
-from ertacache.calibration import METHODS, Calibration
+from ertacache.calibration import Calibration
 from ertacache.errors import CalibrationError
 from ertacache.maker import Maker, bare_calibration
 from ertacache.runs import MICRO_BATCH, Runs, make_runs, quiet
+from ertacache.schema import CALIBRATED_METHODS
 from ertacache.timesteps import PHI_OVER
 
 
@@ -70,7 +71,9 @@ def calibrate(
         method may compute fewer than asked for, where its threshold reaches no such number.
 
     Raises:
-        CalibrationError: the request is not one of the above, or cannot be met.
+        CalibrationError: the request is not one of the above, or cannot be met; with `descent` also where there are
+            too few prompts, latents whose channels cannot be told, or a transformer that lets no gradients through.
+        NumericsError: an output of the transformer holds NaN or Inf; it is looked at in every step.
         StateError: the pipeline's calls do not form runs that can be followed.
     """
     goal = _checked_goal(method, speedup, computed_steps, min_psnr, threshold)
@@ -101,8 +104,8 @@ def plain_calibration(runs: Runs, **fitted: Any) -> Calibration:
 
 def _checked_goal(method: str, speedup: Any, computed_steps: Any, min_psnr: Any, threshold: Any) -> tuple[str, Any]:
     """The one goal that is given, with its value; raises CalibrationError for none or more."""
-    if method not in METHODS:
-        raise CalibrationError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
+    if method not in CALIBRATED_METHODS:
+        raise CalibrationError(f"method is {method!r}: it must be one of {', '.join(CALIBRATED_METHODS)}")
     given = {"speedup": speedup, "computed_steps": computed_steps, "min_psnr": min_psnr, "threshold": threshold}
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:

@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ertacache.channels import ChannelTerms, Layout, Terms
+from ertacache.channels import ChannelMatrices, Layout, StepMatrices
 from ertacache.errors import CalibrationError
 from ertacache.files import write_atomically
 from ertacache.rectification import Coefficients
-from ertacache.schema import METHODS, SCHEMA, check_schema, printable, read_json, shown, validate
+from ertacache.schema import SCHEMA, check_schema, printable, read_json, shown, validate
 
-__all__ = ["METHODS", "SCHEMA", "Calibration", "to_json"]
+__all__ = ["SCHEMA", "Calibration", "to_json"]
 
 LONG_FIELD = 8000  # characters
 
@@ -25,9 +25,9 @@ class Calibration:
         num_inference_steps: N, the number of scheduler steps of a run.
         computed_steps: indices of the steps at which the transformer runs, increasing, from 0.
         timesteps, sigmas: the grid that was calibrated on, N and N + 1 values (no sigmas: empty).
-        coefficients: for each step the weights of the last computed outputs, newest first (ertacache).
-        sample_coefficients: for each step the weight of the latents it starts from (ertacache); None for none.
-        channel_coefficients: for each step what the weights of channels differ by from the shared ones, (outputs,
+        coefficients: for each step those of the last computed outputs, newest first (ertacache).
+        sample_coefficients: for each step that of the latents it starts from (ertacache); None for none.
+        channel_coefficients: for each step the matrices of channels, which add to the shared coefficients, (outputs,
             channels from, channels to); empty where the step has none (ertacache); None for none at all.
         channel_axis: of the channels, from the end: -4 or -3, or -1 for packed tokens.
         threshold, step_factors, error_model: the published method's lambda, phi per step, and (K, B) per reused
@@ -54,7 +54,7 @@ class Calibration:
     dtype: str
     coefficients: list[list[float]] | None = None
     sample_coefficients: list[float] | None = None
-    channel_coefficients: list[Terms] | None = None
+    channel_coefficients: list[StepMatrices] | None = None
     channel_axis: int | None = None
     threshold: float | None = None
     adjusted_sigmas: list[float] | None = None
@@ -71,10 +71,10 @@ class Calibration:
     def combinations(self) -> Coefficients:
         """What every step combines, of method ertacache."""
         outputs = self.coefficients or []
-        channels = None
+        matrices = None
         if self.channel_coefficients is not None and self.channel_axis is not None:
-            channels = ChannelTerms(Layout(self.channel_axis), self.channel_coefficients)
-        return Coefficients(outputs, self.sample_coefficients or [0.0] * len(outputs), channels)
+            matrices = ChannelMatrices(Layout(self.channel_axis), self.channel_coefficients)
+        return Coefficients(outputs, self.sample_coefficients or [0.0] * len(outputs), matrices)
 
     @property
     def speedup(self) -> float:
@@ -202,12 +202,12 @@ class Calibration:
 
 def calibration_fields(coefficients: Coefficients) -> dict[str, Any]:
     """The fields of a calibration that hold the coefficients; `Calibration.combinations` is the opposite."""
-    channels = coefficients.channels
+    latents, matrices = coefficients.latents_coefficients, coefficients.matrices
     return {
         "coefficients": coefficients.outputs,
-        "sample_coefficients": coefficients.sample if any(coefficients.sample) else None,
-        "channel_coefficients": channels.steps if channels else None,
-        "channel_axis": channels.layout.axis if channels else None,
+        "sample_coefficients": latents if any(latents) else None,
+        "channel_coefficients": matrices.steps if matrices else None,
+        "channel_axis": matrices.layout.axis if matrices else None,
     }
 
 

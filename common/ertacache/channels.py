@@ -10,22 +10,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ertacache.weighting import REWEIGHTINGS, prompt_weights
-
-Array = NDArray[np.float64]
-Terms = list[list[list[float]]]  # of one step: (outputs, channels from, channels to); empty for none
+StepMatrices = list[list[list[float]]]  # M_j of one step: (outputs, channels from, channels to); empty for none
 
 KEPT_BYTES = 2**20  # of a run's matrices in the form for tokens; larger ones are made at each step
 PATCH = 4  # values of a channel in a packed token, a square of 2x2
-AXES = (-4, -3, -1)  # that channels may lie at
+CHANNEL_AXES = (-4, -3, -1)  # that channels may lie at
 MAX_CHANNELS = 64  # more would need more prompts than calibrations have
-RIDGE = 1e-2  # relative to the diagonal, on differences of outputs, towards the coefficients that all channels share
-DECIMALS = 5  # that are kept, so that files stay small
 
 
 @dataclass(frozen=True)
@@ -70,8 +63,8 @@ def layout_of(latents: Sequence[int], in_channels: int | None) -> Layout | None:
 
 
 @dataclass(frozen=True)
-class Deviations:
-    """What the coefficients of channels add to the shared ones at one step.
+class PlacedMatrices:
+    """The matrices of channels of one step where they are needed: what they add to the shared coefficients.
 
     Attributes:
         matrices: for each output what its channels, as rows, add to the channels of the sum, as columns; float32 on
@@ -116,18 +109,18 @@ class Deviations:
 
 
 @dataclass(frozen=True)
-class ChannelTerms:
-    """The deviations of every step, as a calibration file has them.
+class ChannelMatrices:
+    """The matrices of every step, as a calibration file has them in `channel_coefficients`.
 
     Attributes:
         steps: for each step (outputs, channels, channels); empty where the shared ones serve all.
     """
 
     layout: Layout
-    steps: list[Terms]
-    _on_device: dict[torch.device, list[Deviations | None]] = field(default_factory=dict, compare=False, repr=False)
+    steps: list[StepMatrices]
+    _on_device: dict[torch.device, list[PlacedMatrices | None]] = field(default_factory=dict, compare=False, repr=False)
 
-    def at(self, step: int, device: torch.device) -> Deviations | None:
+    def at(self, step: int, device: torch.device) -> PlacedMatrices | None:
         """Those of one step; copies all of them to the device if `prepare` was not called for it."""
         self.prepare(device)
         return self._on_device[device][step]
@@ -137,29 +130,29 @@ class ChannelTerms:
         if device not in self._on_device:
             self._on_device[device] = self._copied(device)
 
-    def _copied(self, device: torch.device) -> list[Deviations | None]:
+    def _copied(self, device: torch.device) -> list[PlacedMatrices | None]:
         flat = torch.tensor([v for step in self.steps for matrix in step for row in matrix for v in row])
         if device.type == "cuda":  # a copy from pageable memory would wait for the device
             flat = flat.pin_memory()
         values = flat.to(device, non_blocking=True).split([_size(step) for step in self.steps])
         keep = self.layout.packed and flat.nbytes * PATCH**2 <= KEPT_BYTES
-        return [_deviations(step, own, self.layout, keep) for step, own in zip(self.steps, values, strict=True)]
+        return [_placed_step(step, own, self.layout, keep) for step, own in zip(self.steps, values, strict=True)]
 
 
-def deviations_of(terms: Terms, layout: Layout, device: torch.device) -> Deviations | None:
+def placed(matrices: StepMatrices, layout: Layout, device: torch.device) -> PlacedMatrices | None:
     """Those of one step that was just fitted; None where there are none."""
-    return ChannelTerms(layout, [terms]).at(0, device)
+    return ChannelMatrices(layout, [matrices]).at(0, device)
 
 
-def _size(terms: Terms) -> int:
-    return len(terms) * len(terms[0]) * len(terms[0][0]) if terms else 0
+def _size(step: StepMatrices) -> int:
+    return len(step) * len(step[0]) * len(step[0][0]) if step else 0
 
 
-def _deviations(terms: Terms, values: Tensor, layout: Layout, keep: bool) -> Deviations | None:
-    if not terms:
+def _placed_step(step: StepMatrices, values: Tensor, layout: Layout, keep: bool) -> PlacedMatrices | None:
+    if not step:
         return None
-    matrices = values.view(len(terms), len(terms[0]), -1)
-    return Deviations(matrices, layout, _of_tokens(matrices) if keep else None)
+    matrices = values.view(len(step), len(step[0]), -1)
+    return PlacedMatrices(matrices, layout, _of_tokens(matrices) if keep else None)
 
 
 def _of_tokens(matrices: Tensor) -> Tensor:
@@ -168,49 +161,3 @@ def _of_tokens(matrices: Tensor) -> Tensor:
     wide = matrices.new_zeros(count, channels, PATCH, channels, PATCH)
     wide.diagonal(dim1=2, dim2=4).copy_(matrices[..., None])
     return wide.view(count, channels * PATCH, -1)
-
-
-def fit_channels(columns: Sequence[Tensor], target: Tensor, shared: Sequence[float], layout: Layout) -> Array:
-    """What the coefficients of channels differ by from the shared ones, (outputs, channels from, channels to).
-
-    The unknowns are those of the differences between an output and the next older one, and of the oldest: the
-    outputs themselves are so much alike that a ridge on them would not tell small from large.
-
-    Args:
-        columns: the m computed outputs, newest first, (P, ...) each.
-        target: the output that is wanted, (P, ...).
-        shared: m coefficients, towards which the ridge shrinks.
-
-    Prompts weigh as in `rectification.fit_rectification`.
-    """
-    grams = channel_grams([*columns, target], layout)  # (P, m + 1, C, m + 1, C)
-    to_differences = np.eye(len(columns) + 1) - np.diag([*[1.0] * (len(columns) - 1), 0.0], 1)
-    to_differences[-1, :-1] = -np.asarray(shared)  # the target less what the shared ones make
-    grams = np.einsum("ij,pjckd,lk->picld", to_differences, grams, to_differences, optimize=True)
-    count = grams.shape[1] - 1
-    unknowns = count * grams.shape[2]
-    matrices = grams[:, :-1, :, :-1].reshape(len(grams), unknowns, unknowns)
-    vectors = grams[:, :-1, :, -1].reshape(len(grams), unknowns, -1)
-    squares = np.einsum("pcc->p", grams[:, -1, :, -1])
-    solution, errors = np.zeros(vectors.shape[1:]), squares
-    for _ in range(REWEIGHTINGS if len(squares) > 1 else 1):
-        weights = prompt_weights(errors)
-        matrix = np.tensordot(weights, matrices, 1)
-        diagonal = np.maximum(np.diag(matrix), 1e-300)
-        solution = np.linalg.solve(matrix + RIDGE * np.diag(diagonal), np.tensordot(weights, vectors, 1))
-        linear = np.einsum("pun,un->p", vectors, solution)
-        quadratic = np.einsum("un,puv,vn->p", solution, matrices, solution, optimize=True)
-        errors = np.maximum(squares - 2 * linear + quadratic, 0)
-    by_difference = solution.reshape(count, -1, solution.shape[1])
-    by_output = np.tensordot(to_differences[:-1, :-1].T, by_difference, 1)
-    return np.round(by_output, DECIMALS)
-
-
-def channel_grams(tensors: Sequence[Tensor], layout: Layout) -> Array:
-    """Inner products of the channels of the tensors, of each prompt, (P, m, C, m, C) in float64."""
-    prompts = []
-    for prompt in range(len(tensors[0])):  # one at a time, since the float64 copies of videos are large
-        rows = torch.cat([layout.rows(tensor[prompt].double()) for tensor in tensors], dim=1)
-        gram = (rows.T @ rows).view(len(tensors), -1, len(tensors), rows.shape[1] // len(tensors))
-        prompts.append(gram.cpu().numpy())
-    return np.stack(prompts)

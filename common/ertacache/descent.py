@@ -17,7 +17,7 @@ from ertacache.channels import Layout
 from ertacache.errors import CalibrationError, NumericsError
 from ertacache.gradients import differentiable, go_back
 from ertacache.linearisation import segment_ends
-from ertacache.matrices import GramRun, Matrices, MatrixRun, whitened
+from ertacache.matrices import GramRun, MatrixRun, MatrixUnknowns, whitened
 from ertacache.rectification import Coefficients
 from ertacache.rerun import Rerun
 from ertacache.runs import Runs, mean_log_error
@@ -115,7 +115,7 @@ def descend(runs: Runs, schedule: list[int], start: Coefficients, steps: int) ->
     return best
 
 
-def _nominal(runs: Runs, schedule: list[int], start: Coefficients, fitted: list[int]) -> tuple[Matrices, Tensor]:
+def _nominal(runs: Runs, schedule: list[int], start: Coefficients, fitted: list[int]) -> tuple[MatrixUnknowns, Tensor]:
     """The unknowns at the start, and the squared error of each prompt there."""
     layout, recorded = known_layout(runs), runs.recorded
     measured = GramRun(schedule, start, layout, segment_ends(schedule, recorded.num_steps), fitted)
@@ -144,7 +144,9 @@ def objective(errors: Tensor, median: float) -> Tensor:
     return (errors + ERROR_FLOOR * median).clamp_min(1e-20).log()
 
 
-def add_gradient(batch: Runs, schedule: list[int], start: Coefficients, matrices: Matrices, median: float) -> None:
+def add_gradient(
+    batch: Runs, schedule: list[int], start: Coefficients, matrices: MatrixUnknowns, median: float
+) -> None:
     """Put the gradient of the mean `objective` over a batch of runs into the unknowns.
 
     A few prompts at a time, as the transformer sees them, so that the latents of a whole run fit into memory too.

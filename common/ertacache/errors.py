@@ -1,4 +1,4 @@
-"""What can go wrong, by name. Every message says what is wrong and what to do about it."""
+"""Errors that several parts raise; one of a single part stands beside it. Each says what is wrong and what to do."""
 
 
 class ERTACacheError(Exception):

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ertacache.channels import ChannelTerms, Layout, Terms, deviations_of, fit_channels
+from ertacache.channel_fitting import fit_channels
+from ertacache.channels import ChannelMatrices, Layout, StepMatrices, placed
 from ertacache.history import OutputHistory
 from ertacache.rectification import Coefficients, combine, drift_target, fit_rectification
 from ertacache.solver import StepCall, affine_step
@@ -61,17 +62,17 @@ class Fitter:
         self.given, self.start = given or Coefficients.of_outputs([]), start
         self.history = OutputHistory(form.outputs)
         self.outputs: list[list[float]] = []
-        self.sample: list[float] = []
-        self.channels: list[Terms] = []
+        self.latents_coefficients: list[float] = []
+        self.matrices: list[StepMatrices] = []
 
     def begin(self, scheduler: Any) -> None:
         self.history.clear()
-        self.outputs, self.sample, self.channels = [], [], []
+        self.outputs, self.latents_coefficients, self.matrices = [], [], []
 
     def fitted(self) -> Coefficients:
         """What was fitted in the last run, or given."""
-        terms = ChannelTerms(self.layout, self.channels) if self.layout is not None else None
-        return Coefficients(self.outputs, self.sample, terms)
+        matrices = ChannelMatrices(self.layout, self.matrices) if self.layout is not None else None
+        return Coefficients(self.outputs, self.latents_coefficients, matrices)
 
     def should_compute(self, step: int) -> bool:
         return step in self.schedule
@@ -82,28 +83,28 @@ class Fitter:
             self.history.add(call.model_output)
         else:
             self.history.before_reuse()
-        given = self.given.terms(step) if step < len(self.given.outputs) else ([1.0], 0.0, [])
-        if step < self.start or (computed and not self.on_computed):
-            row, share, channels = given
-        else:
-            share = given[1]
-            row, channels = self._fit(step, share, call, scheduler)
+        given = self.given.of_step(step) if step < len(self.given.outputs) else ([1.0], 0.0, [])
+        row, latents_coefficient, matrices = given
+        if step >= self.start and (self.on_computed or not computed):
+            row, matrices = self._fit(step, latents_coefficient, call, scheduler)
         self.outputs.append(row)
-        self.sample.append(share)
-        self.channels.append(channels)
+        self.latents_coefficients.append(latents_coefficient)
+        self.matrices.append(matrices)
         # of this step alone: what was fitted before is not copied again
-        deviations = deviations_of(channels, self.layout, call.sample.device) if self.layout is not None else None
-        return combine(self.history, row, call.sample, share, deviations).to(call.model_output.dtype)
+        here = placed(matrices, self.layout, call.sample.device) if self.layout is not None else None
+        return combine(self.history, row, call.sample, latents_coefficient, here).to(call.model_output.dtype)
 
-    def _fit(self, step: int, share: float, call: StepCall, scheduler: Any) -> tuple[list[float], Terms]:
+    def _fit(
+        self, step: int, latents_coefficient: float, call: StepCall, scheduler: Any
+    ) -> tuple[list[float], StepMatrices]:
         offset, gain = affine_step(scheduler, call)
         if gain == 0:  # a step of length zero, as where a sigma is repeated: no output changes where it leads
             return [1.0], []
         rows = slice(None) if self.rows is None else self.rows
         reference_next = self.reference[step + 1][: len(offset)].to(offset.device).float()
         target = drift_target(reference_next, offset, gain)
-        if share:
-            target = target - share * call.sample.float()
+        if latents_coefficient:
+            target = target - latents_coefficient * call.sample.float()
         target, columns = target[rows], [h[rows] for h in self.history]
         row = fit_rectification(columns, target)
         return row, fit_channels(columns, target, row, self.layout).tolist() if self.layout is not None else []

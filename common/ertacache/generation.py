@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,19 @@ from ertacache.files import write_atomically
 from ertacache.kept import calibration_prompts, computed_steps, obtain_calibration
 from ertacache.metrics import psnr, ssim, temporal_error
 from ertacache.model_folder import ModelFolder, slug
-from ertacache.settings import Settings, prompts_of
+from ertacache.settings import Settings, parse, prompts_of
 
-COMPARE_FLAG = ("--compare", {"action": "store_true", "help": "also make the uncached twins and measure against them"})
+COMPARE_FLAG = (
+    "--compare",
+    {"action": "store_true", "default": False, "help": "also make the uncached twins and measure against them"},
+)
+
+
+def main(folder: Path, load: Callable[[Settings], Any], model: ModelFolder, argv: Sequence[str] | None = None) -> Path:
+    """Generate as the folder's config files and the command line say; returns the output folder."""
+    chosen = parse(folder, argv, f"Generate with {model.name} and ERTACache.", [COMPARE_FLAG])
+    prompts_of(chosen)  # a missing prompt file is said before a model loads
+    return generate(load(chosen), chosen, model)
 
 
 def generate(pipe: Any, settings: Settings, model: ModelFolder) -> Path:

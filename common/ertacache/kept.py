@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ertacache
-from ertacache import policy, provenance
+from ertacache import policy, processes, provenance
 from ertacache.calibration import Calibration
 from ertacache.errors import CalibrationError
 from ertacache.model_folder import ModelFolder, slug
@@ -38,24 +38,31 @@ def obtain_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> tup
     if found is not None:
         return _checked(Calibration.load(found), settings, found), found
     print(f"no calibration for this setting yet: making {path.name}", file=sys.stderr)
+    made = new_calibration(pipe, settings, model)
+    made.save(path)
+    return made, path
+
+
+def new_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> Calibration:
+    """One that is made for the settings, on their calibration prompts."""
     prompts = calibration_prompts(settings)
+    search_budget, refine, descent = _effort(settings)
     goal, value = settings.goal()
-    made = ertacache.calibrate(
+    return ertacache.calibrate(
         pipe,
         prompts,
         seeds=range(len(prompts)),
         method=settings.method,
         phi_over=phi_over(settings),
-        search_budget=settings.search_budget,
-        refine=settings.refine if settings.method == "ertacache" else 0,
-        descent=settings.descent if settings.method == "ertacache" else 0,
+        search_budget=search_budget,
+        refine=refine,
+        descent=descent,
         micro_batch=settings.micro_batch,
         memory_limit=settings.memory_limit(),
+        progress=processes.is_main(),
         **{goal: value},
         **model.arguments(settings),
     )
-    made.save(path)
-    return made, path
 
 
 def kept_path(settings: Settings, model: ModelFolder) -> Path | None:

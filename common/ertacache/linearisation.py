@@ -9,20 +9,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from ertacache.arrays import Array
 from ertacache.recording import Recorder
-from ertacache.rectification import SAMPLE, Coefficients
+from ertacache.rectification import LATENTS, Coefficients
 from ertacache.rerun import Rerun
 from ertacache.runs import Runs, mean_log_error
 from ertacache.trajectory import TrajectoryStore
 from ertacache.weighting import REWEIGHTINGS, prompt_weights
 
-Array = NDArray[np.float64]
-
 # how far a nudge moves a state, relative to the initial latents: large enough for the arithmetic to tell
-NUDGE = {torch.float32: 3e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+STATE_NUDGES = {torch.float32: 3e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 RIDGES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)  # relative to the diagonal
 FEW_PROMPTS_RIDGE = 1e-2  # where there are too few to choose
 RIDGE_FOLDS = 4
@@ -113,7 +111,7 @@ def linearise(
     recorded, rows = runs.recorded, slice(len(runs))
     ends = segment_ends(schedule, recorded.num_steps)
     counts = [min(len(coefficients.outputs[end]), NUDGED_OUTPUTS) for end in ends]
-    store = TrajectoryStore(recorded.memory_limit, recorded.folder)
+    store = TrajectoryStore(recorded.memory_limit)
     # the nominal run's outputs, and a column for each coefficient
     store.plan((len(schedule) + sum(counts) + len(ends)) * 4 * recorded.latents[0][rows].numel())
     nominal = Rerun(schedule, coefficients, store=store)
@@ -123,8 +121,8 @@ def linearise(
     for segment, end in enumerate(ends):
         if recorded.gains[end] == 0:
             continue
-        for index in (*range(counts[segment]), SAMPLE):
-            added = recorded.latents[end][rows] if index == SAMPLE else nominal.outputs[segment - index]
+        for index in (*range(counts[segment]), LATENTS):
+            added = recorded.latents[end][rows] if index == LATENTS else nominal.outputs[segment - index]
             nudge = _nudge(recorded, end, added)
             nudged = coefficients.changed([(end, index)], [nudge])
             moved = runs.run(Rerun(schedule, nudged, nominal.outputs[: segment + 1]))
@@ -138,9 +136,9 @@ def linearise(
 
 
 def _nudge(recorded: Recorder, step: int, added: Tensor) -> float:
-    """The change of a coefficient of `added` that moves the state after the step by NUDGE."""
+    """The change of a coefficient of `added` that moves the state after the step by STATE_NUDGES."""
     latents = recorded.latents[0]
-    size = NUDGE.get(latents.dtype, NUDGE[torch.float32]) * float(latents.float().std())
+    size = STATE_NUDGES.get(latents.dtype, STATE_NUDGES[torch.float32]) * float(latents.float().std())
     return size / (abs(recorded.gains[step]) * max(float(added.float().square().mean().sqrt()), 1e-12))
 
 

@@ -4,13 +4,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ertacache import policy
 from ertacache.announcement import Work
+from ertacache.arrays import Array
 from ertacache.calibration import Calibration, calibration_fields
 from ertacache.descent import descend, known_layout, parts
 from ertacache.errors import CalibrationError
@@ -26,7 +25,7 @@ from ertacache.refinement import refine as refine_end_to_end
 from ertacache.replay import Replay
 from ertacache.rerun import Rerun
 from ertacache.runs import Runs, mean_log_error
-from ertacache.schedule_search import JUDGES, choose_schedule, error_growth
+from ertacache.schedule_search import CHOOSING_PROMPTS, choose_schedule, error_growth
 from ertacache.timesteps import PHI_OVER
 
 
@@ -51,12 +50,12 @@ class Maker:
         return self.runs.first(len(parts(len(self.runs))[0])) if self.descent else self.runs
 
     @property
-    def _judges(self) -> Runs:
+    def _choosing_runs(self) -> Runs:
         """Those that schedules and forms are chosen on: more would tell them apart no better."""
-        return self._fitted_runs.first(JUDGES)
+        return self._fitted_runs.first(CHOOSING_PROMPTS)
 
     @cached_property
-    def _growth(self) -> NDArray[np.float64] | None:
+    def _growth(self) -> Array | None:
         return error_growth(self._fitted_runs) if self.search_budget else None
 
     def work(self) -> Work:
@@ -104,7 +103,7 @@ class Maker:
         if self.descent:
             known_layout(self.runs)  # before anything that takes long
         self.form = self._chosen_form(computed_steps)
-        schedule = choose_schedule(self._judges, computed_steps, self.search_budget, self._growth, self.form)
+        schedule = choose_schedule(self._choosing_runs, computed_steps, self.search_budget, self._growth, self.form)
         coefficients = self._refined(schedule) if self.refine else self._fitted(schedule)
         if self.descent:
             coefficients = self._descended(schedule, coefficients)
@@ -114,8 +113,8 @@ class Maker:
         """What the prompts are enough for, on the schedule that is best without a try."""
         if self._growth is None or self._fold_count() == 0:
             return REFINED_FORM if self.refine else SAFE_FORM
-        schedule = choose_schedule(self._judges, computed_steps, 0, None)
-        return best_form(self._judges, schedule, self._fold_count())
+        schedule = choose_schedule(self._choosing_runs, computed_steps, 0, None)
+        return best_form(self._choosing_runs, schedule, self._fold_count())
 
     def _refined(self, schedule: list[int]) -> Coefficients:
         few = self._fitted_runs.first(self.refine)

@@ -57,25 +57,6 @@ def ssim(image: Tensor, reference: Tensor) -> Tensor:
     return torch.tensor(frames, dtype=torch.float64).unflatten(0, (len(image), -1)).mean(dim=1)
 
 
-def frame_psnr(video: Tensor, reference: Tensor) -> Tensor:
-    """PSNR of each frame by itself, in dB: where in a video the two drift apart.
-
-    Args:
-        video: (n, F, 3, H, W) in [0, 1].
-        reference: the same shape.
-
-    Returns:
-        (n, F) dB, float64. Its mean is not `psnr`, which averages the squared error before the logarithm.
-
-    Raises:
-        ValueError: the shapes differ or they are no videos.
-    """
-    _check(video, reference)
-    if video.ndim != 5:
-        raise ValueError(f"frame_psnr needs (n, F, 3, H, W), not {tuple(video.shape)}")
-    return torch.stack([psnr(a, b) for a, b in zip(video, reference, strict=True)])
-
-
 def temporal_error(video: Tensor, reference: Tensor) -> Tensor:
     """Mean absolute difference between the changes from frame to frame: flicker that the reference has not.
 

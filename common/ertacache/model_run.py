@@ -24,7 +24,7 @@ class Branch:
     last_step: int = -1
 
 
-class Run:
+class FollowedRun:
     """Which step a call belongs to, and which branch; host state only.
 
     A branch that comes again is at its next step. A branch that was never seen belongs to step 0, or starts a new

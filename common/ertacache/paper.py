@@ -48,8 +48,7 @@ def fit_paper(
     if schedule is None:
         distances = residual_distances(residual)
         if threshold is None:
-            if computed_steps is None:
-                raise ValueError("give one of threshold, computed_steps and schedule")
+            assert computed_steps is not None  # one of the three is given
             threshold = threshold_for(distances, computed_steps)
         schedule = threshold_schedule(distances, threshold)
     chosen = slice(None) if rows is None else rows

@@ -1,4 +1,4 @@
-"""Which steps to compute when reused steps are rectified: the schedule whose segments are best spanned.
+"""Dynamic programming over paths: the schedule whose segments are best spanned by what rectified steps combine.
 
 A segment is a computed step with the reused steps that follow it. Rectification takes the state across it by a
 combination of the last computed outputs, so what a segment costs is what that combination cannot reach, and it
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from ertacache.arrays import Array
 from ertacache.policy import check_computed_steps
 
-Array = NDArray[np.float64]
 Steps = NDArray[np.int64]
 
 PATHS_KEPT = 4  # for each number of computed steps and last computed step
-RIDGE = 1e-12  # of the Gram matrix of outputs at unit length: those of neighbouring steps nearly agree
+GRAM_RIDGE = 1e-12  # of the Gram matrix of outputs at unit length: those of neighbouring steps nearly agree
 BLOCK = 2**17  # numbers of one kind at a time in the search: what the processor's own memory holds
 
 
@@ -24,7 +24,7 @@ class SegmentCosts:
     """Squared least-squares residual of a segment's summed increments sum_k c_k o_k on the last computed outputs.
 
     Args:
-        gram: (N, N), G[i, j] = <o_i, o_j>, averaged over prompts.
+        gram: (N, N), G[i, j] = <o_i, o_j>, a mean over prompts and values (`recording.gram_matrix`).
         gains: (N,), the c_k of solver.py.
     """
 
@@ -49,7 +49,7 @@ class SegmentCosts:
         scale = 1 / np.where(size > 0, size, 1.0)
         anchors = self.gram[paths[:, :, None], paths[:, None, :]] * scale[:, :, None] * scale[:, None, :]
         # a path with fewer steps than L repeats its oldest one, which the ridge keeps solvable
-        return _whitening(anchors + RIDGE * np.eye(paths.shape[1])) * scale[:, None, :]
+        return _whitening(anchors + GRAM_RIDGE * np.eye(paths.shape[1])) * scale[:, None, :]
 
     def __call__(self, paths: Steps, spans: Array | None = None, ends: tuple[int, int] | None = None) -> Array:
         """Costs (n, E) of the segments from the last step of each path up to step m, for m in a range of E steps.

@@ -1,7 +1,6 @@
 """Records an uncached reference run: latents and model outputs of all prompts in lockstep."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,15 +21,14 @@ class Recorder:
 
     Args:
         memory_limit: bytes of latents and outputs, 2 N + 1 tensors, that may stay in memory; above it all of them go
-            to files. None for no limit.
-        folder: where such files go; None for the system's temporary folder.
+            to files in the system's temporary folder. None for no limit.
     """
 
-    def __init__(self, memory_limit: int | None = None, folder: str | Path | None = None) -> None:
-        self.memory_limit, self.folder = memory_limit, folder
+    def __init__(self, memory_limit: int | None = None) -> None:
+        self.memory_limit = memory_limit
         self.on_begin: Callable[[Recorder], None] = lambda _: None  # the grid is known, nothing was computed yet
         self.on_first_step: Callable[[Recorder], None] = lambda _: None  # its cost and sizes are known by then
-        self.store = TrajectoryStore(memory_limit, folder)
+        self.store = TrajectoryStore(memory_limit)
         self.latents: list[Tensor] = []
         self.outputs: list[Tensor] = []
         self.gains: list[float] = []
@@ -39,7 +37,7 @@ class Recorder:
         self.takes_timesteps = False
 
     def begin(self, scheduler: Any) -> None:
-        self.store = TrajectoryStore(self.memory_limit, self.folder)
+        self.store = TrajectoryStore(self.memory_limit)
         self.latents, self.outputs, self.gains = [], [], []
         self.timesteps, self.sigmas = host_grid(scheduler)
         self.takes_timesteps = takes_timesteps(scheduler)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ertacache.channels import ChannelTerms, Deviations, Terms
+from ertacache.channels import ChannelMatrices, PlacedMatrices, StepMatrices
 from ertacache.weighting import REWEIGHTINGS, prompt_weights
 
 DEFAULT_RIDGE = 1e-6
-SAMPLE = -1  # index of the latents' coefficient among those of a step
+LATENTS = -1  # index of the latents' coefficient among those of a step
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,17 @@ class Coefficients:
 
     Attributes:
         outputs: for each step the a_j of the last computed outputs, newest first.
-        sample: for each step the b of the latents it starts from.
-        channels: what the coefficients of channels differ by from the a_j; None where nothing does.
+        latents_coefficients: for each step the b of the latents it starts from.
+        matrices: the M_j of channels, that are added to the a_j; None where there are none.
     """
 
     outputs: list[list[float]]
-    sample: list[float]
-    channels: ChannelTerms | None = None
+    latents_coefficients: list[float]
+    matrices: ChannelMatrices | None = None
 
     @classmethod
     def of_outputs(cls, outputs: list[list[float]]) -> "Coefficients":
+        """Those of computed outputs alone: neither latents nor channels take part."""
         return cls(outputs, [0.0] * len(outputs))
 
     @property
@@ -46,66 +47,67 @@ class Coefficients:
 
     def plain(self, step: int) -> bool:
         """Whether the step takes the newest output as it is."""
-        differ = self.channels is not None and bool(self.channels.steps[step])
-        return self.outputs[step] == [1.0] and self.sample[step] == 0 and not differ
+        mixed = self.matrices is not None and bool(self.matrices.steps[step])
+        return self.outputs[step] == [1.0] and self.latents_coefficients[step] == 0 and not mixed
 
     def prepare(self, device: torch.device) -> None:
         """Before a sampling loop: put what its steps need on a device, so that none of them waits for it."""
-        if self.channels is not None:
-            self.channels.prepare(device)
+        if self.matrices is not None:
+            self.matrices.prepare(device)
 
-    def at(self, step: int, sample: Tensor) -> tuple[list[float], Tensor, float, Deviations | None]:
-        """What `combine` takes after the outputs at that step."""
-        deviations = self.channels.at(step, sample.device) if self.channels is not None else None
-        return self.outputs[step], sample, self.sample[step], deviations
+    def at(self, step: int, latents: Tensor) -> tuple[list[float], Tensor, float, PlacedMatrices | None]:
+        """What `combine` takes after the outputs at that step, which starts from `latents`."""
+        matrices = self.matrices.at(step, latents.device) if self.matrices is not None else None
+        return self.outputs[step], latents, self.latents_coefficients[step], matrices
 
-    def terms(self, step: int) -> tuple[list[float], float, Terms]:
-        """The a_j, b, and deviations of channels at a step."""
-        return self.outputs[step], self.sample[step], self.channels.steps[step] if self.channels else []
+    def of_step(self, step: int) -> tuple[list[float], float, StepMatrices]:
+        """The a_j, b and M_j of a step."""
+        matrices = self.matrices.steps[step] if self.matrices else []
+        return self.outputs[step], self.latents_coefficients[step], matrices
 
     def value(self, place: tuple[int, int]) -> float:
         """The coefficient at a place as in `changed`."""
         step, index = place
-        return self.sample[step] if index == SAMPLE else self.outputs[step][index]
+        return self.latents_coefficients[step] if index == LATENTS else self.outputs[step][index]
 
     def changed(self, places: Sequence[tuple[int, int]], change: Sequence[float]) -> "Coefficients":
-        """With `change` added at `places`, pairs of step and index of an output, or step and SAMPLE."""
-        outputs, sample = [list(row) for row in self.outputs], list(self.sample)
+        """With `change` added at `places`, pairs of step and index of an output, or step and LATENTS."""
+        outputs, latents = [list(row) for row in self.outputs], list(self.latents_coefficients)
         for (step, index), value in zip(places, change, strict=True):
-            if index == SAMPLE:
-                sample[step] += float(value)
+            if index == LATENTS:
+                latents[step] += float(value)
             else:
                 outputs[step][index] += float(value)
-        return Coefficients(outputs, sample, self.channels)
+        return Coefficients(outputs, latents, self.matrices)
 
 
 def combine(
     outputs: Sequence[Tensor],
     coefficients: Sequence[float],
-    sample: Tensor | None = None,
-    share: float = 0.0,
-    deviations: Deviations | None = None,
+    latents: Tensor | None = None,
+    latents_coefficient: float = 0.0,
+    matrices: PlacedMatrices | None = None,
 ) -> Tensor:
-    """sum_j a_j o_j + b x in float32, with deviations of the a_j by channel, in the dtype of the first output.
+    """sum_j (a_j o_j + M_j^T o_j) + b x, computed in float32, in the dtype of the first output.
 
     Args:
         outputs: the newest computed output first, all of one shape.
         coefficients: a_j, one for each output that is used; [1.0] returns the newest as it is.
-        sample: x, the latents that the step starts from, in the shape of an output; not looked at where b is 0.
-        share: b.
-        deviations: of `ChannelTerms.at`.
+        latents: x, those that the step starts from, in the shape of an output; not looked at where b is 0.
+        latents_coefficient: b.
+        matrices: the M_j, of `ChannelMatrices.at`.
     """
     newest = outputs[0]
-    if len(coefficients) == 1 and coefficients[0] == 1.0 and share == 0 and deviations is None:
+    if len(coefficients) == 1 and coefficients[0] == 1.0 and latents_coefficient == 0 and matrices is None:
         return newest
     # one float32 tensor in all: what .float() returns may be the cached output itself and must not be written to
     total = newest * coefficients[0] if newest.dtype == torch.float32 else newest.float().mul_(coefficients[0])
     for index in range(1, min(len(outputs), len(coefficients))):
         total.add_(outputs[index], alpha=coefficients[index])
-    if share != 0 and sample is not None:
-        total.add_(sample, alpha=share)
-    if deviations is not None:
-        deviations.add_to(total, outputs)
+    if latents_coefficient != 0 and latents is not None:
+        total.add_(latents, alpha=latents_coefficient)
+    if matrices is not None:
+        matrices.add_to(total, outputs)
     return total.to(newest.dtype)
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ertacache.linearisation import RIDGES, Array, LinearisedRun, linearisation_evaluations, linearise
+from ertacache.arrays import Array
+from ertacache.linearisation import RIDGES, LinearisedRun, linearisation_evaluations, linearise
 from ertacache.rectification import Coefficients
 from ertacache.rerun import Rerun
 from ertacache.runs import Runs, mean_log_error

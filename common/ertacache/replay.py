@@ -146,12 +146,12 @@ def check_scheduler(calibration: Calibration, scheduler: Any) -> None:
 
 def check_latents(calibration: Calibration, shape: list[int]) -> None:
     """Warn for latents of another shape than calibrated, without the batch; raise MismatchError for other channels."""
-    wanted, terms = calibration.latent_shape, calibration.combinations().channels
+    wanted, matrices = calibration.latent_shape, calibration.combinations().matrices
     if shape == wanted:
         return
-    if terms is not None:
-        channels = terms.layout.channels_of(wanted)
-        if len(shape) != len(wanted) or terms.layout.channels_of(shape) != channels:
+    if matrices is not None:
+        channels = matrices.layout.channels_of(wanted)
+        if len(shape) != len(wanted) or matrices.layout.channels_of(shape) != channels:
             raise MismatchError(
                 f"latents are {shape}, the calibration has coefficients for {channels} channels of {wanted}: {AGAIN}"
             )

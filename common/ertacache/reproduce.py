@@ -42,12 +42,27 @@ FLAGS = (
     ("--out", {"default": "reproduced", "metavar": "DIR", "help": "default: ./reproduced"}),
 )
 
+REFUSED = {  # the study sets methods and costs itself
+    "--method": "use --methods A,B",
+    "--speedup": "use --computed-steps K1,K2",
+    "--min-psnr": "use --computed-steps K1,K2",
+    "--threshold": "use --computed-steps K1,K2, the same cost for all methods",
+    "--calibration": "use --calibration-folder DIR, where kept ones are looked for",
+    "--prompt": "use --prompts FILE",
+    "--seed": "use --seeds S1,S2",
+}
+
+
+def parse(folder: Path, argv: Sequence[str] | None) -> Settings:
+    """Settings of a comparison. Raises UsageError for a flag of run.sh that would do nothing here."""
+    return settings.parse(folder, argv, "Compare ERTACache with its rivals on this model.", FLAGS, REFUSED)
+
 
 def main(folder: Path, load: Callable[[Settings], Any], model: ModelFolder, argv: Sequence[str] | None = None) -> Path:
     """Compare on the folder's model and write results.json, table.md and report.html; returns the output folder."""
-    chosen = settings.parse(folder, argv, "Compare ERTACache with its rivals on this model.", extra=FLAGS)
+    chosen = parse(folder, argv)
     counts, chosen.computed_steps = chosen.computed_steps, None
-    chosen.method = "none"  # the study sets methods and costs itself
+    chosen.method = "none"
     chosen.command = shlex.join(["sh", "reproduce.sh", *(sys.argv[1:] if argv is None else argv)])
     rivals = _rivals(chosen.methods, model)
     path = Path(chosen.prompts) if chosen.prompts else folder / "prompts" / "held_out.txt"

@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ertacache import policy
+from ertacache.arrays import Array
 from ertacache.fitting import SAFE_FORM, Form
 from ertacache.paths import path_schedule
 from ertacache.recording import gram_matrix
@@ -12,12 +12,10 @@ from ertacache.rectification import Coefficients
 from ertacache.rerun import Rerun
 from ertacache.runs import Runs
 
-Array = NDArray[np.float64]
-
 GROWTH_PLACES = 6  # steps at which the growth of an error is measured, the first and the last but one among them
 GROWTH_PROMPTS = 4
-JUDGES = 64  # prompts, at most, that schedules and forms are chosen on
-NUDGE = {torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 1e-1}  # of an output, relative to its change
+CHOOSING_PROMPTS = 64  # prompts, at most, that schedules and forms are chosen on
+OUTPUT_NUDGES = {torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 1e-1}  # of an output, relative to its change
 WEIGHT_POWERS = (0.0, 1.0, 2.0)  # of the growth, in the weights of squared errors
 
 
@@ -55,6 +53,7 @@ def choose_schedule(
 
 
 def growth_places(num_steps: int) -> list[int]:
+    """The steps at which `error_growth` measures: evenly spread from the first to the last but one."""
     return sorted({round(i * (num_steps - 2) / (GROWTH_PLACES - 1)) for i in range(GROWTH_PLACES)} - {num_steps - 1})
 
 
@@ -76,7 +75,7 @@ def error_growth(runs: Runs) -> Array:
     for place in growth_places(recorded.num_steps):
         output = recorded.outputs[place][rows].float()
         before = recorded.outputs[place - 1][rows].float() if place else torch.zeros_like(output)
-        nudge = NUDGE.get(recorded.latents[0].dtype, NUDGE[torch.float32])
+        nudge = OUTPUT_NUDGES.get(recorded.latents[0].dtype, OUTPUT_NUDGES[torch.float32])
         coefficients = [[1.0]] * recorded.num_steps
         coefficients[place] = [1 + nudge, -nudge] if place else [1 + nudge]
         moved = few.run(

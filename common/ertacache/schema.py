@@ -9,14 +9,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from ertacache.channels import AXES, MAX_CHANNELS, Layout
+import torch
+
+from ertacache.channels import CHANNEL_AXES, MAX_CHANNELS, Layout
 from ertacache.errors import CalibrationError
+from ertacache.timesteps import MIN_FACTOR
 
 if TYPE_CHECKING:
     from ertacache.calibration import Calibration
 
 SCHEMA = 1
-METHODS = ("ertacache", "paper")
+METHOD_FIELDS = {
+    "ertacache": ("coefficients", "sample_coefficients", "channel_coefficients", "channel_axis"),
+    "paper": ("threshold", "step_factors", "adjusted_sigmas", "adjusted_timesteps", "error_model"),
+}
+CALIBRATED_METHODS = tuple(METHOD_FIELDS)
 MAX_FILE_BYTES = 16 * 2**20  # one of 1000 steps and 16 channels is half of it; JSON of it takes 0.4 GB at the worst
 MAX_STEPS = 10_000
 MAX_COEFFICIENTS = 16
@@ -91,7 +98,8 @@ def validate(c: "Calibration", where: str) -> None:
         if not condition:
             raise CalibrationError(f"{where}: field {name!r} must be {wanted}")
 
-    require(c.method in METHODS if isinstance(c.method, str) else False, "method", f"one of {', '.join(METHODS)}")
+    known = isinstance(c.method, str) and c.method in CALIBRATED_METHODS
+    require(known, "method", f"one of {', '.join(CALIBRATED_METHODS)}")
     require(
         is_int(c.num_inference_steps) and 1 <= c.num_inference_steps <= MAX_STEPS,
         "num_inference_steps",
@@ -120,32 +128,42 @@ Require = Callable[[bool, str, str], None]
 
 
 def _validate_method(c: "Calibration", require: Require) -> None:
-    n = c.num_inference_steps
+    """The fields of the file's method, and that it has none of the other method's: what is there would be applied."""
+    for method, names in METHOD_FIELDS.items():
+        for name in names:
+            require(c.method == method or getattr(c, name) is None, name, f"null for method {c.method}")
     if c.method == "ertacache":
-        rows = c.coefficients or []
-        ok = is_list(rows, lambda row: is_list(row, is_number)) and len(rows) == n
-        require(ok, "coefficients", f"{n} lists of numbers")
-        computed, so_far = set(c.computed_steps), 0
-        for step, row in enumerate(rows):
-            so_far += step in computed
-            longest = min(so_far, MAX_COEFFICIENTS)
-            require(1 <= len(row) <= longest, "coefficients", f"1 to {longest} numbers at step {step}")
-        sample = c.sample_coefficients
-        require(
-            sample is None or (is_list(sample, is_number) and len(sample) == n),
-            "sample_coefficients",
-            f"null or {n} numbers",
-        )
+        _validate_coefficients(c, require)
         _validate_channels(c, require)
-        return
-    require(c.channel_coefficients is None, "channel_coefficients", "null for method paper")
-    require(c.coefficients is None, "coefficients", "null for method paper")
-    require(c.sample_coefficients is None, "sample_coefficients", "null for method paper")
+    else:
+        _validate_paper(c, require)
+
+
+def _validate_coefficients(c: "Calibration", require: Require) -> None:
+    n, rows = c.num_inference_steps, c.coefficients or []
+    ok = is_list(rows, lambda row: is_list(row, is_number)) and len(rows) == n
+    require(ok, "coefficients", f"{n} lists of numbers")
+    computed, so_far = set(c.computed_steps), 0
+    for step, row in enumerate(rows):
+        so_far += step in computed
+        longest = min(so_far, MAX_COEFFICIENTS)
+        require(1 <= len(row) <= longest, "coefficients", f"1 to {longest} numbers at step {step}")
+    sample = c.sample_coefficients
+    ok = sample is None or (is_list(sample, is_number) and len(sample) == n)
+    require(ok, "sample_coefficients", f"null or {n} numbers")
+
+
+def _validate_paper(c: "Calibration", require: Require) -> None:
+    n = c.num_inference_steps
     lengths = {"step_factors": n, "adjusted_sigmas": n + 1, "adjusted_timesteps": n}
     for name, length in lengths.items():
         value = getattr(c, name)
         ok = value is None or (is_list(value, is_number) and len(value) == length)
         require(ok, name, f"null or {length} numbers")
+    factors, lowest = c.step_factors, MIN_FACTOR
+    ok = factors is None or all(lowest <= factor <= 1 for factor in factors)
+    require(ok, "step_factors", f"null or numbers from {lowest:g} to 1")
+    require(c.adjusted_sigmas is None or bool(c.sigmas), "adjusted_sigmas", "null where 'sigmas' are none")
     model = c.error_model
     pair = lambda row: row is None or (is_list(row, is_number) and len(row) == 2)  # noqa: E731
     require(model is None or (is_list(model, pair) and len(model) == n), "error_model", f"{n} pairs or nulls")
@@ -157,8 +175,8 @@ def _validate_channels(c: "Calibration", require: Require) -> None:
     if steps is None:
         require(axis is None, "channel_axis", "null without channel_coefficients")
         return
-    known = isinstance(axis, int) and axis in AXES and -axis <= len(c.latent_shape)
-    require(known, "channel_axis", f"one of {', '.join(map(str, AXES))}, and an axis of the latents")
+    known = isinstance(axis, int) and axis in CHANNEL_AXES and -axis <= len(c.latent_shape)
+    require(known, "channel_axis", f"one of {', '.join(map(str, CHANNEL_AXES))}, and an axis of the latents")
     count = Layout(axis or -1).channels_of(c.latent_shape)
     require(1 <= count <= MAX_CHANNELS, "channel_coefficients", f"null unless there are 1 to {MAX_CHANNELS} channels")
     require(isinstance(steps, list) and len(steps) == n, "channel_coefficients", f"{n} lists")
@@ -181,7 +199,8 @@ def _validate_provenance(c: "Calibration", require: Require) -> None:
         require(isinstance(value, dict) and isinstance(value.get("class"), str), name, "an object with a 'class'")
     require(isinstance(c.scheduler.get("config"), dict), "scheduler", "an object with a 'config'")
     require(all(v is None or isinstance(v, str) for v in c.model.values()), "model", "an object of strings and nulls")
-    require(isinstance(c.dtype, str), "dtype", "a string")
+    ok = isinstance(c.dtype, str) and isinstance(getattr(torch, c.dtype, None), torch.dtype)
+    require(ok, "dtype", "a dtype of torch, such as bfloat16")
     for name in ("prompts", "settings", "versions"):
         value = getattr(c, name)
         require(

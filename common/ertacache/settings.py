@@ -7,9 +7,9 @@ import argparse
 import math
 import runpy
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from ertacache.command import Parser
 from ertacache.errors import UsageError
@@ -19,6 +19,8 @@ GOALS = ("speedup", "computed_steps", "min_psnr", "threshold")
 METHODS = ("none", "paper", "teacache", "ertacache")
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "sequential")
+
+Flag = tuple[str, dict[str, Any]]  # its name, and the arguments of add_argument, a default among them
 
 
 class Settings(argparse.Namespace):
@@ -74,48 +76,69 @@ def _converter(kinds: tuple[type, ...]) -> Any:
     return convert
 
 
+class _Refused(argparse.Action):
+    """A flag of other commands that would do nothing in this one; `const` says what does."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
+        raise UsageError(f"{option_string} has no part in this command: {self.const}")
+
+
 def parse(
-    folder: Path, argv: Sequence[str] | None, description: str, extra: Sequence[tuple[str, dict[str, Any]]] = ()
+    folder: Path,
+    argv: Sequence[str] | None,
+    description: str,
+    extra: Sequence[Flag] = (),
+    refused: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Settings:
     """Settings of a model folder from its config files and the command line.
 
     Args:
         extra: further flags of the command, as (name, arguments of add_argument); they go before constants of
             the same name.
+        refused: flag -> what to use instead, for those that have no effect in this command.
 
     Raises:
-        UsageError: an unknown flag, or a value of the wrong type.
+        UsageError: an unknown or refused flag, or a value of the wrong type.
     """
     constants = read_constants(folder / "config.py")
+    own = {_attribute(flag): arguments["default"] for flag, arguments in extra}
+    flags: dict[str, dict[str, Any]] = {_flag(name): _arguments(*constant) for name, constant in constants.items()}
+    flags["--prompt"] = {"action": "append", "metavar": "TEXT", "help": "a prompt; may be given again"}
+    flags |= dict(extra)
+    flags |= {
+        flag: {"action": _Refused, "const": advice, "nargs": "?", "help": argparse.SUPPRESS}
+        for flag, advice in refused.items()
+    }
     parser = Parser(description=description, allow_abbrev=False)
-    taken = {name for name, _ in extra}
-    for name, (value, kinds) in constants.items():
-        if f"--{name.replace('_', '-')}" in taken:
-            continue
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=_converter(kinds),
-            default=argparse.SUPPRESS,
-            metavar=kinds[0].__name__.upper(),
-            help=f"default: {value}",
-        )
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
-    for name, arguments in extra:
-        parser.add_argument(name, **arguments)
+    for flag, arguments in flags.items():
+        parser.add_argument(flag, **{**arguments, "default": argparse.SUPPRESS})  # so that `given` is what was given
     given = vars(parser.parse_args(argv))
-    settings = Settings(folder=folder, **{name: value for name, (value, _) in constants.items()})
-    settings.given = frozenset(given)
-    vars(settings).update(given)
-    if settings.prompt and "prompts" in given:
+    values = {name: value for name, (value, _) in constants.items()}
+    settings = Settings(**{**values, "folder": folder, "prompt": None, **own, **given})
+    settings.given, settings.of_command = frozenset(given), frozenset(own)
+    if {"prompt", "prompts"} <= settings.given:
         raise UsageError("give --prompt or --prompts, not both")
     _take_goal(settings)
     return settings
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _attribute(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _arguments(value: Any, kinds: tuple[type, ...]) -> dict[str, Any]:
+    """Those of add_argument for a constant."""
+    return {"type": _converter(kinds), "metavar": kinds[0].__name__.upper(), "help": f"default: {value}"}
+
+
 def apply_overrides(settings: Settings, path: Path) -> None:
-    """Override constants with those of `path`, except where a flag was given."""
+    """Override constants with those of `path`, except where a flag was given or is the command's own."""
     for name, (value, _) in read_constants(path).items():
-        if name not in settings.given:
+        if name not in settings.given | settings.of_command:
             setattr(settings, name, value)
 
 
@@ -123,7 +146,7 @@ def _take_goal(settings: Settings) -> None:
     """A flag for one goal clears the configured choice of another."""
     chosen = [name for name in GOALS if name in settings.given]
     if len(chosen) > 1:
-        raise UsageError(f"give one of {', '.join('--' + g.replace('_', '-') for g in GOALS)}, not {len(chosen)}")
+        raise UsageError(f"give one of {', '.join(map(_flag, GOALS))}, not {len(chosen)}")
     if chosen:
         for name in GOALS:
             if name not in chosen:
@@ -139,7 +162,7 @@ def check(settings: Settings) -> None:
         _one_of(settings, "phi_over", PHI_OVER)
     for name in ("num_inference_steps", "height", "width", "max_sequence_length", "num_calibration_prompts"):
         if getattr(settings, name, 1) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(settings, name)}")
+            raise UsageError(f"{_flag(name)} must be 1 or more, not {getattr(settings, name)}")
     if not getattr(settings, "fps", 1) > 0:
         raise UsageError(f"--fps must be above 0, not {settings.fps:g}")
     if not 0 <= getattr(settings, "video_quality", 0) <= 10:
@@ -159,6 +182,13 @@ def check(settings: Settings) -> None:
         raise UsageError("--threshold takes a positive number and belongs to --method paper or teacache")
     if name == "min_psnr" and not (settings.method in ("ertacache", "paper") and 0 < value < 120):
         raise UsageError("--min-psnr takes dB between 0 and 120 and belongs to --method ertacache or paper")
+
+
+def check_multiple(settings: Settings, names: Sequence[str], multiple: int) -> None:
+    """Raise UsageError for one of the numbers that is no multiple: a pipeline would round it in silence."""
+    for name in names:
+        if getattr(settings, name) % multiple:
+            raise UsageError(f"{_flag(name)} must be a multiple of {multiple}, not {getattr(settings, name)}")
 
 
 def _one_of(settings: Settings, name: str, allowed: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from ertacache.calibration import Calibration
 from ertacache.comparison import Comparison, Contender
 from ertacache.errors import ERTACacheError, UsageError
 from ertacache.generation import latents_run
-from ertacache.kept import calibration_file_prompts, calibration_prompts, kept_calibration, phi_over
+from ertacache.kept import calibration_file_prompts, calibration_prompts, kept_calibration, new_calibration, phi_over
 from ertacache.ledger import Ledger
 from ertacache.lpips import Lpips, LpipsUnavailableError, load_lpips
 from ertacache.model_folder import ModelFolder, slug
@@ -146,34 +146,16 @@ class Study:
         """That of a method with so many computed steps: ours as the folder keeps it where it does, or made anew."""
 
         def make() -> dict[str, Any]:
-            prompts = self.calibration_prompts
-            ours = method == "ertacache"
-            kept = kept_calibration(self.pipe, self._asking(count), self.model) if ours else None
-            if kept is not None:
-                return kept.to_dict()
-            made = ertacache.calibrate(
-                self.pipe,
-                prompts,
-                seeds=range(len(prompts)),
-                computed_steps=count,
-                method=method,
-                phi_over=phi_over(self.chosen),
-                search_budget=self.chosen.search_budget if ours else 0,
-                refine=self.chosen.refine if ours else 0,
-                descent=self.chosen.descent if ours else 0,
-                micro_batch=self.chosen.micro_batch,
-                memory_limit=self.chosen.memory_limit(),
-                progress=processes.is_main(),
-                **self.arguments,
-            )
-            return made.to_dict()
+            asking = self._asking(method, count)
+            kept = kept_calibration(self.pipe, asking, self.model) if method == "ertacache" else None
+            return (kept or new_calibration(self.pipe, asking, self.model)).to_dict()
 
         return Calibration.from_dict(self.ledger.get(f"calibration {method} {count}", make))
 
-    def _asking(self, count: int) -> Settings:
-        """The settings of a run.sh that asks for so many computed steps."""
+    def _asking(self, method: str, count: int) -> Settings:
+        """The settings of a run.sh that asks for so many computed steps of a method."""
         goals = dict.fromkeys(settings.GOALS)
-        return Settings(**{**vars(self.chosen), **goals, "method": "ertacache", "computed_steps": count})
+        return Settings(**{**vars(self.chosen), **goals, "method": method, "computed_steps": count})
 
     def _recorded(self) -> Runs:
         prompts = self.calibration_prompts

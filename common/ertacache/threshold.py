@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from ertacache.policy import Array, check_computed_steps
+from ertacache.arrays import Array
+from ertacache.policy import check_computed_steps
 
 
 def threshold_schedule(distances: Array, threshold: float) -> list[int]:

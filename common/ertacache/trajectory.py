@@ -14,16 +14,15 @@ class TrajectoryStore:
     """Keeps host copies of tensors in their own dtype, so that what comes back is bit for bit what went in.
 
     Above the limit each tensor lives in a file of its own that is mapped into memory: reading it works as ever, and
-    the operating system drops its pages when memory is short. The files go when the store and its tensors do.
+    the operating system drops its pages when memory is short. The files lie in the system's temporary folder and go
+    when the store and its tensors do.
 
     Args:
         limit: bytes that may stay in memory; None for no limit.
-        folder: where the files go; None for the system's temporary folder.
     """
 
-    def __init__(self, limit: int | None = None, folder: str | Path | None = None):
+    def __init__(self, limit: int | None = None):
         self.limit = limit
-        self.folder = folder
         self.planned = 0
         self._files: tempfile.TemporaryDirectory | None = None
         self._count = 0
@@ -35,7 +34,7 @@ class TrajectoryStore:
     @property
     def place(self) -> str:
         """The folder that files go to, whether or not there are any."""
-        return self._files.name if self._files is not None else str(self.folder or tempfile.gettempdir())
+        return self._files.name if self._files is not None else tempfile.gettempdir()
 
     def plan(self, total_bytes: int) -> None:
         """Say how much is going to be kept; decides where all of it goes.
@@ -53,7 +52,7 @@ class TrajectoryStore:
                 f"{self.place} has {free / 2**30:.1f} GiB left: use fewer prompts, a higher limit, or another "
                 "folder (TMPDIR)"
             )
-        self._files = tempfile.TemporaryDirectory(prefix="ertacache-", dir=self.folder)
+        self._files = tempfile.TemporaryDirectory(prefix="ertacache-")
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A contiguous host copy of `tensor`, in memory or in a file."""

@@ -18,7 +18,7 @@ from ertacache.baselines.easycache import EasyCache
 from ertacache.baselines.fewer_steps import FewerSteps
 from ertacache.baselines.multistep import Multistep
 from ertacache.baselines.teacache import ModulatedInput, TeaCache
-from ertacache.baselines.tuning import Tuned, Tuner, tune
+from ertacache.baselines.tuning import Tuned, Tuner
 
 __all__ = [
     "CacheDit",
@@ -40,7 +40,6 @@ __all__ = [
     "Tuned",
     "Tuner",
     "all_rivals",
-    "tune",
 ]
 
 

@@ -30,7 +30,6 @@ class Rival:
     """One cache that others ship. `knob` names the entry of a setting that sets its cost."""
 
     name = ""
-    role = "rival"
     knob = ""
 
     def prepare(self, pipe: Any, runs: Sequence[Run], num_steps: int) -> None:

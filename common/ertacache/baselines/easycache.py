@@ -104,6 +104,8 @@ def _size(values: Tensor) -> float:
 
 
 class EasyCache(Rival):
+    """Reuse of the whole transformer's residual; `threshold` bounds the predicted relative change of the output."""
+
     name = "easycache"
     knob = "threshold"
 

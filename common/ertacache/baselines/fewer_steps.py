@@ -8,6 +8,8 @@ from ertacache.baselines.base import Rival, Setting
 
 
 class FewerSteps(Rival):
+    """K steps of the pipeline's own scheduler, on the grid that it makes for K; `num_steps` is K."""
+
     name = "fewer-steps"
     knob = "num_steps"
 

@@ -29,6 +29,12 @@ SIGN_TOLERANCE = 1e-3  # of a step's increment against the difference of its sig
 
 
 class Multistep(Rival):
+    """K steps of a multistep solver on the scheduler's own grid; `num_steps` is K, `solver` is tried for each.
+
+    Args:
+        order: of the solvers; 1 is for tests, which compare it with the scheduler that it replaces.
+    """
+
     name = "multistep"
     knob = "num_steps"
 
@@ -88,6 +94,7 @@ class AdamsBashforth:
         """The grid is put in place from outside."""
 
     def set_begin_index(self, index: int) -> None:
+        """Begin a run at that step of the grid, with no output before it."""
         self.index = index
         self.last: Tensor | None = None
 

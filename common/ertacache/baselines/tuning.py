@@ -39,16 +39,12 @@ class Tuned:
     Attributes:
         setting: what to attach.
         fraction: counted cost of `setting`, as a fraction of the uncached FLOPs, mean over prompts.
-        wanted: the asked fraction.
         comparable: whether `results.is_comparable` says so.
         error: mean squared distance to the uncached results, in the units of what the runs return.
     """
 
-    rival: str
-    knob: str
     setting: Setting
     fraction: float
-    wanted: float
     comparable: bool
     error: float
 
@@ -116,7 +112,7 @@ class Tuner:
             best = min(above, key=lambda m: (m.fraction, m.error))
         else:
             best = max(found, key=lambda m: (m.fraction, -m.error))
-        return Tuned(rival.name, rival.knob, best.setting, best.fraction, wanted_fraction, bool(within), best.error)
+        return Tuned(best.setting, best.fraction, bool(within), best.error)
 
     def _bisect(self, rival: Rival, sweep: list[Setting], wanted: float) -> Measured:
         """The first setting of `sweep`, cheap to dear, that costs `wanted` or more; the last if none does."""
@@ -142,11 +138,6 @@ class Tuner:
         with torch.no_grad(), TransformerCost(self.pipe.transformer) as cost:
             result = run(**overrides)
         return cost, result
-
-
-def tune(rival: Rival, pipe: Any, wanted_fraction: float, runs: Sequence[Run], num_steps: int) -> Tuned:
-    """`Tuner.tune` for a single rival and cost."""
-    return Tuner(pipe, runs, num_steps).tune(rival, wanted_fraction)
 
 
 def _reaches(measured: Measured, wanted: float) -> bool:
