@@ -12,6 +12,7 @@ from ertacache.attach import attached
 from ertacache.errors import CalibrationError
 from ertacache.fitting import Fitter
 from ertacache.recording import Recorder, gram_matrix, residual_distances, residuals
+from ertacache.timesteps import PHI_OVER
 
 PROMPTS = [f"prompt {i}" for i in range(6)]
 
@@ -60,6 +61,21 @@ def test_paper_method_runs_on_its_adjusted_grid():
     with ertacache.apply(pipe, made):
         run(pipe, 12)
     assert seen == pytest.approx([made.adjusted_sigmas[i] for i in made.computed_steps], abs=1e-5)
+
+
+def test_the_adjustment_is_offered_in_both_of_its_definitions():
+    """The change of a smooth output in one step is less than the output itself, so phi over it is smaller."""
+    kwargs = {"method": "paper", "computed_steps": 4, "num_inference_steps": 8, "progress": False}
+    made = {over: ertacache.calibrate(ToyPipeline(curved), ["a", "b"], phi_over=over, **kwargs) for over in PHI_OVER}
+    assert made["output"].computed_steps == made["change"].computed_steps
+    assert {over: one.settings["phi_over"] for over, one in made.items()} == {over: over for over in PHI_OVER}
+    reused = [step for step in range(8) if step not in made["output"].computed_steps]
+    pairs = [tuple(made[over].step_factors[i] for over in PHI_OVER) for i in reused]
+    assert any(a > b for a, b in pairs), pairs
+    default = ertacache.calibrate(ToyPipeline(curved), ["a", "b"], **kwargs)
+    assert default.step_factors == made["output"].step_factors
+    with pytest.raises(CalibrationError, match="output, change"):
+        ertacache.calibrate(ToyPipeline(curved), ["a"], phi_over="both", **kwargs)
 
 
 def test_paper_threshold_is_taken_as_given():

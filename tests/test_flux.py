@@ -157,11 +157,19 @@ def test_other_methods_run(tmp_path, method):
     assert json.loads((tmp_path / "o" / "run.json").read_text())["method"] == method
 
 
+def test_each_definition_of_the_adjustment_is_kept_under_a_name_of_its_own(tmp_path):
+    kept = ("--out", str(tmp_path / "o"), "--calibration-folder", str(tmp_path / "c"))
+    for over in ("output", "change"):
+        assert run(*FAST, *kept, "--method", "paper", "--computed-steps", "4", "--phi-over", over) == 0
+    assert sorted(p.stem.split("-g3.5-")[1] for p in (tmp_path / "c").iterdir()) == ["paper-change-k4", "paper-k4"]
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
         (["--nonsense"], 2, "--nonsense"),
         (["--height", "63"], 2, "multiple of 8"),
+        (["--method", "paper", "--phi-over", "both"], 2, "--phi-over must be one of output, change"),
         (["--model", "./no/such/folder"], 1, "does not exist"),
         (["--calibration", "no-such.json"], 1, "cannot be read"),
         (["--calibration", "TRUNCATED"], 1, "not valid JSON"),
