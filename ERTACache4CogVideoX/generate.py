@@ -51,7 +51,7 @@ def check(chosen: Settings) -> None:
         raise UsageError(f"--solver must be one of {', '.join(SCHEDULERS)}, not {chosen.solver!r}")
     if chosen.num_frames <= 1 or chosen.num_frames % FRAMES_PER_CHUNK != 1:
         raise UsageError(
-            f"--num-frames must be 8k + 1 (9, 17, ... 49), not {chosen.num_frames}: the VAE drops the frames between"
+            f"--num-frames must be 8 n + 1 (9, 17, ... 49), not {chosen.num_frames}: the VAE drops the frames between"
         )
 
 

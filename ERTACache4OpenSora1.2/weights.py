@@ -49,7 +49,7 @@ def load_official(chosen: Settings, transformer: str) -> OpenSoraPipeline:
         pipe = OpenSoraPipeline.from_official(*names, dtype=getattr(torch, chosen.dtype))
     except Exception as error:  # diffusers, transformers and the hub client raise many kinds; all mean: not loaded
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        commands = ", ".join(f"`hf download {name}`" for name in names)
+        commands = ", ".join(f"`../.venv/bin/hf download {name}`" for name in names)
         raise ModelError(
             f"model {transformer} cannot be loaded ({first}). Open-Sora 1.2 needs three downloads: {commands}. Without "
             "them: --model tiny"

@@ -29,8 +29,8 @@ def load(chosen: Settings) -> WanPipeline:
         pipe = models.load_pipeline(WanPipeline, source, chosen, float32_parts=["vae"])
     except ModelError as error:
         raise ModelError(
-            f"{error}. To download the real one: `hf download {chosen.real_model}` (the repository without -Diffusers "
-            "in its name has another format)"
+            f"{error}. To download the real one: `../.venv/bin/hf download {chosen.real_model}` (the repository "
+            "without -Diffusers in its name has another format)"
         ) from error
     pipe.scheduler = make_scheduler(chosen.solver, chosen.grid, chosen.flow_shift)
     return pipe

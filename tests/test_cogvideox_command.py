@@ -86,7 +86,7 @@ def test_wrong_frames_are_one_line_and_exit_code_2(tmp_path):
     done = command("generate.py", "--model", "nobody/nothing", "--num-frames", "48", "--out", str(tmp_path / "o"))
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == (
-        "error: --num-frames must be 8k + 1 (9, 17, ... 49), not 48: the VAE drops the frames between"
+        "error: --num-frames must be 8 n + 1 (9, 17, ... 49), not 48: the VAE drops the frames between"
     )
     assert not (tmp_path / "o").exists()
 

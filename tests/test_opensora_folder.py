@@ -141,7 +141,7 @@ def test_missing_weights_name_the_three_downloads(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and last.startswith("error: model hpcai-tech/OpenSora-STDiT-v3 cannot be loaded")
     for name in ("hpcai-tech/OpenSora-STDiT-v3", "hpcai-tech/OpenSora-VAE-v1.2", "DeepFloyd/t5-v1_1-xxl"):
-        assert f"`hf download {name}`" in last
+        assert f"`../.venv/bin/hf download {name}`" in last
 
 
 def test_the_official_layout_loads(tmp_path, saved, run):

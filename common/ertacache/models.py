@@ -81,7 +81,7 @@ def load_pipeline(pipeline_class: Any, source: str, settings: Settings, float32_
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise ModelError(
             f"model {source} cannot be loaded ({first}); check the name, accept its licence on the hub and log in with "
-            "`hf auth login`, or use --model tiny"
+            "`../.venv/bin/hf auth login`, or use --model tiny"
         ) from error
     return place(pipe, settings)
 
