@@ -4,6 +4,7 @@ import ast
 import builtins
 import importlib
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -24,6 +25,7 @@ from ertacache.errors import CalibrationError, UsageError
 from ertacache.generation import COMPARE_FLAG
 from ertacache.pages import markers
 from ertacache.plots import main as plots_main
+from ertacache.results import read_results
 from ertacache.schema import MAX_FILE_BYTES
 
 ROOT = Path(__file__).parents[1]
@@ -33,37 +35,9 @@ REGISTRIES = ("pypi.org", "pythonhosted.org", "anaconda.org", "npmjs.com")
 FOLDERS = sorted(ROOT.glob("ERTACache4*"))
 FIRST_FOLDER = ROOT / "ERTACache4FLUX"  # which the front page's commands are given in
 
-# Commands of the model folders take minutes. What runs in their place, and how it is smaller.
-RUN_BY = {
-    ("ERTACache4FLUX", "run.sh"): ("test_flux.py::test_run_writes_pictures_and_the_record", "6 steps, 2 prompts"),
-    ("ERTACache4FLUX", "reproduce.sh"): (
-        "test_reproduce.py::test_an_interrupted_comparison_goes_on_and_ends_the_same",
-        "6 steps, 2 prompts, one rival",
-    ),
-    ("ERTACache4Wan2.1", "run.sh"): (
-        "test_wan_command.py::test_run_writes_videos_that_play_and_the_record",
-        "random weights, 4 steps, 5 frames of 48x32",
-    ),
-    ("ERTACache4Wan2.1", "reproduce.sh"): ("test_reproduce.py::test_vbench_layout", "FLUX's tiny pipeline, 6 steps"),
-    ("ERTACache4CogVideoX", "run.sh"): (
-        "test_cogvideox_command.py::test_generate_writes_a_video_and_the_record",
-        "random weights, 4 steps",
-    ),
-    ("ERTACache4CogVideoX", "reproduce.sh"): (
-        "test_cogvideox_command.py::test_reproduce_compares_on_the_same_pipeline",
-        "random weights, few steps and rivals",
-    ),
-    ("ERTACache4OpenSora1.2", "run.sh"): (
-        "test_opensora_folder.py::test_run_writes_a_video_that_plays_and_the_record",
-        "random weights, 3 steps",
-    ),
-    ("ERTACache4OpenSora1.2", "reproduce.sh"): (
-        "test_opensora_folder.py::test_reproduce_compares_on_the_same_pipeline",
-        "random weights, few steps and rivals",
-    ),
-}
-# What no test can run: it needs the network, an account, or a tool of somebody else.
-CHECKOUT = "cd ertacache"  # where `git clone` put it, whatever the folder is called here
+CHECKOUT = "ertacache"  # where `git clone` put it, whatever the folder is called here
+# What no test can run: it needs the network, an account, or a tool of somebody else. What `run.sh`, `reproduce.sh` and
+# bench/strip.py do is run by tests/test_page_commands.py; of others it is checked that they exist and know the flags.
 NOT_RUN = ("git clone ", "hf download ", "hf auth login", "vbench evaluate ", "pre-commit install")
 
 
@@ -175,14 +149,93 @@ def test_the_front_page_says_how_badly_the_video_pipelines_follow_their_prompts(
     assert f"a judge finds {100 * min(rates):.0f} to {100 * max(rates):.0f} % of the objects named right" in page
 
 
+def words_of(page: Path) -> str:
+    """A page's text with every run of white space as one space."""
+    return " ".join(page.read_text(encoding="utf-8").split())
+
+
+def psnrs_of_flux(method: str) -> dict[int, float]:
+    """Computed steps -> PSNR of the FLUX comparison's rows of a method."""
+    rows, _ = read_results(ROOT / "bench" / "results" / "flux_tiny.json")
+    return {row.asked_steps: row.psnr for row in rows if row.method == method}
+
+
+def kept_calibrations() -> list[Path]:
+    return sorted(ROOT.glob("ERTACache4*/calibration/tiny-*.json"))
+
+
+def test_the_front_page_says_what_the_efforts_brought():
+    page, best, plain = words_of(ROOT / "README.md"), psnrs_of_flux("ertacache"), psnrs_of_flux("+ our schedule")
+    assert f"reaches {best[11]:.1f} dB at 11 of 28 steps" in page
+    assert "without descent it was 46.4" in page and "(46.42 before)" in (ROOT / "docs/log.md").read_text()
+    assert f"{plain[14]:.1f}, {plain[11]:.1f} and {plain[9]:.1f} dB for FLUX" in page
+
+
+def test_the_front_page_says_what_effort_the_kept_calibrations_took():
+    page = words_of(ROOT / "README.md")
+    efforts = [Calibration.load(path) for path in kept_calibrations()]
+    tries, refined = (max(each.settings.get(name) or 0 for each in efforts) for name in ("search_budget", "refine"))
+    assert f"took up to {tries} tries of schedules" in page and f"refinement on up to {refined} prompts" in page
+    (descended,) = (each for each in efforts if each.settings.get("descent"))
+    assert f"gradient descent on {descended.prompts['count']} prompts" in page
+    assert f"with {descended.settings['descent']} steps and {descended.prompts['count']} prompts" in page
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/calibration-file.md"])
+def test_pages_say_how_large_calibrations_are(page):
+    sizes = {path: path.stat().st_size / 1000 for path in kept_calibrations()}
+    large = [size for path, size in sizes.items() if Calibration.load(path).channel_coefficients]
+    small = [size for size in sizes.values() if size not in large]
+    assert min(small) >= 5 and max(small) <= 8 and "five to eight kilobytes" in words_of(ROOT / page)
+    assert f"{round(min(large), -1):.0f} to {round(max(large), -1):.0f} where channels" in words_of(ROOT / page)
+
+
+PUBLISHED = json.loads((ROOT / "common/ertacache/published.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+def test_the_front_page_says_the_published_time_and_the_size_of_the_folders_page(folder):
+    (line,) = re.findall(rf"^\| \[[^\]]+\]\({folder.name}/README.md\) \|.* GB .*$", front_page(), re.MULTILINE)
+    _, _, weights, size, seconds, _, _ = (cell.strip() for cell in line.split("|"))
+    (row,) = [row for row in PUBLISHED["rows"] if row["method"] == "ERTACache" and belongs(row, folder)]
+    assert seconds == f"{row['seconds']:.2f} s"
+    assert f"needs about {size.split(' GB')[0]} GB of GPU memory" in words_of(folder / "README.md")
+    assert settings.read_constants(folder / "config.py")["real_model"][0] in weights
+
+
+def front_page() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def belongs(row: dict, folder: Path) -> bool:
+    return any(name in folder.name.lower() for name in row["match"])
+
+
+def test_the_flux_page_counts_the_parameters_of_its_tiny_pipeline():
+    counts = {part: parameters(FIRST_FOLDER / "tiny" / part) / 1e6 for part in ("transformer", "vae")}
+    encoders = sum(parameters(FIRST_FOLDER / "tiny" / part) / 1e6 for part in ("text_encoder", "text_encoder_2"))
+    said = f"{sum(counts.values()) + encoders:.1f} million parameters (transformer {counts['transformer']:.2f}, "
+    assert said + f"VAE {counts['vae']:.2f}, text encoders {encoders:.2f})" in words_of(FIRST_FOLDER / "README.md")
+
+
+def parameters(folder: Path) -> int:
+    """Numbers in a folder's safetensors files, by their headers."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total
+
+
 # -- commands --------------------------------------------------------------------------------------------
 
 
 def commands(page: Path) -> list[tuple[Path, str]]:
     """Commands of a page's sh blocks and of its running text, without comments, each with the folder it is given in.
 
-    The front page's blocks follow one another, from outside of the checkout; others start in the page's folder, or at
-    the root.
+    The front page's blocks follow one another, from outside of the checkout, but for lines in parentheses, which are
+    given at the root; others start in the page's folder, or at the root.
     """
     front = page == ROOT / "README.md"
     start = page.parent if page.parent in FOLDERS else FIRST_FOLDER
@@ -192,15 +245,29 @@ def commands(page: Path) -> list[tuple[Path, str]]:
         if not front:
             folder = page.parent if page.parent in FOLDERS else ROOT
         for line in block.replace("\\\n", " ").splitlines():
-            for command in re.sub(r"(^|\s+)# .*", "", line).split(" && "):
-                if command.startswith("cd "):
-                    folder = ROOT if command == CHECKOUT else folder / command.split()[1]
-                    assert folder.is_dir(), f"{page.name}: {command}"
-                elif command.strip():
-                    found.append((folder, " ".join(command.split())))
+            line = re.sub(r"(^|\s+)# .*", "", line)
+            alone = re.fullmatch(r"\((.*)\)", line)
+            if alone:
+                found += in_turn(alone[1], ROOT, page)[0]
+            else:
+                given, folder = in_turn(line, folder, page)
+                found += given
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
-    named = re.compile(r"(sh (run|reproduce)\.sh|python (-m|[\w/]+\.py))\b")
-    return found + [(start, span) for span in spans if named.match(span)]
+    named = re.compile(r"(sh (run|reproduce)\.sh|make \w|\S*\.venv/bin/|python (-m|[\w/]+\.py))")
+    return found + [(start, span) for span in spans if named.match(span) and not re.search(r"/bin/\w+$", span)]
+
+
+def in_turn(line: str, folder: Path, page: Path) -> tuple[list[tuple[Path, str]], Path]:
+    """The commands of a line, each with the folder it is given in, and the folder after it."""
+    found = []
+    for command in line.split(" && "):
+        if command.startswith("cd "):
+            first, _, rest = command.split()[1].partition("/")
+            folder = ROOT / rest if first == CHECKOUT else folder / command.split()[1]
+            assert folder.is_dir(), f"{page.name}: {command}"
+        elif command.strip():
+            found.append((folder, " ".join(command.split())))
+    return found, folder
 
 
 COMMANDS = sorted({found for page in PAGES for found in commands(page)})
@@ -213,16 +280,20 @@ def test_commands_exist_with_their_flags(folder, command, capsys):
 
 def check_command(folder: Path, command: str, capsys) -> None:
     words = shlex.split(command)
+    program = re.sub(r"^(\.\./)?\.venv/bin/", "", words[0])
+    if program != words[0]:
+        root = folder / words[0].removesuffix(f".venv/bin/{program}")
+        assert ROOT in (root.resolve(), folder.parent), f"{command} is given in {folder}"
     if words[0] == "sh":
         check_script(folder, words[1], words[2:])
     elif words[0] == "make":
         assert set(words[1:]) <= set(makefile())
-    elif words[0].endswith(".venv/bin/ertacache"):
+    elif program == "ertacache":
         check_ertacache(words[1:], capsys)
-    elif words[0] == "python":
+    elif program == "python":
         check_python(words[1:], folder)
     else:
-        assert command.startswith(NOT_RUN), f"{command}: not known to tests/test_docs.py"
+        assert " ".join([program, *words[1:]]).startswith(NOT_RUN), f"{command}: not known to tests/test_docs.py"
 
 
 @pytest.mark.parametrize(
@@ -236,6 +307,8 @@ def check_command(folder: Path, command: str, capsys) -> None:
         "python bench/latency.py --fast",
         "python bench/none.py",
         "python -m ertacache.none",
+        ".venv/bin/hf",
+        "../../.venv/bin/hf auth login",
         "make everything",
         "rm -r sample",
     ],
@@ -247,12 +320,10 @@ def test_a_command_that_does_not_exist_is_noticed(command, capsys):
 
 def check_script(folder: Path, name: str, argv: list[str]) -> None:
     assert (folder / name).is_file(), f"{name} is not in {folder.name}"
-    if name == "test.sh":
+    if Path(name).name == "test.sh":
         assert "sh test.sh" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
         assert all((ROOT / word).exists() for word in argv)
         return
-    test, smaller = RUN_BY[folder.name, name]
-    assert exists(test) and smaller
     # UsageError for an unknown flag or a value of the wrong type
     if name == "reproduce.sh":
         reproduce.parse(folder, argv)
@@ -260,12 +331,6 @@ def check_script(folder: Path, name: str, argv: list[str]) -> None:
     chosen = settings.parse(folder, argv, "", [COMPARE_FLAG])
     if not isinstance(chosen.threshold, str):
         settings.check(chosen)
-
-
-def exists(test: str) -> bool:
-    file, name = test.split("::")
-    tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
-    return name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 def check_ertacache(argv: list[str], capsys) -> None:
