@@ -94,8 +94,8 @@ def test_wrong_frames_are_one_line_and_exit_code_2(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--num-frames", "13"), "8k"),
-        (("--num-frames", "1"), "8k"),
+        (("--num-frames", "13"), "8 n"),
+        (("--num-frames", "1"), "8 n"),
         (("--height", "20"), "multiple of 8"),
         (("--max-sequence-length", "10"), f"must be {TEXT_TOKENS}"),
         (("--solver", "euler"), "ddim, dpm"),
