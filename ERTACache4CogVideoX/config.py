@@ -6,7 +6,7 @@ Paths in this file start from its folder, those given as flags from where the co
 # model
 MODEL = "auto"  # "auto", "tiny", or a hub id or folder; auto: REAL_MODEL if a GPU and its weights are here, else tiny
 REAL_MODEL = "THUDM/CogVideoX-2b"
-REAL_MODEL_GIB = 24  # GPU memory that auto asks for, in GiB: 13 of weights, the rest for a guess of the activations
+REAL_MODEL_GIB = 24  # GPU memory that auto asks for, in GiB: 12 of weights, the rest for a guess of the activations
 DTYPE = "float16"  # float32, bfloat16 or float16; CogVideoX-2B was trained in float16
 OFFLOAD = "none"  # none, model (parts wait in host memory), or sequential (layer by layer: slow, smallest)
 VAE_TILING = True  # decode in overlapping tiles: much less memory, slightly other pixels
@@ -16,7 +16,7 @@ PROMPTS = "prompts/examples.txt"  # file with a prompt a line; --prompt TEXT rep
 SEED = 0  # of the initial noise, the same for every prompt
 HEIGHT = 480  # pixels, a multiple of 16
 WIDTH = 720  # pixels, a multiple of 16
-NUM_FRAMES = 49  # 8k + 1: the VAE decodes no other number
+NUM_FRAMES = 49  # 8 n + 1: the VAE decodes no other number
 FPS = 8  # frames per second of the file
 VIDEO_QUALITY = 8.0  # of the H.264 encoder, 0 to 10
 NUM_INFERENCE_STEPS = 50  # scheduler steps
@@ -44,7 +44,7 @@ MICRO_BATCH = 2  # samples the transformer sees at a time in calibration and com
 MEMORY_LIMIT_GIB: float | None = None  # recorded trajectories in host memory; above it in files under TMPDIR
 SEARCH_BUDGET = 0  # schedules to try for real (3 do): several dB for about 12 COMPUTED_STEPS steps per prompt
 REFINE = 0  # prompts to fit the coefficients on again, end to end (8 do): several dB for 2 COMPUTED_STEPS^2 steps each
-DESCENT = 0  # steps of gradient descent on matrices of channels after that (80 do); tried with 256 prompts
+DESCENT = 0  # steps of gradient descent on matrices of channels after that (80 do); wants hundreds of prompts
 
 # where results go
 OUT = "sample"  # folder, from where the command is given

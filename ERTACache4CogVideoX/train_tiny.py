@@ -1,4 +1,4 @@
-"""Trains the embedded tiny CogVideoX pipeline: `python train_tiny.py` (about an hour and a quarter on two cores).
+"""Trains the embedded tiny CogVideoX pipeline: `python train_tiny.py`.
 
 Stages: autoencoder, text encoder, v-prediction with dropped captions on first frames and then on clips, judges
 of prompt adherence. Each resumes after an interruption; what they leave in the work folder is not needed once

@@ -1,4 +1,4 @@
-"""Trains the embedded tiny Open-Sora pipeline: `python train_tiny.py` (an hour or two on two cores).
+"""Trains the embedded tiny Open-Sora pipeline: `python train_tiny.py`.
 
 Stages: the temporal autoencoder (that of pictures is the tiny FLUX pipeline's), text encoder, rectified flow with
 dropped captions on first frames and then on clips, judges of prompt adherence. Each resumes after an interruption; what
