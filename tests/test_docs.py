@@ -176,9 +176,12 @@ def test_the_front_page_says_what_effort_the_kept_calibrations_took():
     efforts = [Calibration.load(path) for path in kept_calibrations()]
     tries, refined = (max(each.settings.get(name) or 0 for each in efforts) for name in ("search_budget", "refine"))
     assert f"took up to {tries} tries of schedules" in page and f"refinement on up to {refined} prompts" in page
-    (descended,) = (each for each in efforts if each.settings.get("descent"))
-    assert f"gradient descent on {descended.prompts['count']} prompts" in page
-    assert f"with {descended.settings['descent']} steps and {descended.prompts['count']} prompts" in page
+    descended = [each for each in efforts if each.settings.get("descent")]
+    counts = sorted((len(each.computed_steps) for each in descended), reverse=True)
+    assert f"FLUX at {' and '.join(map(str, counts))} steps, gradient descent" in page
+    for each in descended:
+        assert f"gradient descent on {each.prompts['count']} prompts" in page
+        assert f"with {each.settings['descent']} steps and {each.prompts['count']} prompts" in page
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/calibration-file.md"])
