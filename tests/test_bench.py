@@ -5,6 +5,7 @@ import copy
 import json
 import random
 import re
+import tempfile
 import time
 
 import device_checks
@@ -298,8 +299,9 @@ def recorded(**limit):
     return recorder
 
 
-def test_profiling_goes_to_files_above_its_limit(tmp_path):
-    inside, outside = recorded(), recorded(memory_limit=1000, folder=tmp_path)
+def test_profiling_goes_to_files_above_its_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    inside, outside = recorded(), recorded(memory_limit=1000)
     assert not inside.store.on_disk and outside.store.on_disk
     assert outside.store.planned == 17 * 2 * 3 * 4 * 4 * 4  # 2 N + 1 tensors (2, 3, 4, 4) of float32
     assert len(list(tmp_path.glob("*/*.bin"))) == 17
