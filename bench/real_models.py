@@ -228,27 +228,23 @@ def opensora_embeddings(device: torch.device, dtype: torch.dtype) -> dict[str, A
     return {"prompt_embeds": normal(1, 300, 4096, device=device, dtype=dtype), "guidance_scale": 7.0}
 
 
+def flux_model(name: str, steps: tuple[int, ...], tokens: int, guidance_scale: float, few: int) -> RealModel:
+    """A FLUX.1; `few` steps where it is cut down. Without guidance it is the distilled one."""
+    return RealModel(
+        name,
+        {"height": 1024, "width": 1024},
+        steps,
+        torch.bfloat16,
+        1,
+        lambda request, _: build_flux(request, distilled=guidance_scale == 0),
+        flux_embeddings(tokens, guidance_scale),
+        Reduced(0.01, 0.125, (few,)),
+    )
+
+
 MODELS = {
-    "flux": RealModel(
-        "FLUX.1-dev",
-        {"height": 1024, "width": 1024},
-        (28, 50),
-        torch.bfloat16,
-        1,
-        lambda request, _: build_flux(request, distilled=False),
-        flux_embeddings(512, 3.5),
-        Reduced(0.01, 0.125, (6,)),
-    ),
-    "flux-schnell": RealModel(
-        "FLUX.1-schnell",
-        {"height": 1024, "width": 1024},
-        (4, 8),
-        torch.bfloat16,
-        1,
-        lambda request, _: build_flux(request, distilled=True),
-        flux_embeddings(256, 0.0),
-        Reduced(0.01, 0.125, (4,)),
-    ),
+    "flux": flux_model("FLUX.1-dev", (28, 50), tokens=512, guidance_scale=3.5, few=6),
+    "flux-schnell": flux_model("FLUX.1-schnell", (4, 8), tokens=256, guidance_scale=0.0, few=4),
     "wan": RealModel(
         "Wan2.1-1.3B",
         {"height": 480, "width": 832, "num_frames": 81},

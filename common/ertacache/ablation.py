@@ -1,6 +1,7 @@
 """The parts of the method one by one, as calibrations that differ in a single thing from the row before."""
 
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
@@ -15,15 +16,19 @@ from ertacache.recording import gram_matrix, residual_distances, residuals
 from ertacache.replay import Replay
 from ertacache.runs import Runs
 from ertacache.threshold import threshold_for, threshold_schedule
+from ertacache.timesteps import PHI_OVER
 
 
-def ablations(runs: Runs, computed_steps: int, searched: list[int], search_budget: int) -> dict[str, Calibration]:
+def ablations(
+    runs: Runs, computed_steps: int, searched: list[int], search_budget: int, phi_over: str = PHI_OVER[0]
+) -> dict[str, Calibration]:
     """Name -> calibration, in the order of the table.
 
     Args:
         runs: recorded calibration runs.
         searched: our method's schedule.
         search_budget: tries for the rows whose swap search looks at plain reuse.
+        phi_over: which of its definitions the timestep adjustment takes.
     """
     recorded = runs.recorded
     uniform = uniform_schedule(recorded.num_steps, computed_steps)
@@ -44,8 +49,8 @@ def ablations(runs: Runs, computed_steps: int, searched: list[int], search_budge
         "threshold policy, residual reuse": residual_reuse(runs, threshold),
         "dynamic programming, residual reuse": residual_reuse(runs, dynamic),
         "+ swap search": residual_reuse(runs, swapped),
-        "+ timestep adjustment": _paper(runs, swapped, adjust=True, error_model=False),
-        "+ paper rectification": _paper(runs, swapped, adjust=True, error_model=True),
+        "+ timestep adjustment": _paper(runs, swapped, adjust=True, error_model=False, phi_over=phi_over),
+        "+ paper rectification": _paper(runs, swapped, adjust=True, error_model=True, phi_over=phi_over),
         "dynamic programming, output reuse": _outputs(runs, dynamic, [[1.0]] * recorded.num_steps),
         "dynamic programming, linear extrapolation": linear_extrapolation(runs, dynamic),
         "our schedule, linear extrapolation": linear_extrapolation(runs, searched),
@@ -79,8 +84,8 @@ def linear_extrapolation(runs: Runs, schedule: list[int]) -> Calibration:
     return _outputs(runs, schedule, rows)
 
 
-def _paper(runs: Runs, schedule: list[int], adjust: bool = True, error_model: bool = True) -> Calibration:
-    fit = fit_paper(runs.recorded, schedule=schedule, adjust=adjust, error_model=error_model)
+def _paper(runs: Runs, schedule: list[int], **parts: Any) -> Calibration:
+    fit = fit_paper(runs.recorded, schedule=schedule, **parts)
     return plain_calibration(runs, method="paper", **asdict(fit))
 
 

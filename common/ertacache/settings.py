@@ -193,9 +193,7 @@ def check_multiple(settings: Settings, names: Sequence[str], multiple: int) -> N
 
 def _one_of(settings: Settings, name: str, allowed: Sequence[str]) -> None:
     if getattr(settings, name) not in allowed:
-        raise UsageError(
-            f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}, not {getattr(settings, name)!r}"
-        )
+        raise UsageError(f"{_flag(name)} must be one of {', '.join(allowed)}, not {getattr(settings, name)!r}")
 
 
 def read_prompts(path: Path) -> list[str]:
