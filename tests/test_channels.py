@@ -112,13 +112,26 @@ def test_latents_without_a_batch():
     torch.testing.assert_close(made, 0.5 * output + torch.einsum("cd,chw->dhw", terms[0], output))
 
 
-def test_matrices_of_tokens_are_kept_where_they_are_small(monkeypatch):
-    steps, output = [[], torch.randn(1, 3, 3).tolist()], torch.randn(2, 6, 12)
-    kept = ChannelMatrices(Layout(-1), steps).at(1, output.device)
-    monkeypatch.setattr(channels, "KEPT_BYTES", 4 * 9 * 16 - 1)
-    made_anew = ChannelMatrices(Layout(-1), steps).at(1, output.device)
-    assert kept.expanded.shape == (1, 12, 12) and made_anew.expanded is None
-    assert torch.equal(combine([output], [1.0], matrices=kept), combine([output], [1.0], matrices=made_anew))
+@pytest.mark.parametrize("rows", [[[1.0], [0.5, 2.0]], [[1.0], [0.5]]])  # the second: another number of outputs
+def test_small_matrices_of_tokens_hold_the_shared_coefficients(monkeypatch, rows):
+    rng = torch.Generator().manual_seed(0)
+    steps, outputs = [[], torch.randn(2, 3, 3, generator=rng).tolist()], list(torch.randn(2, 2, 6, 12, generator=rng))
+    given = rows, [0.0, 0.0], ChannelMatrices(Layout(-1), steps)
+    made_anew = combine(outputs, rows[1], matrices=placed(steps[1], Layout(-1), outputs[0].device))
+    kept = Coefficients(*given)
+    *_, matrices = kept.at(1, outputs[0])
+    assert (matrices.of_tokens is not None) == (len(rows[1]) == 2)
+    torch.testing.assert_close(combine(outputs, *kept.at(1, outputs[0])), made_anew)
+    torch.testing.assert_close(
+        combine(outputs[:1], *kept.at(1, outputs[0])),
+        combine(outputs[:1], rows[1], None, 0, placed(steps[1], Layout(-1), outputs[0].device)),
+    )
+    # other coefficients beside the same matrices
+    other = kept.changed([(1, 0)], [1.0])
+    torch.testing.assert_close(combine(outputs, *other.at(1, outputs[0])), made_anew + outputs[0])
+    monkeypatch.setattr(channels, "KEPT_BYTES", 2 * 4 * 9 * 16 - 1)
+    *_, matrices = Coefficients(*given).at(1, outputs[0])
+    assert matrices.of_tokens is None
 
 
 def test_nothing_is_copied_to_the_device_inside_the_loop(monkeypatch):
@@ -151,9 +164,9 @@ def test_the_fit_finds_the_coefficients_of_channels(axis):
 def test_terms_serve_every_step_and_none_where_there_are_none():
     steps = [[], [[[1.0, 2.0], [3.0, 4.0]]], [[[5.0, 6.0], [7.0, 8.0]], [[9.0, 10.0], [11.0, 12.0]]]]
     terms = ChannelMatrices(Layout(-3), steps)
-    assert terms.at(0, torch.device("cpu")) is None
+    assert terms.on(torch.device("cpu"))[0] is None
     for step in (1, 2):
-        assert terms.at(step, torch.device("cpu")).matrices.tolist() == steps[step]
+        assert terms.on(torch.device("cpu"))[step].matrices.tolist() == steps[step]
     coefficients = Coefficients([[1.0]] * 3, [0.0] * 3, terms)
     assert coefficients.plain(0) and not coefficients.plain(1)
 

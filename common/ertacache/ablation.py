@@ -9,8 +9,8 @@ from ertacache import policy
 from ertacache.ablation_schedules import best_schedule, reuse_errors, uniform_schedule
 from ertacache.calibrate import plain_calibration
 from ertacache.calibration import Calibration, calibration_fields
-from ertacache.channels import Layout
-from ertacache.fitting import SAFE_FORM, Fitter, Form
+from ertacache.fitting import REFINED_FORM, SAFE_FORM, Fitter, Form
+from ertacache.maker import Maker
 from ertacache.paper import fit_paper
 from ertacache.recording import gram_matrix, residual_distances, residuals
 from ertacache.replay import Replay
@@ -18,16 +18,25 @@ from ertacache.runs import Runs
 from ertacache.threshold import threshold_for, threshold_schedule
 from ertacache.timesteps import PHI_OVER
 
+SWAPS_PER_TRY = 8
+
 
 def ablations(
-    runs: Runs, computed_steps: int, searched: list[int], search_budget: int, phi_over: str = PHI_OVER[0]
+    runs: Runs,
+    computed_steps: int,
+    searched: list[int],
+    search_budget: int,
+    refine: int = 0,
+    phi_over: str = PHI_OVER[0],
 ) -> dict[str, Calibration]:
     """Name -> calibration, in the order of the table.
 
     Args:
         runs: recorded calibration runs.
         searched: our method's schedule.
-        search_budget: tries for the rows whose swap search looks at plain reuse.
+        search_budget: of our method; the swap search on plain reuse gets SWAPS_PER_TRY as many, since each of its tries
+            moves a single step, and ours a whole schedule.
+        refine: prompts of the row that is fitted end to end, which is left out without any.
         phi_over: which of its definitions the timestep adjustment takes.
     """
     recorded = runs.recorded
@@ -42,9 +51,9 @@ def ablations(
             dynamic,
             lambda s: runs.final_error(Replay(residual_reuse(runs, s), runs.pipe)),
             recorded.num_steps,
-            search_budget,
+            SWAPS_PER_TRY * search_budget,
         )
-    return {
+    rows = {
         "uniform schedule, residual reuse": residual_reuse(runs, uniform),
         "threshold policy, residual reuse": residual_reuse(runs, threshold),
         "dynamic programming, residual reuse": residual_reuse(runs, dynamic),
@@ -57,8 +66,14 @@ def ablations(
         "dynamic programming, rectification to the reference": _fitted(runs, dynamic, on_computed=False),
         "+ on computed steps": _fitted(runs, dynamic, on_computed=True),
         "+ our schedule": _fitted(runs, searched, on_computed=True),
-        "+ coefficients of channels": _fitted(runs, searched, on_computed=True, layout=runs.layout),
+        "+ coefficients of channels": _fitted(
+            runs, searched, on_computed=True, form=Form(SAFE_FORM.outputs, runs.layout)
+        ),
+        "our schedule, four outputs": _fitted(runs, searched, on_computed=True, form=REFINED_FORM),
     }
+    if refine:
+        rows["+ fitted end to end"] = _end_to_end(runs, searched, refine)
+    return rows
 
 
 def residual_reuse(runs: Runs, schedule: list[int]) -> Calibration:
@@ -93,9 +108,14 @@ def _outputs(runs: Runs, schedule: list[int], coefficients: list[list[float]]) -
     return plain_calibration(runs, method="ertacache", computed_steps=schedule, coefficients=coefficients)
 
 
-def _fitted(runs: Runs, schedule: list[int], on_computed: bool, layout: Layout | None = None) -> Calibration:
-    form = Form(SAFE_FORM.outputs, layout)
+def _fitted(runs: Runs, schedule: list[int], on_computed: bool, form: Form = SAFE_FORM) -> Calibration:
     fitter = Fitter(schedule, runs.recorded.latents, on_computed=on_computed, form=form)
     runs.run(fitter)
     fields = calibration_fields(fitter.fitted())
+    return plain_calibration(runs, method="ertacache", computed_steps=schedule, **fields)
+
+
+def _end_to_end(runs: Runs, schedule: list[int], refine: int) -> Calibration:
+    maker = Maker(runs, "ertacache", None, search_budget=0, refine=refine, folds=0, form=REFINED_FORM)
+    fields = calibration_fields(maker.end_to_end(schedule))
     return plain_calibration(runs, method="ertacache", computed_steps=schedule, **fields)

@@ -69,12 +69,13 @@ class PlacedMatrices:
     Attributes:
         matrices: for each output what its channels, as rows, add to the channels of the sum, as columns; float32 on
             the device of the outputs, (outputs, channels, channels).
-        expanded: `_of_tokens` of them where that is kept.
+        of_tokens: for each output what it adds to the sum in all, as a matrix of packed tokens; None where that is
+            not kept.
     """
 
     matrices: Tensor
     layout: Layout
-    expanded: Tensor | None = None
+    of_tokens: tuple[Tensor, ...] | None = None
 
     def add_to(self, total: Tensor, outputs: Sequence[Tensor]) -> None:
         """Add sum_j M_j^T o_j to `total` (float32), in place; without temporaries of its size where it is contiguous.
@@ -88,15 +89,31 @@ class PlacedMatrices:
             total.copy_(dense)
             return
         if self.layout.packed:
-            matrices = _of_tokens(self.matrices) if self.expanded is None else self.expanded
             rows = total.view(-1, total.shape[-1])
-            for output, matrix in zip(outputs, matrices, strict=False):
-                rows.addmm_(output.float().reshape(rows.shape), matrix)
+            for output, matrix in zip(outputs, _of_tokens(self.matrices), strict=False):
+                rows.addmm_(_rows(output), matrix)
             return
         channels = self.matrices.shape[-1]
         part = self._channels(total)
         for output, matrix in zip(outputs, self.matrices, strict=False):
             part.baddbmm_(matrix.T.expand(len(part), channels, channels), self._channels(output.float()))
+
+    def with_shared(self, shared: Sequence[float]) -> "PlacedMatrices":
+        """With `of_tokens`, for the a_j of the step; as it is where those are of another number of outputs."""
+        if len(shared) != len(self.matrices):
+            return self
+        of_tokens = _of_tokens(self.matrices)
+        for coefficient, matrix in zip(shared, of_tokens, strict=True):
+            matrix.diagonal().add_(coefficient)
+        return PlacedMatrices(self.matrices, self.layout, of_tokens)
+
+    def sum_of_tokens(self, outputs: Sequence[Tensor]) -> Tensor:
+        """sum_j (a_j o_j + M_j^T o_j) in float32, with one product for each output, where `of_tokens` is kept."""
+        assert self.of_tokens is not None
+        total = _rows(outputs[0]) @ self.of_tokens[0]
+        for index in range(1, min(len(outputs), len(self.of_tokens))):
+            total.addmm_(_rows(outputs[index]), self.of_tokens[index])
+        return total.view(outputs[0].shape)
 
     def _channels(self, tensor: Tensor) -> Tensor:
         """(n, channels, places) of a tensor, its own memory where it is contiguous.
@@ -120,44 +137,53 @@ class ChannelMatrices:
     steps: list[StepMatrices]
     _on_device: dict[torch.device, list[PlacedMatrices | None]] = field(default_factory=dict, compare=False, repr=False)
 
-    def at(self, step: int, device: torch.device) -> PlacedMatrices | None:
-        """Those of one step; copies all of them to the device if `prepare` was not called for it."""
-        self.prepare(device)
-        return self._on_device[device][step]
-
-    def prepare(self, device: torch.device) -> None:
-        """Copy all steps to a device, once: before a sampling loop, so that no step of it waits."""
+    def on(self, device: torch.device) -> list[PlacedMatrices | None]:
+        """Those of every step on a device, to which they are copied once."""
         if device not in self._on_device:
             self._on_device[device] = self._copied(device)
+        return self._on_device[device]
+
+    def with_shared(self, shared: list[list[float]], device: torch.device) -> list[PlacedMatrices | None]:
+        """The same, made ready for one product an output where matrices of packed tokens are small.
+
+        Args:
+            shared: for each step the a_j.
+        """
+        found = self.on(device)
+        size = sum(one.matrices.nbytes for one in found if one is not None)
+        if not self.layout.packed or size * PATCH**2 > KEPT_BYTES:
+            return found
+        return [one if one is None else one.with_shared(row) for one, row in zip(found, shared, strict=True)]
 
     def _copied(self, device: torch.device) -> list[PlacedMatrices | None]:
         flat = torch.tensor([v for step in self.steps for matrix in step for row in matrix for v in row])
         if device.type == "cuda":  # a copy from pageable memory would wait for the device
             flat = flat.pin_memory()
         values = flat.to(device, non_blocking=True).split([_size(step) for step in self.steps])
-        keep = self.layout.packed and flat.nbytes * PATCH**2 <= KEPT_BYTES
-        return [_placed_step(step, own, self.layout, keep) for step, own in zip(self.steps, values, strict=True)]
+        return [_placed_step(step, own, self.layout) for step, own in zip(self.steps, values, strict=True)]
 
 
 def placed(matrices: StepMatrices, layout: Layout, device: torch.device) -> PlacedMatrices | None:
     """Those of one step that was just fitted; None where there are none."""
-    return ChannelMatrices(layout, [matrices]).at(0, device)
+    return ChannelMatrices(layout, [matrices]).on(device)[0]
 
 
 def _size(step: StepMatrices) -> int:
     return len(step) * len(step[0]) * len(step[0][0]) if step else 0
 
 
-def _placed_step(step: StepMatrices, values: Tensor, layout: Layout, keep: bool) -> PlacedMatrices | None:
-    if not step:
-        return None
-    matrices = values.view(len(step), len(step[0]), -1)
-    return PlacedMatrices(matrices, layout, _of_tokens(matrices) if keep else None)
+def _placed_step(step: StepMatrices, values: Tensor, layout: Layout) -> PlacedMatrices | None:
+    return PlacedMatrices(values.view(len(step), len(step[0]), -1), layout) if step else None
 
 
-def _of_tokens(matrices: Tensor) -> Tensor:
+def _rows(tokens: Tensor) -> Tensor:
+    """Packed tokens as (tokens, values), in float32."""
+    return tokens.float().reshape(-1, tokens.shape[-1])
+
+
+def _of_tokens(matrices: Tensor) -> tuple[Tensor, ...]:
     """The same for packed tokens, with the four values of a channel treated alike; 16 times as large."""
     count, channels = matrices.shape[:2]
     wide = matrices.new_zeros(count, channels, PATCH, channels, PATCH)
     wide.diagonal(dim1=2, dim2=4).copy_(matrices[..., None])
-    return wide.view(count, channels * PATCH, -1)
+    return wide.view(count, channels * PATCH, -1).unbind()

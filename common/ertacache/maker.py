@@ -104,7 +104,7 @@ class Maker:
             known_layout(self.runs)  # before anything that takes long
         self.form = self._chosen_form(computed_steps)
         schedule = choose_schedule(self._choosing_runs, computed_steps, self.search_budget, self._growth, self.form)
-        coefficients = self._refined(schedule) if self.refine else self._fitted(schedule)
+        coefficients = self.end_to_end(schedule) if self.refine else self._fitted(schedule)
         if self.descent:
             coefficients = self._descended(schedule, coefficients)
         return bare_calibration(recorded, schedule, "ertacache", **calibration_fields(coefficients))
@@ -116,7 +116,8 @@ class Maker:
         schedule = choose_schedule(self._choosing_runs, computed_steps, 0, None)
         return best_form(self._choosing_runs, schedule, self._fold_count())
 
-    def _refined(self, schedule: list[int]) -> Coefficients:
+    def end_to_end(self, schedule: list[int]) -> Coefficients:
+        """Fitted step by step, then refined on the first `refine` prompts."""
         few = self._fitted_runs.first(self.refine)
         if self.search_budget:  # as for the form of the step-by-step fit: what it costs goes with tries
             self.form = best_refined_form(few, schedule, [REFINED_FORM, self.form])

@@ -8,7 +8,7 @@ latents (refinement.py) are left out where they would not serve prompts that wer
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ class Coefficients:
     outputs: list[list[float]]
     latents_coefficients: list[float]
     matrices: ChannelMatrices | None = None
+    _placed: dict[torch.device, list[PlacedMatrices | None]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of_outputs(cls, outputs: list[list[float]]) -> "Coefficients":
@@ -52,12 +53,13 @@ class Coefficients:
 
     def prepare(self, device: torch.device) -> None:
         """Before a sampling loop: put what its steps need on a device, so that none of them waits for it."""
-        if self.matrices is not None:
-            self.matrices.prepare(device)
+        if self.matrices is not None and device not in self._placed:
+            self._placed[device] = self.matrices.with_shared(self.outputs, device)
 
     def at(self, step: int, latents: Tensor) -> tuple[list[float], Tensor, float, PlacedMatrices | None]:
         """What `combine` takes after the outputs at that step, which starts from `latents`."""
-        matrices = self.matrices.at(step, latents.device) if self.matrices is not None else None
+        self.prepare(latents.device)
+        matrices = self._placed[latents.device][step] if self.matrices is not None else None
         return self.outputs[step], latents, self.latents_coefficients[step], matrices
 
     def of_step(self, step: int) -> tuple[list[float], float, StepMatrices]:
@@ -92,7 +94,8 @@ def combine(
 
     Args:
         outputs: the newest computed output first, all of one shape.
-        coefficients: a_j, one for each output that is used; [1.0] returns the newest as it is.
+        coefficients: a_j, one for each output that is used; [1.0] returns the newest as it is. Not looked at where the
+            matrices hold them already.
         latents: x, those that the step starts from, in the shape of an output; not looked at where b is 0.
         latents_coefficient: b.
         matrices: the M_j, of `ChannelMatrices.at`.
@@ -100,15 +103,25 @@ def combine(
     newest = outputs[0]
     if len(coefficients) == 1 and coefficients[0] == 1.0 and latents_coefficient == 0 and matrices is None:
         return newest
-    # one float32 tensor in all: what .float() returns may be the cached output itself and must not be written to
+    if matrices is not None and matrices.of_tokens is not None:
+        total = matrices.sum_of_tokens(outputs)
+    else:
+        total = _shared_sum(outputs, coefficients)
+        if matrices is not None:
+            matrices.add_to(total, outputs)
+    if latents_coefficient != 0 and latents is not None:
+        total.add_(latents, alpha=latents_coefficient)
+    return total.to(newest.dtype)
+
+
+def _shared_sum(outputs: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """sum_j a_j o_j, in one float32 tensor in all."""
+    newest = outputs[0]
+    # what .float() returns may be the cached output itself and must not be written to
     total = newest * coefficients[0] if newest.dtype == torch.float32 else newest.float().mul_(coefficients[0])
     for index in range(1, min(len(outputs), len(coefficients))):
         total.add_(outputs[index], alpha=coefficients[index])
-    if latents_coefficient != 0 and latents is not None:
-        total.add_(latents, alpha=latents_coefficient)
-    if matrices is not None:
-        matrices.add_to(total, outputs)
-    return total.to(newest.dtype)
+    return total
 
 
 def drift_target(reference_next: Tensor, step_offset: Tensor, gain: float) -> Tensor:

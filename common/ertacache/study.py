@@ -169,8 +169,8 @@ class Study:
         )
 
     def _ablation(self, recorded: Callable[[], Runs], count: int, ours: Calibration) -> dict[str, Any]:
-        budget, over = self.chosen.search_budget, phi_over(self.chosen)
-        parts = ablation.ablations(recorded(), count, ours.computed_steps, budget, over)
+        budget, refine, over = self.chosen.search_budget, self.chosen.refine, phi_over(self.chosen)
+        parts = ablation.ablations(recorded(), count, ours.computed_steps, budget, refine, over)
         return {name: calibration.to_dict() for name, calibration in parts.items()}
 
     def _tuned_rivals(self) -> list[Contender]:
