@@ -69,13 +69,13 @@ class PlacedMatrices:
     Attributes:
         matrices: for each output what its channels, as rows, add to the channels of the sum, as columns; float32 on
             the device of the outputs, (outputs, channels, channels).
-        of_tokens: for each output what it adds to the sum in all, as a matrix of packed tokens; None where that is
-            not kept.
+        of_tokens: what packed tokens of all outputs side by side are multiplied with, the shared coefficients
+            included, (outputs x values, values); None where that is not kept.
     """
 
     matrices: Tensor
     layout: Layout
-    of_tokens: tuple[Tensor, ...] | None = None
+    of_tokens: Tensor | None = None
 
     def add_to(self, total: Tensor, outputs: Sequence[Tensor]) -> None:
         """Add sum_j M_j^T o_j to `total` (float32), in place; without temporaries of its size where it is contiguous.
@@ -91,7 +91,7 @@ class PlacedMatrices:
         if self.layout.packed:
             rows = total.view(-1, total.shape[-1])
             for output, matrix in zip(outputs, _of_tokens(self.matrices), strict=False):
-                rows.addmm_(_rows(output), matrix)
+                rows.addmm_(output.float().reshape(rows.shape), matrix)
             return
         channels = self.matrices.shape[-1]
         part = self._channels(total)
@@ -102,18 +102,16 @@ class PlacedMatrices:
         """With `of_tokens`, for the a_j of the step; as it is where those are of another number of outputs."""
         if len(shared) != len(self.matrices):
             return self
-        of_tokens = _of_tokens(self.matrices)
-        for coefficient, matrix in zip(shared, of_tokens, strict=True):
-            matrix.diagonal().add_(coefficient)
-        return PlacedMatrices(self.matrices, self.layout, of_tokens)
+        wide = _of_tokens(self.matrices)
+        wide.diagonal(dim1=1, dim2=2).add_(wide.new_tensor(shared)[:, None])
+        return PlacedMatrices(self.matrices, self.layout, wide.flatten(0, 1))
 
     def sum_of_tokens(self, outputs: Sequence[Tensor]) -> Tensor:
-        """sum_j (a_j o_j + M_j^T o_j) in float32, with one product for each output, where `of_tokens` is kept."""
+        """sum_j (a_j o_j + M_j^T o_j) in float32, as one product, where `of_tokens` is kept."""
         assert self.of_tokens is not None
-        total = _rows(outputs[0]) @ self.of_tokens[0]
-        for index in range(1, min(len(outputs), len(self.of_tokens))):
-            total.addmm_(_rows(outputs[index]), self.of_tokens[index])
-        return total.view(outputs[0].shape)
+        count = min(len(outputs), len(self.matrices))
+        beside = torch.cat([outputs[index].float() for index in range(count)], -1)
+        return beside @ self.of_tokens[: beside.shape[-1]]
 
     def _channels(self, tensor: Tensor) -> Tensor:
         """(n, channels, places) of a tensor, its own memory where it is contiguous.
@@ -144,7 +142,7 @@ class ChannelMatrices:
         return self._on_device[device]
 
     def with_shared(self, shared: list[list[float]], device: torch.device) -> list[PlacedMatrices | None]:
-        """The same, made ready for one product an output where matrices of packed tokens are small.
+        """The same, made ready for a single product where matrices of packed tokens are small.
 
         Args:
             shared: for each step the a_j.
@@ -176,14 +174,9 @@ def _placed_step(step: StepMatrices, values: Tensor, layout: Layout) -> PlacedMa
     return PlacedMatrices(values.view(len(step), len(step[0]), -1), layout) if step else None
 
 
-def _rows(tokens: Tensor) -> Tensor:
-    """Packed tokens as (tokens, values), in float32."""
-    return tokens.float().reshape(-1, tokens.shape[-1])
-
-
-def _of_tokens(matrices: Tensor) -> tuple[Tensor, ...]:
+def _of_tokens(matrices: Tensor) -> Tensor:
     """The same for packed tokens, with the four values of a channel treated alike; 16 times as large."""
     count, channels = matrices.shape[:2]
     wide = matrices.new_zeros(count, channels, PATCH, channels, PATCH)
     wide.diagonal(dim1=2, dim2=4).copy_(matrices[..., None])
-    return wide.view(count, channels * PATCH, -1).unbind()
+    return wide.view(count, channels * PATCH, -1)
