@@ -13,6 +13,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,6 +116,7 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="measure nothing: put the table into docs/compatibility.md")
     parser.add_argument("--prompts", type=int, default=12, help="held-out prompts")
     parser.add_argument("--calibration-prompts", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     if chosen.page:
         fill(PAGE, table(json.loads(RESULT.read_text(encoding="utf-8"))), MARKER)
@@ -145,7 +147,7 @@ def main() -> int:
         "calibration_prompts": chosen.calibration_prompts,
         "rows": rows,
     }
-    write("changed_weights", record)
+    write("changed_weights", record, chosen.out)
     return 0
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import ertacache
 from ertacache import rectification, solver
-from ertacache.baselines.base import replaced
 from ertacache.calibration import Calibration
+from ertacache.rivals.base import replaced
 from ertacache.solver import StepCall, StepPlaces
 
 LIBRARY = str(Path(ertacache.__file__).parent)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import ROOT, machine, write
+from record import RESULTS, ROOT, machine, write
 from tqdm import tqdm
 
 from ertacache.calibration import Calibration, to_json
@@ -124,9 +124,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Fuzz the loader of calibration files.")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     result = {"fuzzed_seconds": chosen.seconds, "seed": chosen.seed, **fuzz(chosen.seconds, chosen.seed)}
-    write("fuzz_calibration", {**machine(torch.device("cpu"), torch.float32), **result})
+    write("fuzz_calibration", {**machine(torch.device("cpu"), torch.float32), **result}, chosen.out)
     print({k: v for k, v in result.items() if k != "messages"})
     return 0
 

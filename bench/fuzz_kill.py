@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import ROOT, machine, write
+from record import RESULTS, ROOT, machine, write
 from tqdm import tqdm
 
 import ertacache
@@ -113,10 +113,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Kill calibration and its ledger at random moments.")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     torch.set_num_threads(1)  # threads would not live on in a copied process
     result = kill_often(chosen.kills, chosen.seed)
-    write("fuzz_kill", {**machine(torch.device("cpu"), torch.float32), **result})
+    write("fuzz_kill", {**machine(torch.device("cpu"), torch.float32), **result}, chosen.out)
     print(result)
     return 0
 

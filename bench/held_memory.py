@@ -12,7 +12,8 @@ from record import failure
 from step_timer import Call
 
 import ertacache
-from ertacache.baselines import (
+from ertacache.calibration import Calibration
+from ertacache.rivals import (
     FasterCache,
     FirstBlockCache,
     MagCache,
@@ -21,7 +22,6 @@ from ertacache.baselines import (
     SeaCache,
     TaylorSeer,
 )
-from ertacache.calibration import Calibration
 
 ALWAYS = 1e9  # threshold; memory is that of a run that reuses whenever it may
 

@@ -85,7 +85,7 @@ def tree() -> str:
             beside = {name: text for name, text in model_folder(folder).items() if name not in first}
             lines += [(f"{folder.name}/", f"the same{', and' if beside else ''}")]
             lines += [(f"{folder.name}/{name}", text) for name, text in beside.items()]
-    for folder in ("common/ertacache", "common/ertacache/baselines", "common/tiny_training", "bench"):
+    for folder in ("common/ertacache", "common/ertacache/rivals", "common/tiny_training", "bench"):
         lines += [(f"{folder}/{p.name}", first_line(p)) for p in sorted((ROOT / folder).glob("*.py"))]
     lines += [(name, SAID[name]) for name in SAID if name.startswith(("common/", "bench/", "tests/"))]
     lines += [(f"docs/{p.name}", said(f"docs/{p.name}")) for p in sorted((ROOT / "docs").glob("*.md"))]

@@ -19,13 +19,13 @@ from torch import Tensor
 
 import ertacache
 from ertacache import settings
-from ertacache.baselines import Tuner, all_rivals
 from ertacache.files import write_atomically
 from ertacache.generation import latents_run
 from ertacache.kept import new_calibration, obtain_calibration
 from ertacache.metrics import psnr
 from ertacache.pictures import DIFFERENCE_GAIN, difference, to_uint8
 from ertacache.results import Row, best_rival, read_results
+from ertacache.rivals import Tuner, all_rivals
 from ertacache.videos import pick_frames
 
 matplotlib.use("Agg")

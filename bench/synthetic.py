@@ -8,10 +8,10 @@ from step_timer import Call
 
 from ertacache import provenance, solver
 from ertacache.ablation_schedules import uniform_schedule
-from ertacache.baselines.base import replaced
 from ertacache.calibration import Calibration
 from ertacache.channels import StepMatrices, layout_of
 from ertacache.forms import OUTPUTS
+from ertacache.rivals.base import replaced
 
 WEIGHTS = (1.3, -0.4, 0.15, -0.05)  # sum to 1, of the size that fitted ones have
 

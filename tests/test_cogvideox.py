@@ -10,9 +10,9 @@ from toys import plain_fields
 
 import ertacache
 from ertacache.attach import attached
-from ertacache.baselines import FewerSteps, Multistep, TeaCache
 from ertacache.errors import MismatchError, MismatchWarning
 from ertacache.recording import Recorder
+from ertacache.rivals import FewerSteps, Multistep, TeaCache
 from ertacache.solver import END_TIMESTEP
 from ertacache.timesteps import adjust_timesteps
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 import ertacache
 from ertacache.attach import attached
-from ertacache.baselines.base import replaced
 from ertacache.fitting import Fitter
 from ertacache.recording import Recorder
+from ertacache.rivals.base import replaced
 
 LIBRARY = str(Path(ertacache.__file__).parent)
 TORCH = str(Path(torch.__file__).parent)

@@ -12,18 +12,18 @@ from torch import Tensor
 
 import ertacache
 from ertacache import provenance, timing
-from ertacache.baselines import TeaCache, Tuner
 from ertacache.calibration import Calibration, to_json
 from ertacache.errors import UsageError
 from ertacache.files import write_atomically
 from ertacache.kept import calibration_prompts, computed_steps, obtain_calibration
 from ertacache.metrics import psnr, ssim, temporal_error
 from ertacache.model_folder import ModelFolder, slug
+from ertacache.rivals import TeaCache, Tuner
 from ertacache.settings import Settings, parse, prompts_of
 
 COMPARE_FLAG = (
     "--compare",
-    {"action": "store_true", "default": False, "help": "also make the uncached twins and measure against them"},
+    {"action": "store_true", "default": False, "help": "also make the uncached results and measure against them"},
 )
 
 
@@ -46,14 +46,14 @@ def generate(pipe: Any, settings: Settings, model: ModelFolder) -> Path:
         print(calibration.summary(), file=sys.stderr)
     with method_attached(pipe, settings, model, calibration):
         pictures, seconds = _sample(pipe, prompts, settings.seed, arguments)
-    twins = _sample(pipe, prompts, settings.seed, arguments)[0] if settings.compare else None
+    references = _sample(pipe, prompts, settings.seed, arguments)[0] if settings.compare else None
     files = [
         model.save(picture, out / f"{i:03d}-{slug(prompt)}", settings)
         for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True))
     ]
     record = _record(settings, arguments, prompts, files, seconds, calibration, path)
-    if twins is not None:
-        record["compare"] = _compare(pictures, twins)
+    if references is not None:
+        record["compare"] = _compare(pictures, references)
     write_atomically(out / "run.json", to_json(record))
     _report(settings, record, calibration, out)
     return out
@@ -150,13 +150,13 @@ def _record(
     }
 
 
-def _compare(results: list[Tensor], twins: list[Tensor]) -> dict[str, Any]:
-    """Each metric, a number for each result: pictures (3, H, W) or videos (F, 3, H, W) against their twins."""
+def _compare(results: list[Tensor], references: list[Tensor]) -> dict[str, Any]:
+    """Each metric, a number for each result: pictures (3, H, W) or videos (F, 3, H, W) against the uncached ones."""
     named: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
     if results[0].ndim == 4 and len(results[0]) > 1:
         named["temporal_error"] = temporal_error
     return {
-        name: [float(metric(made[None], twin[None])) for made, twin in zip(results, twins, strict=True)]
+        name: [float(metric(made[None], reference[None])) for made, reference in zip(results, references, strict=True)]
         for name, metric in named.items()
     }
 
@@ -169,7 +169,7 @@ def _report(settings: Settings, record: dict[str, Any], calibration: Calibration
         print(f"transformer steps: {computed} of {total} computed, {total - computed} saved")
     if "compare" in record:
         psnrs, ssims = record["compare"]["psnr"], record["compare"]["ssim"]
-        line = f"measured against the uncached twins: PSNR {sum(psnrs) / count:.2f} dB, SSIM {sum(ssims) / count:.4f}"
+        line = f"measured against the uncached results: PSNR {sum(psnrs) / count:.2f} dB, SSIM {sum(ssims) / count:.4f}"
         if "temporal_error" in record["compare"]:
             line += f", temporal error {sum(record['compare']['temporal_error']) / count:.4f}"
         print(line)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ertacache import processes, settings
-from ertacache.baselines import Rival, all_rivals
 from ertacache.errors import UsageError
 from ertacache.model_folder import ModelFolder
+from ertacache.rivals import Rival, all_rivals
 from ertacache.settings import Settings
 from ertacache.study import OUR_METHODS, Study
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import ertacache
 from ertacache import ablation, processes, provenance, settings, solver
-from ertacache.baselines import NotApplicable, Rival, Tuner
 from ertacache.calibration import Calibration
 from ertacache.comparison import Comparison, Contender
 from ertacache.errors import ERTACacheError, UsageError
@@ -23,6 +22,7 @@ from ertacache.kept import calibration_file_prompts, calibration_prompts, kept_c
 from ertacache.ledger import Ledger
 from ertacache.lpips import Lpips, LpipsUnavailableError, load_lpips
 from ertacache.model_folder import ModelFolder, slug
+from ertacache.rivals import NotApplicable, Rival, Tuner
 from ertacache.runs import Runs, recorded_runs
 from ertacache.settings import Settings
 from ertacache.study_output import row_of, write_outcome

@@ -11,8 +11,8 @@ from diffusers.hooks import TaylorSeerCacheConfig
 from diffusers.hooks._common import _ATTENTION_CLASSES
 from torch import nn
 
-from ertacache.baselines.base import Clock, NotApplicable, Rival, Setting, replaced
-from ertacache.baselines.diffusers_caches import enabled
+from ertacache.rivals.base import Clock, NotApplicable, Rival, Setting, replaced
+from ertacache.rivals.diffusers_caches import enabled
 
 WORKING_MODULES = re.compile(r"(cross_)?attn\d?|ff|ffn|ff_context|mlp|proj_mlp|proj_out")  # children of a block
 ALL_TIMESTEPS = (-1, 1001)

@@ -10,15 +10,15 @@ A rival that works on no such pipeline raises `NotApplicable`, at the latest in 
 a whole batch at once, so compare them with one prompt a call.
 """
 
-from ertacache.baselines.base import NotApplicable, Rival, Run, Setting
-from ertacache.baselines.cache_dit import CacheDit
-from ertacache.baselines.diffusers_caches import FirstBlockCache, MagCache, SeaCache
-from ertacache.baselines.diffusers_modules import FasterCache, PyramidAttentionBroadcast, TaylorSeer
-from ertacache.baselines.easycache import EasyCache
-from ertacache.baselines.fewer_steps import FewerSteps
-from ertacache.baselines.multistep import Multistep
-from ertacache.baselines.teacache import ModulatedInput, TeaCache
-from ertacache.baselines.tuning import Tuned, Tuner
+from ertacache.rivals.base import NotApplicable, Rival, Run, Setting
+from ertacache.rivals.cache_dit import CacheDit
+from ertacache.rivals.diffusers_caches import FirstBlockCache, MagCache, SeaCache
+from ertacache.rivals.diffusers_modules import FasterCache, PyramidAttentionBroadcast, TaylorSeer
+from ertacache.rivals.easycache import EasyCache
+from ertacache.rivals.fewer_steps import FewerSteps
+from ertacache.rivals.multistep import Multistep
+from ertacache.rivals.teacache import ModulatedInput, TeaCache
+from ertacache.rivals.tuning import Tuned, Tuner
 
 __all__ = [
     "CacheDit",

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ertacache.baselines.base import Clock, NotApplicable, Rival, Run, Setting, geometric, watch
-from ertacache.baselines.stack import intercepted
+from ertacache.rivals.base import Clock, NotApplicable, Rival, Run, Setting, geometric, watch
+from ertacache.rivals.stack import intercepted
 
 POLYNOMIAL_DEGREE = 4
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ertacache.baselines.base import Rival, Run, Setting
 from ertacache.cost import TransformerCost, compute_fraction
 from ertacache.results import is_comparable
+from ertacache.rivals.base import Rival, Run, Setting
 
 ROUNDING = 1e-6
 

@@ -13,8 +13,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from torch import Tensor, nn
 
-from ertacache.baselines.base import NotApplicable, bound_arguments
 from ertacache.cost import blocks_of
+from ertacache.rivals.base import NotApplicable, bound_arguments
 
 HOOK_NAME = "ertacache_rival_stack"
 

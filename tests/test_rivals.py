@@ -9,7 +9,8 @@ from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler, M
 from tiny_flux import NUM_BLOCKS, NUM_STEPS, SIDE, call, flux_pipeline, modulated_input
 from torch import Tensor
 
-from ertacache.baselines import (
+from ertacache.cost import TransformerCost
+from ertacache.rivals import (
     CacheDit,
     EasyCache,
     FasterCache,
@@ -23,10 +24,9 @@ from ertacache.baselines import (
     Tuner,
     all_rivals,
 )
-from ertacache.baselines.diffusers_caches import enabled, visual_latents
-from ertacache.baselines.multistep import SOLVERS, make_solver, put_on_grid
-from ertacache.baselines.teacache import _Gate, relative_distance
-from ertacache.cost import TransformerCost
+from ertacache.rivals.diffusers_caches import enabled, visual_latents
+from ertacache.rivals.multistep import SOLVERS, make_solver, put_on_grid
+from ertacache.rivals.teacache import _Gate, relative_distance
 
 RIVALS = {rival.name: rival for rival in all_rivals(modulated_input)}
 

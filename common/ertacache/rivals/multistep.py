@@ -18,7 +18,7 @@ import torch
 from diffusers import CogVideoXDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from ertacache.baselines.base import NotApplicable, Rival, Run, Setting, replaced
+from ertacache.rivals.base import NotApplicable, Rival, Run, Setting, replaced
 from ertacache.solver import bare_copy, first_output
 
 SOLVERS = {"dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}

@@ -12,7 +12,7 @@ from diffusers import FirstBlockCacheConfig, MagCacheConfig
 from diffusers.hooks import SeaCacheConfig
 from torch import Tensor, nn
 
-from ertacache.baselines.base import (
+from ertacache.rivals.base import (
     Clock,
     NotApplicable,
     Rival,
@@ -24,7 +24,7 @@ from ertacache.baselines.base import (
     replaced,
     watch,
 )
-from ertacache.baselines.stack import intercepted
+from ertacache.rivals.stack import intercepted
 
 
 def _nothing(clock: Clock) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ertacache.baselines.base import NotApplicable, Rival, Setting, geometric, watch
+from ertacache.rivals.base import NotApplicable, Rival, Setting, geometric, watch
 
 EXTRA = "cache-dit"
 

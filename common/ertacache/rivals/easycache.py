@@ -15,7 +15,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from ertacache.baselines.base import Clock, NotApplicable, Rival, Setting, first_input, geometric, watch
+from ertacache.rivals.base import Clock, NotApplicable, Rival, Setting, first_input, geometric, watch
 
 HOOK_NAME = "ertacache_rival_easycache"
 WARM_UP = 0.2  # fraction of the steps: the authors' 10 of 50

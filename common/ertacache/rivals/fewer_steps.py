@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ertacache.baselines.base import Rival, Setting
+from ertacache.rivals.base import Rival, Setting
 
 
 class FewerSteps(Rival):

@@ -1,0 +1,53 @@
+"""Every line of the pages with a script of bench/ that measures, run small: fewer steps, prompts and repeats."""
+
+import json
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import device_checks
+import pytest
+from test_docs import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+CUT_DOWN = ["--layers", "0.02", "--scale", "0.1", "--steps", "3", "--computed", "2", "--repeats", "1"]
+SMALL = {
+    "changed_weights.py": ["--prompts", "1", "--calibration-prompts", "2"],
+    "few_steps.py": ["flux", "--steps", "2", "--held-out", "1", "--repeats", "1"],
+    "fuzz_calibration.py": ["--seconds", "1"],
+    "fuzz_kill.py": ["--kills", "2"],
+    "latency.py": ["wan", *CUT_DOWN, "--device", "cpu", "--frames", "5"],
+    "latency.py --tiny": ["flux", "--computed", "9", "--repeats", "1"],
+    "prompts_needed.py": ["flux", "--counts", "1", "2", "--held-out", "1", "--draws", "1", "--speedups", "3"],
+    "scaling.py": ["--steps", "4", "8", "--factors", "1", "2"],
+}
+LINES = sorted(
+    {text.removeprefix(".venv/bin/") for _, text in COMMANDS if "python bench/" in text and "strip.py" not in text}
+)
+PAGES = ("python bench/speed_page.py",)  # writes a page, and is checked against it elsewhere
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line not in PAGES])
+def test_it_measures(line, tmp_path, monkeypatch):
+    _, script, *flags = shlex.split(line)
+    name = Path(script).name
+    small = SMALL[f"{name} --tiny" if "--tiny" in flags else name]
+    # compiling takes a minute, and is tested elsewhere
+    monkeypatch.setattr(device_checks, "compiled_graphs", lambda *_: {})
+    monkeypatch.setattr(sys, "argv", [name, *flags, *small, "--out", str(tmp_path)])
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        assert not end.code
+    (made,) = tmp_path.iterdir()
+    record = json.loads(made.read_text())
+    assert record["device_kind"] == "cpu" and record["seconds"] >= 0
+    for part in ("memory", "checks"):
+        assert (part in record) == (f"--{part}" in flags)
+
+
+def test_the_lines_are_found():
+    assert {Path(line.split()[1]).name for line in LINES} == {name for name in SMALL if " " not in name} | {
+        "speed_page.py"
+    }
