@@ -14,71 +14,30 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from PIL import Image, ImageDraw
+from tiny_parts import (
+    LATENT_CHANNELS,
+    MAX_TEXT_LENGTH,
+    SIZE,
+    VAE_FACTOR,
+    build_text_encoders,
+    build_transformer,
+    build_vae,
+)
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPTextModel, T5EncoderModel
 
 from ertacache.metrics import psnr
 from tiny_training import data, flow, judge, text, vae
 
 FOLDER = Path(__file__).parent
 WORK = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ertacache" / "train-tiny-flux"
-SIZE = 64
 NUM_SCENES = 40_000
 SEED = 2027
-LATENT_CHANNELS = 8
-VAE_FACTOR = 4
-MAX_TEXT_LENGTH = 40
 TOKEN_SIDE = SIZE // VAE_FACTOR // 2  # the pipeline packs 2x2 latents into a token
 FLOW_STEPS = 17_000
 DISTIL_STEPS = 800
 NUM_INFERENCE_STEPS = 28  # of the pictures that are judged
 GUIDANCE_STRENGTH = 1.6  # the default scale 3.5 stands for classifier-free guidance of 5, where shapes come out best
-
-
-def build_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 64, 64),
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
-        sample_size=SIZE,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
-def build_text_encoders(vocabulary_size: int) -> tuple[T5EncoderModel, CLIPTextModel]:
-    sequence = T5Config(**text.sequence_settings(vocabulary_size))
-    pooled = CLIPTextConfig(
-        vocab_size=vocabulary_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TEXT_LENGTH,
-        projection_dim=64,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    return T5EncoderModel(sequence), CLIPTextModel(pooled)
-
-
-def build_transformer(guidance_embeds: bool) -> FluxTransformer2DModel:
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=LATENT_CHANNELS * 4,
-        num_layers=2,
-        num_single_layers=4,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=text.SEQUENCE_WIDTH,
-        pooled_projection_dim=64,
-        guidance_embeds=guidance_embeds,
-        axes_dims_rope=(4, 14, 14),
-    )
 
 
 class FluxVelocity:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+from tiny_parts import build_text_encoder, build_transformer, build_vae
 from torch import Tensor, nn
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 
 from tiny_training import clips, flow, text, video_stages, video_vae
 from tiny_training.clips import MAX_TEXT_LENGTH, SEED, Plan
@@ -22,8 +23,6 @@ from tiny_training.video_vae import Crops
 
 FOLDER = Path(__file__).parent
 WORK = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ertacache" / "train-tiny-wan"
-LATENT_CHANNELS = 16
-VAE_FACTOR = 4  # pixels per latent, both ways; the textures of the scenes have periods of 4 to 6 pixels
 FLOW_SHIFT = 14.0  # of the sampler: harder to predict than the 8 to 12 that the official README advises for 1.3B
 STILL_SHIFT = 1.2  # of the noise levels that first frames are trained at
 CLIP_SHIFT = 1.0  # and clips: more noise makes places and motion, textures need the low levels that samplers end with
@@ -42,39 +41,6 @@ PLAN = Plan(
 )
 # drifts show in whole clips only, since a chunk of frames follows a chunk; a middle block sees whole pictures
 VAE_PHASES = (Crops(0.1, 1, 32, 32), Crops(0.3, 5, 32, 8), Crops(0.8, 17, 32, 3), Crops(1.0, 17, 64, 1))
-
-
-def build_vae() -> AutoencoderKLWan:
-    return AutoencoderKLWan(
-        base_dim=16,
-        z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        latents_mean=[0.0] * LATENT_CHANNELS,
-        latents_std=[1.0] * LATENT_CHANNELS,
-        scale_factor_spatial=VAE_FACTOR,
-    )
-
-
-def build_text_encoder(vocabulary_size: int) -> UMT5EncoderModel:
-    return UMT5EncoderModel(UMT5Config(**text.sequence_settings(vocabulary_size)))
-
-
-def build_transformer() -> WanTransformer3DModel:
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=4,
-        attention_head_dim=32,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        text_dim=text.SEQUENCE_WIDTH,
-        freq_dim=64,
-        ffn_dim=512,
-        num_layers=6,
-        cross_attn_norm=True,
-        rope_max_seq_len=64,
-    )
 
 
 class WanVelocity:

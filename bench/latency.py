@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_models import MODELS, Request
+from real_architecture import Request
+from real_models import MODELS
 from record import RESULTS, attempted, machine, write
 from step_timer import Call, Timings, clock_of, compare, time_run
 from subjects import Subject, caller, real_subject, tiny_subject

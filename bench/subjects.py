@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from real_models import MODELS, Request
+from real_architecture import Request
+from real_models import MODELS
 from step_timer import Call
 from synthetic import grid_and_shape, synthetic_calibration
 from tiny_pipelines import FOLDERS, kept_counts, subject_name, tiny_calibration, tiny_pipeline

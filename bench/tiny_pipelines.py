@@ -35,7 +35,7 @@ def subject_name(name: str) -> str:
 
 def tiny_module(name: str) -> ModuleType:
     """The folder's generate.py."""
-    with _imports_from(FOLDERS[name]):
+    with imports_from(FOLDERS[name]):
         return importlib.import_module("generate")
 
 
@@ -50,7 +50,7 @@ def tiny_pipeline(name: str, *flags: str) -> tuple[Any, Any, ModuleType]:
 
 
 @contextlib.contextmanager
-def _imports_from(folder: Path) -> Iterator[None]:
+def imports_from(folder: Path) -> Iterator[None]:
     """The folder's own modules, which have the same names in every folder, and no trace of them afterwards."""
     own = {path.stem for path in folder.glob("*.py")}
     before = {name: sys.modules.pop(name) for name in own if name in sys.modules}

@@ -14,6 +14,7 @@ import held_memory
 import latency
 import numpy as np
 import pytest
+import real_architecture
 import real_models
 import record
 import scaling
@@ -111,23 +112,23 @@ def test_results_say_which_commit_made_them(tmp_path, monkeypatch):
 def test_architectures_have_their_real_size(name, billions):
     """Parameter counts of the published checkpoints; nothing is allocated."""
     model = real_models.MODELS[name]
-    pipe = model.build(real_models.Request(device=torch.device("meta")), model.size)
+    pipe = model.build(real_architecture.Request(device=torch.device("meta")), model.size)
     assert sum(p.numel() for p in pipe.transformer.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
 
 
 def test_architectures_are_cut_down_by_fractions():
     model = real_models.MODELS["wan"]
-    request = real_models.Request(layers=0.1, scale=0.25, frames=5, device=torch.device("meta"))
+    request = real_architecture.Request(layers=0.1, scale=0.25, frames=5, device=torch.device("meta"))
     assert model.sized(request) == {"height": 128, "width": 208, "num_frames": 5}
     assert len(model.build(request, model.sized(request)).transformer.blocks) == 3
-    assert real_models.kept(19, 0.01) == 1
+    assert real_architecture.kept(19, 0.01) == 1
     with pytest.raises(ValueError, match="layers is 0"):
-        real_models.kept(19, 0)
+        real_architecture.kept(19, 0)
 
 
 def test_schnell_is_distilled():
     model = real_models.MODELS["flux-schnell"]
-    pipe = model.build(real_models.Request(layers=0.01, device=torch.device("meta")), model.size)
+    pipe = model.build(real_architecture.Request(layers=0.01, device=torch.device("meta")), model.size)
     assert model.steps == (4, 8) and not pipe.transformer.config.guidance_embeds
     assert pipe.scheduler.config.shift == 1 and not pipe.scheduler.config.use_dynamic_shifting
 
@@ -157,12 +158,12 @@ def test_a_cpu_is_given_less_where_nothing_is_said(name, capsys, monkeypatch):
         built.append(request)
         raise Stop
 
-    monkeypatch.setattr(real_models.RealModel, "pipeline", build)
+    monkeypatch.setattr(real_architecture.RealModel, "pipeline", build)
     with pytest.raises(Stop):
-        subjects.real_subject(name, real_models.Request(None, None), None, None)
+        subjects.real_subject(name, real_architecture.Request(None, None), None, None)
     assert built[0].layers < 0.05 and built[0].scale <= 0.25 and "on a CPU reduced to" in capsys.readouterr().err
     with pytest.raises(Stop):
-        subjects.real_subject(name, real_models.Request(1.0, None), None, None)
+        subjects.real_subject(name, real_architecture.Request(1.0, None), None, None)
     assert (built[1].layers, built[1].scale) == (1, 1) and not capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import device_checks
 import pytest
-from test_docs import COMMANDS
+from page_texts import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 CUT_DOWN = ["--layers", "0.02", "--scale", "0.1", "--steps", "3", "--computed", "2", "--repeats", "1"]

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from page_texts import COMMANDS
 from PIL import Image
-from test_docs import COMMANDS
-from tiny_pipelines import FOLDERS, _imports_from, tiny_module
+from tiny_pipelines import FOLDERS, imports_from, tiny_module
 
 from ertacache import command, settings
 from ertacache.settings import read_constants, read_prompts
@@ -107,7 +107,7 @@ def test_a_comparison_runs(folder, flags, tmp_path, monkeypatch):
         str(tmp_path / "mine"),
     ]
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *flags, *small])
-    with _imports_from(folder), pytest.raises(SystemExit) as end:
+    with imports_from(folder), pytest.raises(SystemExit) as end:
         runpy.run_path(str(folder / "reproduce.py"), run_name="__main__")
     assert not end.value.code
     out = tmp_path / (flags[flags.index("--out") + 1] if "--out" in flags else "reproduced")
@@ -130,7 +130,7 @@ def test_a_strip_is_drawn(words, tmp_path, monkeypatch):
     drawn = tmp_path / "strip.png"
     monkeypatch.setitem(main.__globals__, "write_atomically", lambda path, data: drawn.write_bytes(data) and path)
     monkeypatch.setattr(sys, "argv", [words[0], str(ROOT / folder), results])
-    with _imports_from(ROOT / folder):
+    with imports_from(ROOT / folder):
         main()
     with Image.open(drawn) as picture:
         assert picture.height > 100

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from tiny_pipelines import imports_from
 
 from tiny_training import clips, data, flow, motion, text, video_stages
 from tiny_training.arrays import filled_array
@@ -203,7 +204,8 @@ def test_training_runs_from_scenes_to_a_measured_pipeline_and_resumes(folder, tm
         """What it says; in this process, since importing everything anew takes ten seconds."""
         script = str(ROOT / folder / "train_tiny.py")
         monkeypatch.setattr(sys, "argv", [script, "--work", str(tmp_path), "--smoke", *flags])
-        runpy.run_path(script, run_name="__main__")
+        with imports_from(ROOT / folder):
+            runpy.run_path(script, run_name="__main__")
         return capsys.readouterr().err
 
     assert "vae:   0%" in train()
