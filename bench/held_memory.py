@@ -1,18 +1,21 @@
-"""What caches hold: bytes of live tensors at the end of each step, beyond those of the uncached run.
+"""What caches hold: bytes of live tensors at the end of each step, and the most within steps, beyond the uncached run.
 
 Counts storages, each once, so it sees what a process keeps on any device and not what an allocator has reserved.
 """
 
 import gc
 from contextlib import AbstractContextManager, nullcontext, suppress
+from itertools import accumulate
 from typing import Any
 
 import torch
 from record import failure
 from step_timer import Call
+from torch.profiler import ProfilerActivity, profile
 
 import ertacache
 from ertacache.calibration import Calibration
+from ertacache.channels import PlacedMatrices
 from ertacache.rivals import (
     FasterCache,
     FirstBlockCache,
@@ -37,8 +40,8 @@ def live_bytes(device: torch.device) -> int:
     return sum(sizes.values())
 
 
-def held_bytes(call: Call, device: torch.device) -> tuple[int, int | None]:
-    """(most bytes of the run's own tensors at the end of a step, peak allocated on a CUDA device) of one run."""
+def held_bytes(call: Call, device: torch.device) -> int:
+    """Most bytes of the run's own tensors at the end of a step."""
     seen: list[int] = []
 
     def look(*_: Any) -> dict[str, Any]:
@@ -47,27 +50,47 @@ def held_bytes(call: Call, device: torch.device) -> tuple[int, int | None]:
 
     gc.collect()
     gc.freeze()  # weights and embeddings are no part of it, and looking through them takes long
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     try:
         with torch.no_grad():
             call(callback_on_step_end=look)
     finally:
         gc.unfreeze()
-    return max(seen), torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return max(seen)
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Most bytes that are allocated at once in a run; on a CPU beyond what was there before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        with torch.no_grad():
+            call()
+        return torch.cuda.max_memory_allocated(device)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, torch.no_grad():
+        call()
+    changes = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in changes))
+
+
+def table_bytes() -> int:
+    """Bytes of the coefficients of channels that are in memory for a run, whatever the size of its latents."""
+    placed = [thing for thing in gc.get_objects() if type(thing) is PlacedMatrices]
+    tensors = [tensor for one in placed for tensor in (one.matrices, one.of_tokens) if tensor is not None]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def compare_memory(
     pipe: Any, call: Call, calibration: Calibration, output_bytes: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """One entry a cache: bytes beyond the uncached run, and the same in units of one guided output."""
+    """One entry a cache: bytes beyond the uncached run, and those less its tables in units of one guided output."""
     call()  # whatever the first run leaves behind is not the cache's
-    plain, plain_peak = held_bytes(call, device)
+    plain, plain_peak = held_bytes(call, device), peak_bytes(call, device)
     found = [{"method": "none", "held_bytes": plain, "peak_bytes": plain_peak}]
     for name, attached in _caches(pipe, calibration):
         try:
             with attached:
-                held, peak = held_bytes(call, device)
+                held, tables, peak = held_bytes(call, device), table_bytes(), peak_bytes(call, device)
         except NotApplicable as reason:
             found.append({"method": name, "not_applicable": str(reason)})
             continue
@@ -80,8 +103,9 @@ def compare_memory(
                 "held_bytes": held,
                 "peak_bytes": peak,
                 "beyond_uncached_bytes": held - plain,
-                "beyond_uncached_outputs": (held - plain) / output_bytes,
-                "peak_beyond_uncached_bytes": None if peak is None else peak - plain_peak,
+                "table_bytes": tables,
+                "beyond_uncached_outputs": (held - plain - tables) / output_bytes,
+                "peak_beyond_uncached_bytes": peak - plain_peak,
             }
         )
     return found

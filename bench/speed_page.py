@@ -78,7 +78,14 @@ def shares(records: Sequence[Record]) -> str:
 
 
 def memory(records: Sequence[Record]) -> str:
-    header = ["Model and size", "Cache", "MiB beyond uncached", "in guided outputs", "Peak, MiB beyond"]
+    header = [
+        "Model and size",
+        "Cache",
+        "MiB beyond uncached",
+        "of it tables",
+        "the rest in guided outputs",
+        "Peak, MiB beyond",
+    ]
     lines = []
     for record in records:
         for entry in record.get("memory", []):
@@ -86,11 +93,13 @@ def memory(records: Sequence[Record]) -> str:
                 continue
             name = f"{record['model']}, {size_of(record)}"
             if "beyond_uncached_bytes" not in entry:
-                lines.append([name, entry["method"], entry.get("error", "not applicable"), "–", "–"])
+                lines.append([name, entry["method"], entry.get("error", "not applicable"), "–", "–", "–"])
                 continue
-            peak = entry["peak_beyond_uncached_bytes"]
-            numbers = [f"{entry['beyond_uncached_bytes'] / 2**20:.3g}", f"{entry['beyond_uncached_outputs']:.2f}"]
-            lines.append([name, entry["method"], *numbers, "–" if peak is None else f"{peak / 2**20:.3g}"])
+            beyond, tables, peak = (
+                f"{entry[key] / 2**20:.3g}"
+                for key in ("beyond_uncached_bytes", "table_bytes", "peak_beyond_uncached_bytes")
+            )
+            lines.append([name, entry["method"], beyond, tables, f"{entry['beyond_uncached_outputs']:.2f}", peak])
     return grid(header, lines, left=2) if lines else ""
 
 

@@ -74,6 +74,7 @@ def real_subject(name: str, request: Request, steps: list[int] | None, computed:
     record = {
         "model": model.name,
         "weights": "random",
+        "branches": model.branches,
         "layers_fraction": request.layers,
         "scale": request.scale,
         "full_size": full,
@@ -114,6 +115,7 @@ def tiny_subject(name: str, computed: list[int] | None) -> Subject | None:
     record = {
         "model": subject_name(name),
         "weights": "trained",
+        "branches": MODELS[name].branches,
         "full_size": False,
         "size": {key: arguments[key] for key in ("height", "width", "num_frames") if key in arguments},
         "parameters": sum(p.numel() for p in pipe.transformer.parameters()),

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import json
 import random
-import re
 import tempfile
 import time
 
@@ -24,7 +23,7 @@ import subjects
 import tiny_pipelines
 import torch
 from device_checks import compiled_graphs
-from held_memory import compare_memory, held_bytes
+from held_memory import compare_memory, held_bytes, table_bytes
 from pipelines import KINDS, made
 from step_timer import Marks, Timings, clock_of, compare
 from test_attach import run
@@ -33,7 +32,6 @@ from toys import ToyPipeline, curved
 import ertacache
 from ertacache import ablation_schedules
 from ertacache.attach import attached
-from ertacache.channels import KEPT_BYTES, PATCH
 from ertacache.fitting import SAFE_FORM
 from ertacache.forms import form_evaluations
 from ertacache.paths import path_schedule
@@ -226,21 +224,10 @@ def test_the_cache_holds_at_most_three_outputs_more(kind, guidance):
     pipe, call, calibration, output_bytes = made(kind, computed_steps=6, guidance=guidance)
     assert max(map(len, calibration.coefficients)) == 4
     call()
-    plain, _ = held_bytes(call, CPU)
+    plain = held_bytes(call, CPU)
     with ertacache.apply(pipe, calibration):
-        cached, _ = held_bytes(call, CPU)
-    beyond = cached - plain - table_bytes(calibration)
+        beyond = held_bytes(call, CPU) - plain - table_bytes()
     assert beyond <= 3 * output_bytes + 256, f"{beyond / output_bytes:.2f} outputs"
-
-
-def table_bytes(calibration) -> int:
-    """The most that coefficients of channels take, whatever the size of the latents: their values, and the objects.
-
-    Those of tokens are kept 16 times as large where that is little.
-    """
-    values = len(re.findall(r"\d+\.", str(calibration.channel_coefficients)))
-    expanded = 4 * PATCH**2 * values if calibration.channel_axis == -1 else 0
-    return 8 * values + (expanded if expanded <= KEPT_BYTES else 0)
 
 
 def test_the_sum_of_a_reused_step_leaves_no_copies():
@@ -255,7 +242,12 @@ def test_the_sum_of_a_reused_step_leaves_no_copies():
 def test_what_other_caches_hold_is_measured():
     pipe, call, calibration, output_bytes = made("flux")
     found = {entry["method"]: entry for entry in compare_memory(pipe, call, calibration, output_bytes, CPU)}
-    assert found["ertacache"]["beyond_uncached_bytes"] <= 3.1 * output_bytes + table_bytes(calibration)
+    ours, tables = found["ertacache"], found["ertacache"]["table_bytes"]
+    assert 0 < ours["beyond_uncached_outputs"] <= 3.1
+    assert ours["beyond_uncached_bytes"] == pytest.approx(ours["beyond_uncached_outputs"] * output_bytes + tables)
+    assert (tables > 0) == (calibration.channel_axis is not None)
+    # beside what it holds there is a moment for samples of the weights, that do not grow with the model
+    assert tables <= ours["peak_beyond_uncached_bytes"] <= ours["beyond_uncached_bytes"] + 2**16
     assert found["taylorseer"]["beyond_uncached_bytes"] > found["ertacache"]["beyond_uncached_bytes"]
 
 
@@ -394,7 +386,7 @@ def test_targets_are_met_missed_or_not_measured():
         return [line.split(" | ")[1].strip(" |") for line in lines]
 
     assert statuses() == ["not measured"] * len(speed_targets.TARGETS)
-    held = {"memory": [{"method": "none"}, {"method": "ertacache", "beyond_uncached_outputs": 3.2}]}
+    held = {"memory": [{"method": "none"}, {"method": "ertacache", "beyond_uncached_outputs": 6.04}], "branches": 2}
     good = on_gpu(0.985, checks={"host_syncs": {"by_the_cache": 0}}, **held)
     where = "(M, 1 of 2 steps)"
     assert statuses(good) == [f"met: 0.985 {where}", "not measured", f"met: 0.3 {where}", "met: 3 (M)", "met: 0 (M)"]
