@@ -4,7 +4,9 @@ Counts storages, each once, so it sees what a process keeps on any device and no
 """
 
 import gc
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -25,6 +27,8 @@ from ertacache.rivals import (
     SeaCache,
     TaylorSeer,
 )
+
+Attach = Callable[[], AbstractContextManager[Any]]
 
 ALWAYS = 1e9  # threshold; memory is that of a run that reuses whenever it may
 
@@ -74,6 +78,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
 def table_bytes() -> int:
     """Bytes of the coefficients of channels that are in memory for a run, whatever the size of its latents."""
+    gc.collect()  # those of a run before
     placed = [thing for thing in gc.get_objects() if type(thing) is PlacedMatrices]
     tensors = [tensor for one in placed for tensor in (one.matrices, one.of_tokens) if tensor is not None]
     storages = [tensor.untyped_storage() for tensor in tensors]
@@ -87,10 +92,12 @@ def compare_memory(
     call()  # whatever the first run leaves behind is not the cache's
     plain, plain_peak = held_bytes(call, device), peak_bytes(call, device)
     found = [{"method": "none", "held_bytes": plain, "peak_bytes": plain_peak}]
-    for name, attached in _caches(pipe, calibration):
+    for name, attach in _caches(pipe, calibration):
         try:
-            with attached:
-                held, tables, peak = held_bytes(call, device), table_bytes(), peak_bytes(call, device)
+            with attach():
+                held, tables = held_bytes(call, device), table_bytes()
+            with attach():  # anew, so that what the first run keeps for the next ones counts
+                peak = peak_bytes(call, device)
         except NotApplicable as reason:
             found.append({"method": name, "not_applicable": str(reason)})
             continue
@@ -111,7 +118,7 @@ def compare_memory(
     return found
 
 
-def _caches(pipe: Any, calibration: Calibration) -> list[tuple[str, AbstractContextManager[Any]]]:
+def _caches(pipe: Any, calibration: Calibration) -> list[tuple[str, Attach]]:
     steps = calibration.num_inference_steps
     series = {"cache_interval": 2, "max_order": 2, "disable_cache_before_step": 3}
     settings = [
@@ -123,18 +130,5 @@ def _caches(pipe: Any, calibration: Calibration) -> list[tuple[str, AbstractCont
         (PyramidAttentionBroadcast(), {"skip_range": 2, "lowest_timestep": -1, "highest_timestep": 1001}),
         (FasterCache(), {"skip_range": 2, "highest_timestep": 901}),
     ]
-    rivals = [(rival.name, rival.attach(pipe, setting)) for rival, setting in settings]
-    return [("ertacache", _applied(pipe, calibration)), *rivals]
-
-
-def _applied(pipe: Any, calibration: Calibration) -> AbstractContextManager[Any]:
-    """Attaches when the block is entered, not when it is written down."""
-
-    class Applying(nullcontext):
-        def __enter__(self) -> Any:
-            return ertacache.apply(pipe, calibration)
-
-        def __exit__(self, *_: Any) -> None:
-            ertacache.remove(pipe)
-
-    return Applying()
+    rivals = [(rival.name, partial(rival.attach, pipe, setting)) for rival, setting in settings]
+    return [("ertacache", partial(ertacache.apply, pipe, calibration)), *rivals]

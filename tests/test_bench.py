@@ -198,7 +198,7 @@ def test_what_fails_is_an_entry_and_the_rest_is_kept(tmp_path, monkeypatch):
 def test_a_cache_that_fails_does_not_hide_the_others(monkeypatch):
     pipe, call, calibration, output_bytes = made("flux")
     caches = held_memory._caches(pipe, calibration)[:2]
-    monkeypatch.setattr(held_memory, "_caches", lambda *_: [("broken", Broken()), *caches])
+    monkeypatch.setattr(held_memory, "_caches", lambda *_: [("broken", Broken), *caches])
     found = compare_memory(pipe, call, calibration, output_bytes, CPU)
     assert found[1] == {"method": "broken", "error": "RuntimeError: no memory"}
     assert [entry["method"] for entry in found] == ["none", "broken", "ertacache", "taylorseer-lite"]
@@ -350,6 +350,7 @@ def test_the_page_is_made_from_results(tmp_path):
     result = {
         "model": "made up",
         "weights": "random",
+        "branches": 1,
         "layers_fraction": 0.5,
         "scale": 1.0,
         "full_size": False,
