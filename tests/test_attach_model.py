@@ -1,144 +1,36 @@
 """The attachment to a transformer alone: stand-ins with the call shapes of the official packages, in their loops."""
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from bare_models import (
+    GUIDANCE,
+    LATENT_SHAPE,
+    STEPS,
+    STOPS,
+    Pipeline,
+    STDiT3,
+    WanModel,
+    calibrated,
+    expected_latents,
+    noise_of,
+    official_generate,
+    scheduler_of,
+    text_of,
+)
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from toys import plain_fields
 
 import ertacache
-from ertacache import model_run
 from ertacache.errors import MismatchError, MismatchWarning, StateError
-
-STEPS = 10
-GUIDANCE = 4.0
-LATENT_SHAPE = [3, 2, 4, 4]
-STOPS = [(0, "cond"), (0, "uncond"), (1, "cond"), (4, "uncond"), (9, "cond"), (9, "uncond")]  # where a run is given up
-
-
-def velocity(latents: Tensor, sigma: float | Tensor, text: Tensor) -> Tensor:
-    """Bends with the state, the noise level and the text (tokens, 4)."""
-    tone = text.float().mean(dim=-2).mean(dim=-1).reshape(*text.shape[:-2], *[1] * (latents.ndim - text.ndim + 2))
-    return torch.tanh(latents + tone) * (0.5 + sigma) + torch.sin(3 * sigma + tone)
-
-
-class WanModel(nn.Module):
-    """Lists of latents (C, F, H, W) and of texts (tokens, 4) in, a list of velocities out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(3))
-        self.calls = 0
-        self.fail_at: int | None = None
-
-    def forward(self, x, t, context, seq_len, clip_fea=None, y=None):
-        self.calls += 1
-        if self.calls == self.fail_at:
-            raise KeyboardInterrupt
-        sigmas = t / 1000
-        return [velocity(latents, sigma, text).float() for latents, sigma, text in zip(x, sigmas, context, strict=True)]
-
-
-class STDiT3(nn.Module):
-    """Both branches in one batch; twice the channels out, of which the loop drops the second half."""
-
-    def forward(self, x, timestep, y, mask=None, x_mask=None, fps=None, height=None, width=None):
-        made = torch.stack([velocity(z, t / 1000, text) for z, t, text in zip(x, timestep, y, strict=True)])
-        return torch.cat([made, 0.1 * made], dim=1)
-
-
-class DiffusersStyle(nn.Module):
-    """The same network as diffusers would call it, one tensor for all."""
-
-    def __init__(self, model: WanModel):
-        super().__init__()
-        self.model = model
-        self.weight = nn.Parameter(torch.ones(3))
-
-    def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict=True):
-        return (torch.stack(self.model(list(hidden_states), timestep, list(encoder_hidden_states), 8)),)
-
-
-def text_of(prompt: str) -> Tensor:
-    return torch.randn(5, 4, generator=torch.Generator().manual_seed(sum(prompt.encode())))
-
-
-def scheduler_of(steps: int = STEPS, shift: float = 3.0):
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-    scheduler.set_timesteps(steps)
-    return scheduler
-
-
-def noise_of(seed: int) -> Tensor:
-    return torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(seed))
-
-
-class Pipeline:
-    """diffusers' shape of the same loop: for calibrating, and to compare with."""
-
-    def __init__(self) -> None:
-        self.transformer = DiffusersStyle(WanModel())
-        self.scheduler = scheduler_of()
-        self.guidance_scale = GUIDANCE
-
-    def set_progress_bar_config(self, **_) -> None:
-        pass
-
-    @torch.no_grad()
-    def __call__(self, prompt, generator=None, num_inference_steps=STEPS, output_type="latent"):
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        generators = generator if isinstance(generator, list) else [generator]
-        cond = torch.stack([text_of(p) for p in prompts])
-        uncond = torch.stack([text_of("")] * len(prompts))
-        latents = torch.stack([torch.randn(LATENT_SHAPE, generator=g) for g in generators])
-        self.scheduler.set_timesteps(num_inference_steps)
-        for t in self.scheduler.timesteps:
-            times = t.expand(len(prompts))
-            c = self.transformer(latents, times, cond, return_dict=False)[0]
-            u = self.transformer(latents, times, uncond, return_dict=False)[0]
-            latents = self.scheduler.step(u + self.guidance_scale * (c - u), t, latents, return_dict=False)[0]
-        return (latents,)
-
-
-@torch.no_grad()
-def official_generate(
-    model: nn.Module,
-    prompt: str,
-    seed: int = 7,
-    steps: int = STEPS,
-    shift: float = 3.0,
-    order: Sequence[str] = ("cond", "uncond"),
-    texts: dict[str, list[Tensor]] | None = None,
-    stop_at: tuple[int, str] | None = None,
-    guidance: float = GUIDANCE,
-) -> Tensor:
-    """A loop like that of the official wan package: its scheduler is a local variable, texts are lists."""
-    scheduler = scheduler_of(steps, shift)
-    texts = texts or {"cond": [text_of(prompt)], "uncond": [text_of("")]}
-    latents = [noise_of(seed)]
-    for step, t in enumerate(scheduler.timesteps):
-        timestep, outputs = torch.stack([t]), {}
-        for name in order:
-            if stop_at == (step, name):
-                raise KeyboardInterrupt
-            outputs[name] = model(latents, t=timestep, context=texts[name], seq_len=8)[0]
-        guided = outputs["cond"]
-        if "uncond" in outputs:
-            guided = outputs["uncond"] + guidance * (outputs["cond"] - outputs["uncond"])
-        result = scheduler.step(guided.unsqueeze(0), t, latents[0].unsqueeze(0), return_dict=False)[0]
-        latents = [result.squeeze(0)]
-    return latents[0]
 
 
 @pytest.fixture(scope="module")
 def calibration() -> ertacache.Calibration:
-    return ertacache.calibrate(
-        Pipeline(), ["a", "b", "c"], seeds=range(3), computed_steps=5, num_inference_steps=STEPS, progress=False
-    )
+    return calibrated()
 
 
 @pytest.fixture
@@ -148,10 +40,7 @@ def model() -> WanModel:
 
 @pytest.fixture
 def expected(calibration) -> Tensor:
-    """What the attachment at the scheduler gives for prompt "x" and seed 7: the two must agree."""
-    pipe = Pipeline()
-    with ertacache.apply(pipe, calibration):
-        return pipe("x", generator=torch.Generator().manual_seed(7))[0][0]
+    return expected_latents(calibration)
 
 
 def test_linear_guidance_gives_what_the_attachment_at_the_scheduler_gives(model, calibration, expected):
@@ -435,92 +324,6 @@ def test_one_attachment_at_a_time(calibration):
             ertacache.apply(pipe, calibration)
         ertacache.apply(pipe.transformer, calibration)  # its own is replaced
     assert "_ertacache" not in vars(pipe.transformer)
-
-
-# -- timesteps that cannot be looked at, as on a CUDA device -----------------------------------------------
-
-
-class _Event:
-    def synchronize(self) -> None:
-        pass
-
-
-@pytest.fixture
-def on_device(monkeypatch) -> list[float]:
-    """Timesteps as on a device: only at the ends of a run they may be read, in between they are copied out."""
-    read: list[float] = []
-    original = model_run.read_value
-
-    def reading(timestep):
-        read.append(original(timestep))
-        return read[-1]
-
-    monkeypatch.setattr(model_run, "host_value", lambda timestep: None)
-    monkeypatch.setattr(model_run, "read_value", reading)
-    monkeypatch.setattr(
-        model_run,
-        "copied_to_host",
-        lambda timestep: (timestep.reshape(-1)[:1].clone(), _Event(), model_run.tolerance_of(1000.0, timestep)),
-    )
-    return read
-
-
-def test_on_a_device_only_timesteps_at_the_ends_of_a_run_are_waited_for(model, calibration, expected, on_device):
-    with ertacache.apply(model, calibration, converted=True):
-        for _ in range(2):
-            on_device.clear()
-            assert torch.allclose(official_generate(model, "x"), expected, atol=1e-5)
-            times = scheduler_of().timesteps
-            # of both branches at step 0, and of the second one at the last step; the first one's copy serves there
-            assert on_device == [float(times[0])] * 2 + [float(times[-1])]
-
-
-@pytest.mark.parametrize("stop_at", STOPS)
-@pytest.mark.parametrize("same_texts", [False, True])
-@pytest.mark.parametrize("order", [("cond", "uncond"), ("uncond", "cond")])
-def test_on_a_device_a_run_given_up_is_right_or_an_error(
-    model, calibration, expected, on_device, stop_at, same_texts, order
-):
-    texts = {"cond": [text_of("x")], "uncond": [text_of("")]}
-    with ertacache.apply(model, calibration, converted=True):
-        with pytest.raises(KeyboardInterrupt):
-            official_generate(model, "x", seed=1, texts=texts, stop_at=stop_at)
-        try:
-            made = official_generate(model, "x", order=order, texts=texts if same_texts else None)
-        except (StateError, MismatchError):
-            assert same_texts  # fresh texts are always seen to be a new run
-            made = official_generate(model, "x", order=order, texts=texts)  # and the error leaves a fresh start
-        assert torch.allclose(made, expected, atol=1e-5)
-
-
-def test_on_a_device_another_step_count_is_an_error(model, calibration, on_device):
-    with ertacache.apply(model, calibration, converted=True), pytest.raises(StateError, match="step 1"):
-        official_generate(model, "x", steps=STEPS + 1)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_cuda_device(model, calibration):
-    """The copy in the background, for real."""
-    model = model.cuda()
-    times, texts = scheduler_of().timesteps.cuda(), [[text_of("x").cuda()], [text_of("").cuda()]]
-    with torch.no_grad(), ertacache.apply(model, calibration, converted=True) as applied:
-        for t in times:
-            for text in texts:
-                model([noise_of(0).cuda()], torch.stack([t]), text, 8)
-        assert applied._attachment.run.step is None and applied.computed_calls == 10
-        for text in texts:
-            model([noise_of(0).cuda()], times[:1], text, 8)
-        with pytest.raises(StateError, match="step 1"):
-            for t in times[2:]:
-                model([noise_of(0).cuda()], torch.stack([t]), texts[0], 8)
-
-
-def test_tolerance_follows_the_dtype():
-    assert model_run.tolerance_of(999.0, 999) == pytest.approx(0.05)
-    assert model_run.tolerance_of(999.0, torch.tensor([999])) == pytest.approx(0.05)
-    rounded = torch.tensor([999.0, 977.3, 501.1]).to(torch.bfloat16)
-    for value, exact in zip(rounded, (999.0, 977.3, 501.1), strict=True):
-        assert abs(float(value) - exact) <= model_run.tolerance_of(exact, value) < 5
 
 
 def test_euler_loop_on_a_bare_transformer(calibration):

@@ -3,13 +3,13 @@
 import math
 from dataclasses import replace
 
+import bare_models
 import numpy as np
 import pytest
-import test_attach_model
 import tiny_models
 import torch
+from bare_models import official_generate
 from diffusers import FlowMatchEulerDiscreteScheduler
-from test_attach_model import official_generate
 from tiny_models import NAMES, NUM_STEPS, call, expected, fitted, make
 from toys import ToyPipeline, curved
 
@@ -77,14 +77,14 @@ def test_nothing_is_read_from_the_device_before_the_last_step(monkeypatch):
 
 @pytest.fixture(scope="module")
 def for_bare() -> ertacache.Calibration:
-    asked = {"computed_steps": 5, "num_inference_steps": test_attach_model.STEPS, "progress": False}
-    return ertacache.calibrate(test_attach_model.Pipeline(), ["a", "b", "c"], seeds=range(3), **asked)
+    asked = {"computed_steps": 5, "num_inference_steps": bare_models.STEPS, "progress": False}
+    return ertacache.calibrate(bare_models.Pipeline(), ["a", "b", "c"], seeds=range(3), **asked)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("branch", [0, 1])
 def test_a_bad_output_of_a_transformer_alone_is_reported_at_the_end(for_bare, branch, value):
-    model = test_attach_model.WanModel()
+    model = bare_models.WanModel()
     with ertacache.apply(model, for_bare, converted=True) as applied:
         expected = official_generate(model, "x")
         for index, step in enumerate(for_bare.computed_steps):
@@ -97,13 +97,13 @@ def test_a_bad_output_of_a_transformer_alone_is_reported_at_the_end(for_bare, br
             handle, before = model.register_forward_hook(spoiling), applied.computed_calls + applied.reused_calls
             with pytest.raises(NumericsError, match=rf"step {step} \(computed\)"):
                 official_generate(model, "x")
-            assert applied.computed_calls + applied.reused_calls - before == 2 * test_attach_model.STEPS
+            assert applied.computed_calls + applied.reused_calls - before == 2 * bare_models.STEPS
             handle.remove()
             assert torch.equal(official_generate(model, "x"), expected)
 
 
 def test_a_run_of_a_transformer_alone_is_read_once_and_a_given_up_one_not_at_all(for_bare, monkeypatch):
-    model = test_attach_model.WanModel()
+    model = bare_models.WanModel()
     with ertacache.apply(model, for_bare, converted=True) as applied, monkeypatch.context() as patch:
         reads: list[int] = []
         original = FiniteCheck.verify  # the one place where anything is read
@@ -119,11 +119,11 @@ def test_a_run_of_a_transformer_alone_is_read_once_and_a_given_up_one_not_at_all
         handle.remove()
         before = applied.computed_calls + applied.reused_calls
         official_generate(model, "x")
-    assert reads == [before + 2 * test_attach_model.STEPS]
+    assert reads == [before + 2 * bare_models.STEPS]
 
 
 def test_the_check_of_a_transformer_alone_can_be_left_out(for_bare):
-    model = test_attach_model.WanModel()
+    model = bare_models.WanModel()
     model.register_forward_hook(lambda _m, _a, output: [output[0] * math.nan])
     with ertacache.apply(model, for_bare, converted=True, check_finite=False):
         assert official_generate(model, "x").isnan().all()
