@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from PIL import Image
@@ -33,25 +34,37 @@ def scaling(records: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def models(records: Sequence[dict[str, Any]]) -> tuple[Figure, list[Axes]]:
+    """A panel for each record, two in a row, named after its model."""
+    rows = -(-len(records) // 2)
+    columns = min(len(records), 2)
+    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, record in zip(panels, records, strict=False):
+        axes.set_title(record["model"], fontsize=9)
+        axes.grid(color="#e6e6e6")
+    for axes in panels[len(records) :]:
+        axes.set_visible(False)
+    return figure, panels[: len(records)]
+
+
 def prompts(records: Sequence[dict[str, Any]]) -> Figure:
     """Held-out PSNR over the number of calibration prompts; bars reach from the lowest to the highest draw."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for record in records:
+    figure, panels = models(records)
+    for axes, record in zip(panels, records, strict=True):
         for computed in dict.fromkeys(row["computed_steps"] for row in record["rows"]):
             rows = [row for row in record["rows"] if row["computed_steps"] == computed]
             middle = [row["psnr"] for row in rows]
             below = [row["psnr"] - row["psnr_lowest"] for row in rows]
             above = [row["psnr_highest"] - row["psnr"] for row in rows]
-            label = f"{record['model']}, {computed} of {rows[0]['num_inference_steps']} steps"
+            label = f"{computed} of {rows[0]['num_inference_steps']} steps"
             counts = [row["prompts"] for row in rows]
             axes.errorbar(counts, middle, yerr=[below, above], marker="o", capsize=3, label=label)
-    axes.set_xscale("log", base=2)
-    counts = sorted({row["prompts"] for record in records for row in record["rows"]})
-    axes.set_xticks(counts, list(map(str, counts)))  # as numbers of prompts, not as powers of two
-    axes.set(xlabel="calibration prompts", ylabel="held-out PSNR (dB)")
-    axes.grid(color="#e6e6e6")
-    axes.legend(fontsize=7)
+        axes.set_xscale("log", base=2)
+        counts = sorted({row["prompts"] for row in record["rows"]})
+        axes.set_xticks(counts, list(map(str, counts)))  # as numbers of prompts, not as powers of two
+        axes.set(xlabel="calibration prompts", ylabel="held-out PSNR (dB)")
+        axes.legend(fontsize=7)
     return figure
 
 
@@ -60,8 +73,7 @@ def few_steps(records: Sequence[dict[str, Any]]) -> Figure:
 
     A legend entry for each N, and one for each of the two kinds of line.
     """
-    figure = Figure(figsize=(5.2 * len(records), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(records), squeeze=False)[0]
+    figure, panels = models(records)
     for axes, record in zip(panels, records, strict=True):
         for index, steps in enumerate(dict.fromkeys(row["num_inference_steps"] for row in record["rows"])):
             rows = [row for row in record["rows"] if row["num_inference_steps"] == steps]
@@ -71,8 +83,6 @@ def few_steps(records: Sequence[dict[str, Any]]) -> Figure:
         axes.plot([], [], "o-", color="black", label="ERTACache, measured")
         axes.plot([], [], "x--", color="black", label="K plain steps, at the ideal N / K")
         axes.set(xlabel="speed-up", ylabel="PSNR to the N-step result (dB)")
-        axes.set_title(record["model"], fontsize=9)
-        axes.grid(color="#e6e6e6")
         axes.legend(fontsize=7)
     return figure
 
