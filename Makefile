@@ -29,6 +29,7 @@ test:
 # The comparisons (`sh reproduce.sh` in a model folder) are not among them: their results are copied by hand.
 bench:
 	$(PYTHON) bench/latency.py --tiny --memory
+	$(PYTHON) bench/latency.py --device cpu
 	$(PYTHON) bench/few_steps.py
 	$(PYTHON) bench/prompts_needed.py
 	$(PYTHON) bench/scaling.py

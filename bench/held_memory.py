@@ -76,7 +76,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     return max(accumulate(event.nbytes() for event in changes))
 
 
-def table_bytes() -> int:
+def matrices_bytes() -> int:
     """Bytes of the coefficients of channels that are in memory for a run, whatever the size of its latents."""
     gc.collect()  # those of a run before
     placed = [thing for thing in gc.get_objects() if type(thing) is PlacedMatrices]
@@ -88,14 +88,14 @@ def table_bytes() -> int:
 def compare_memory(
     pipe: Any, call: Call, calibration: Calibration, output_bytes: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """One entry a cache: bytes beyond the uncached run, and those less its tables in units of one guided output."""
+    """One entry a cache: bytes beyond the uncached run, and those less its matrices in units of one guided output."""
     call()  # whatever the first run leaves behind is not the cache's
     plain, plain_peak = held_bytes(call, device), peak_bytes(call, device)
     found = [{"method": "none", "held_bytes": plain, "peak_bytes": plain_peak}]
     for name, attach in _caches(pipe, calibration):
         try:
             with attach():
-                held, tables = held_bytes(call, device), table_bytes()
+                held, matrices = held_bytes(call, device), matrices_bytes()
             with attach():  # anew, so that what the first run keeps for the next ones counts
                 peak = peak_bytes(call, device)
         except NotApplicable as reason:
@@ -110,8 +110,8 @@ def compare_memory(
                 "held_bytes": held,
                 "peak_bytes": peak,
                 "beyond_uncached_bytes": held - plain,
-                "table_bytes": tables,
-                "beyond_uncached_outputs": (held - plain - tables) / output_bytes,
+                "matrices_bytes": matrices,
+                "beyond_uncached_outputs": (held - plain - matrices) / output_bytes,
                 "peak_beyond_uncached_bytes": peak - plain_peak,
             }
         )

@@ -82,7 +82,7 @@ def memory(records: Sequence[Record]) -> str:
         "Model and size",
         "Cache",
         "MiB beyond uncached",
-        "of it tables",
+        "of it matrices of channels",
         "the rest in guided outputs",
         "Peak, MiB beyond",
     ]
@@ -95,11 +95,11 @@ def memory(records: Sequence[Record]) -> str:
             if "beyond_uncached_bytes" not in entry:
                 lines.append([name, entry["method"], entry.get("error", "not applicable"), "–", "–", "–"])
                 continue
-            beyond, tables, peak = (
+            beyond, matrices, peak = (
                 f"{entry[key] / 2**20:.3g}"
-                for key in ("beyond_uncached_bytes", "table_bytes", "peak_beyond_uncached_bytes")
+                for key in ("beyond_uncached_bytes", "matrices_bytes", "peak_beyond_uncached_bytes")
             )
-            lines.append([name, entry["method"], beyond, tables, f"{entry['beyond_uncached_outputs']:.2f}", peak])
+            lines.append([name, entry["method"], beyond, matrices, f"{entry['beyond_uncached_outputs']:.2f}", peak])
     return grid(header, lines, left=2) if lines else ""
 
 
@@ -138,7 +138,7 @@ def prompts(records: Sequence[Record]) -> str:
         for row in record["rows"]
     ]
     figure = "![held-out PSNR over calibration prompts](speed-prompts.png)"
-    held = ", ".join(str(record["held_out_prompts"]) for record in records)
+    held = ", ".join(f"{record['model']} {record['held_out_prompts']}" for record in records)
     return f"{grid(header, lines, left=2)}\n\nHeld-out prompts: {held}.\n\n{_machines(records)}\n\n{figure}"
 
 

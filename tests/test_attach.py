@@ -11,6 +11,7 @@ from toys import ToyPipeline, curved, linear_in_sigma, plain_fields
 
 import ertacache
 from ertacache.errors import MismatchError, MismatchWarning, StateError
+from ertacache.replay import check_grid
 
 STEPS = 8
 
@@ -137,6 +138,15 @@ def test_other_grid_is_refused():
     pipe.scheduler.set_shift(2.0)
     with ertacache.apply(pipe, calibration), pytest.raises(MismatchError, match="noise grid differs at step"):
         run(pipe)
+
+
+@pytest.mark.parametrize(("place", "step"), [(0, 0), (7, 7), (8, 0), (15, 7), (16, 8)])  # 8 timesteps, 9 sigmas
+def test_the_step_at_which_the_grid_differs_is_named(place, step):
+    calibration = plain_reuse(ToyPipeline(curved), [0, 4])
+    grid = [*calibration.timesteps, *calibration.sigmas]
+    grid[place] += 0.5
+    with pytest.raises(MismatchError, match=f"differs at step {step} "):
+        check_grid(calibration, grid[:8], grid[8:])
 
 
 def test_other_scheduler_and_model_class_are_refused():

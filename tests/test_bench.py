@@ -23,7 +23,7 @@ import subjects
 import tiny_pipelines
 import torch
 from device_checks import compiled_graphs
-from held_memory import compare_memory, held_bytes, table_bytes
+from held_memory import compare_memory, held_bytes, matrices_bytes
 from pipelines import KINDS, made
 from step_timer import Marks, Timings, clock_of, compare
 from test_attach import run
@@ -226,7 +226,7 @@ def test_the_cache_holds_at_most_three_outputs_more(kind, guidance):
     call()
     plain = held_bytes(call, CPU)
     with ertacache.apply(pipe, calibration):
-        beyond = held_bytes(call, CPU) - plain - table_bytes()
+        beyond = held_bytes(call, CPU) - plain - matrices_bytes()
     assert beyond <= 3 * output_bytes + 256, f"{beyond / output_bytes:.2f} outputs"
 
 
@@ -242,7 +242,7 @@ def test_the_sum_of_a_reused_step_leaves_no_copies():
 def test_what_other_caches_hold_is_measured():
     pipe, call, calibration, output_bytes = made("flux")
     found = {entry["method"]: entry for entry in compare_memory(pipe, call, calibration, output_bytes, CPU)}
-    ours, tables = found["ertacache"], found["ertacache"]["table_bytes"]
+    ours, tables = found["ertacache"], found["ertacache"]["matrices_bytes"]
     assert 0 < ours["beyond_uncached_outputs"] <= 3.1
     assert ours["beyond_uncached_bytes"] == pytest.approx(ours["beyond_uncached_outputs"] * output_bytes + tables)
     assert (tables > 0) == (calibration.channel_axis is not None)

@@ -1,12 +1,12 @@
 """The tiny Open-Sora pipeline as train_tiny.py builds it: its size, and that training asks as sampling does."""
 
 import copy
-import importlib.util
-import sys
+import importlib
 
 import pytest
 import torch
 from tiny_opensora import FOLDER
+from tiny_pipelines import imports_from
 from torch import Tensor
 
 from tiny_training import text
@@ -20,12 +20,8 @@ LATENT = (16, 5, 16, 16)
 
 @pytest.fixture(scope="module")
 def training():
-    """train_tiny.py under a name of its own, since other folders have one too."""
-    spec = importlib.util.spec_from_file_location("opensora_train_tiny", FOLDER / "train_tiny.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    with imports_from(FOLDER):
+        return importlib.import_module("train_tiny")
 
 
 @pytest.fixture(scope="module")

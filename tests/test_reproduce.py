@@ -107,6 +107,10 @@ def test_a_kept_calibration_is_compared_and_not_made_again(pipe, tmp_path, monke
     few = [*asked, "--seeds", "3", "--num-prompts", "1", "--methods", "ertacache"]
     run(pipe, tmp_path / "same", *few)
     assert rows(tmp_path / "same")[1]["computed_steps"] == [0, 1, 5]
+    changed["computed_steps"] = [0, 2, 5]
+    path.write_text(json.dumps(changed))
+    run(pipe, tmp_path / "same", *few)  # what was measured of the file before is not taken for this one's
+    assert rows(tmp_path / "same")[1]["computed_steps"] == [0, 2, 5]
     run(pipe, tmp_path / "other", *few, "--num-calibration-prompts", "3")
     assert rows(tmp_path / "other")[1]["computed_steps"] != [0, 1, 5]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The parts of the method one by one, as calibrations that differ in a single thing from the row before."""
+"""The parts of the method as calibrations, one a row; a row that begins with + adds one thing to the row before."""
 
 from dataclasses import asdict
 from typing import Any

@@ -33,7 +33,7 @@ class Applied:
 
     @property
     def reused_calls(self) -> int:
-        """Transformer calls that were saved since the calibration was applied."""
+        """Transformer calls of reused steps, which did not run, since the calibration was applied."""
         return self._attachment.reused_calls
 
     def __enter__(self) -> "Applied":

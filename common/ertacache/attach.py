@@ -1,8 +1,8 @@
 """Attaches to a pipeline: its transformer's call and its scheduler's step, both on the instance.
 
-`Attachment` follows a run (which step is next) and asks a controller what to do at it. There are three
-controllers: `recording.Recorder` watches an uncached run, `fitting.Fitter` calibrates on the accelerated
-trajectory, `replay.Replay` generates with a finished calibration.
+`Attachment` follows a run (which step is next) and asks a controller what to do at it. The
+controllers: `recording.Recorder` watches an uncached run, `fitting.Fitter` fits on the accelerated trajectory,
+`rerun.Rerun` and `matrices.MatrixRun` run given coefficients, `replay.Replay` generates with a finished calibration.
 """
 
 import functools
@@ -23,7 +23,7 @@ from ertacache.solver import StepCall, StepPlaces, first_output, host_grid
 
 __all__ = ["Attachment", "Controller", "attached"]
 TRANSFORMER_NAMES = ("transformer", "transformer_2")
-TIMESTEP_TOLERANCE = 1.0
+TIMESTEP_TOLERANCE = 1.0  # in timesteps of 0 .. 1000
 
 # class, shape, dtype and device of what the transformer returns
 Structure = tuple[type, torch.Size, torch.dtype, torch.device]

@@ -55,10 +55,10 @@ def calibrate(
         refine: prompts, the first ones, for which the coefficients are fitted a second time, end to end; each costs
             about 2 K^2 steps, or twice that. 0 leaves it out.
         descent: steps of gradient descent, after refinement, on matrices of channels; 80 do. Each takes the time of
-            about 4 K steps of up to 16 prompts, and the transformer has to let gradients through. The last quarter
-            of the prompts, of which there must be 8 or more, is fitted to by nothing then. 0 leaves it out.
+            about 4 K steps of up to 16 prompts, and the transformer has to let gradients through. There must be 8
+            prompts or more, the last quarter of which is fitted to by nothing then. 0 leaves it out.
         folds: cross-validation folds of the quality prediction; 0 leaves it out. With `descent` the prompts that are
-            left out of the fit tell it, whatever the folds.
+            left out of the fit tell it, for any number of folds of 2 or more.
         micro_batch: how many samples the transformer sees at a time, which bounds its peak memory.
         memory_limit: bytes of recorded trajectories that may stay in host memory; above it they go to files in the
             system's temporary folder, which are removed afterwards. None for no limit.
@@ -77,9 +77,9 @@ def calibrate(
         StateError: the pipeline's calls do not form runs that can be followed.
     """
     goal = _checked_goal(method, speedup, computed_steps, min_psnr, threshold)
-    runs = make_runs(pipe, prompts, seeds, pipe_kwargs, micro_batch, progress, memory_limit)
     if phi_over not in PHI_OVER:
         raise CalibrationError(f"phi_over is {phi_over!r}: it must be one of {', '.join(PHI_OVER)}")
+    runs = make_runs(pipe, prompts, seeds, pipe_kwargs, micro_batch, progress, memory_limit)
     descent = descent if method == "ertacache" else 0
     maker = Maker(runs, method, threshold, search_budget, refine, folds, descent, phi_over=phi_over)
     Announcement(maker.work(), goal, runs.bar).follow(runs.recorded)

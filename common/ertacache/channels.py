@@ -78,7 +78,10 @@ class PlacedMatrices:
     of_tokens: Tensor | None = None
 
     def add_to(self, total: Tensor, outputs: Sequence[Tensor]) -> None:
-        """Add sum_j M_j^T o_j to `total` (float32), in place; without temporaries of its size where it is contiguous.
+        """Add sum_j M_j^T o_j to `total` (float32), in place.
+
+        Makes no temporaries of its size where both are float32 and contiguous; of half precision it copies one output
+        at a time.
 
         Args:
             outputs: the newest computed output first.
@@ -144,12 +147,15 @@ class ChannelMatrices:
     def with_shared(self, shared: list[list[float]], device: torch.device) -> list[PlacedMatrices | None]:
         """The same, made ready for a single product where matrices of packed tokens are small.
 
+        Not where float32 products may be rounded to TF32: the shared coefficients do better apart from them there.
+
         Args:
             shared: for each step the a_j.
         """
         found = self.on(device)
         size = sum(one.matrices.nbytes for one in found if one is not None)
-        if not self.layout.packed or size * PATCH**2 > KEPT_BYTES:
+        rounded = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        if not self.layout.packed or size * PATCH**2 > KEPT_BYTES or rounded:
             return found
         return [one if one is None else one.with_shared(row) for one, row in zip(found, shared, strict=True)]
 

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,7 @@ def method_attached(
         with _teacache(pipe, settings, model):
             yield
     else:
-        with nullcontext():
-            yield
+        yield
 
 
 def _teacache(pipe: Any, settings: Settings, model: ModelFolder) -> Any:
@@ -166,7 +165,7 @@ def _report(settings: Settings, record: dict[str, Any], calibration: Calibration
     print(f"{count} result{'s' * (count != 1)} in {out}, {record['denoise_seconds'] / count:.2f} s of denoising each")
     if calibration:
         total, computed = settings.num_inference_steps, len(calibration.computed_steps)
-        print(f"transformer steps: {computed} of {total} computed, {total - computed} saved")
+        print(f"transformer steps: {computed} of {total} computed, {total - computed} reused")
     if "compare" in record:
         psnrs, ssims = record["compare"]["psnr"], record["compare"]["ssim"]
         line = f"measured against the uncached results: PSNR {sum(psnrs) / count:.2f} dB, SSIM {sum(ssims) / count:.4f}"

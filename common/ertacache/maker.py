@@ -142,7 +142,7 @@ class Maker:
         return last.fitted() if mean_log_error(errors[made.left_out]) <= made.after else made.coefficients
 
     def _last_fitter(self, schedule: list[int], refined: Coefficients, rows: list[int] | None = None) -> Fitter:
-        """The last step leads to what the refined ones aim at, so its weights are fitted to that once more."""
+        """The last step leads to what the refined ones aim at, so its coefficients are fitted to that once more."""
         recorded = self.runs.recorded
         return Fitter(schedule, recorded.latents, rows, form=self.form, given=refined, start=recorded.num_steps - 1)
 
@@ -168,8 +168,8 @@ class Maker:
             return self._predict_left_out(made)
         values = torch.zeros(len(self.runs))
         for fold in range(count):
-            held_out = list(range(fold, len(self.runs), count))
-            values[held_out] = self._fold_psnr(made, held_out)[held_out].float()
+            left_out = list(range(fold, len(self.runs), count))
+            values[left_out] = self._fold_psnr(made, left_out)[left_out].float()
         return {"psnr": float(values.mean()), "psnr_p10": float(worst_decile(values, True)), "folds": count}
 
     def _predict_left_out(self, made: Calibration) -> dict[str, Any]:
@@ -180,16 +180,16 @@ class Maker:
         quality = {"psnr": float(values.mean()), "psnr_p10": float(worst_decile(values, True))}
         return {**quality, "folds": 1, "left_out": len(rows)}
 
-    def _fold_psnr(self, made: Calibration, held_out: list[int]) -> Tensor:
+    def _fold_psnr(self, made: Calibration, left_out: list[int]) -> Tensor:
         recorded = self.runs.recorded
-        rows = [i for i in range(len(self.runs)) if i not in held_out]
+        rows = [i for i in range(len(self.runs)) if i not in left_out]
         if self.method == "paper":
             steps = None if self.threshold is not None else len(made.computed_steps)
             controller: Any = Replay(self._fit_paper(steps, rows), self.runs.pipe)
         elif len(made.computed_steps) == recorded.num_steps:
             controller = Replay(made, self.runs.pipe)
         elif self.refined is not None and self.refined.ridge is not None:
-            controller = self._last_fitter(made.computed_steps, self.refined.without(held_out), rows)
+            controller = self._last_fitter(made.computed_steps, self.refined.without(left_out), rows)
         else:
             controller = Fitter(made.computed_steps, recorded.latents, rows, form=self.form)
         return psnr(self.runs.run(controller, decode=True), self.runs.pictures)

@@ -98,7 +98,7 @@ def combine(
             matrices hold them already.
         latents: x, those that the step starts from, in the shape of an output; not looked at where b is 0.
         latents_coefficient: b.
-        matrices: the M_j, of `ChannelMatrices.at`.
+        matrices: the M_j of the step, as `Coefficients.at` gives them.
     """
     newest = outputs[0]
     if len(coefficients) == 1 and coefficients[0] == 1.0 and latents_coefficient == 0 and matrices is None:

@@ -170,7 +170,7 @@ def check_grid(calibration: Calibration, timesteps: list[float], sigmas: list[fl
     )
     for index, (present, calibrated) in enumerate(pairs):
         if abs(present - calibrated) > GRID_TOLERANCE:
-            step = index % wanted
+            step = index if index < wanted else index - wanted  # the sigmas follow the timesteps
             raise MismatchError(
                 f"the noise grid differs at step {step} ({present:g}, calibrated {calibrated:g}); another resolution "
                 f"or shift moves it: {AGAIN}"

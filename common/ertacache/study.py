@@ -4,6 +4,7 @@ Ours and the rivals are calibrated and tuned on the calibration prompts, and mea
 """
 
 import functools
+import hashlib
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,7 +19,14 @@ from ertacache.calibration import Calibration
 from ertacache.comparison import Comparison, Contender
 from ertacache.errors import ERTACacheError, UsageError
 from ertacache.generation import latents_run
-from ertacache.kept import calibration_file_prompts, calibration_prompts, kept_calibration, new_calibration, phi_over
+from ertacache.kept import (
+    calibration_file_prompts,
+    calibration_prompts,
+    kept_calibration,
+    kept_path,
+    new_calibration,
+    phi_over,
+)
 from ertacache.ledger import Ledger
 from ertacache.lpips import Lpips, LpipsUnavailableError, load_lpips
 from ertacache.model_folder import ModelFolder, slug
@@ -72,8 +80,14 @@ class Study:
             "descent": self.chosen.descent,
             "phi_over": phi_over(self.chosen),
             "layout": self.chosen.layout,
+            "kept": [self._kept_sha256(count) for count in self.counts],
             "versions": provenance.package_versions(),
         }
+
+    def _kept_sha256(self, count: int) -> str | None:
+        """Of the calibration file that serves a number of computed steps; None where one has to be made."""
+        path = kept_path(self._asking("ertacache", count), self.model)
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path else None
 
     def run(self) -> Path:
         """All of it; a run that was interrupted goes on from what is in the ledger."""
