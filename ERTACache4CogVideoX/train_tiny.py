@@ -105,7 +105,7 @@ def main() -> None:
     )
     save_pipeline(autoencoder, encoder, scenes.tokenizer, transformer, args.out)
 
-    pipeline = CogVideoXPipeline.from_pretrained(args.out, torch_dtype=torch.float32)
+    pipeline = CogVideoXPipeline.from_pretrained(args.out, dtype=torch.float32)
     sample = clips.sampler(pipeline, guidance_scale=GUIDANCE_SCALE, max_sequence_length=MAX_TEXT_LENGTH)
     clips.measure(sample, pipeline.vae, scenes, plan, args)
 

@@ -1,8 +1,8 @@
 """Trains the embedded tiny FLUX pipeline: `python train_tiny.py` (about two hours on two cores).
 
-Stages: autoencoder, text encoders, flow matching with classifier-free guidance, distillation of the
-guidance into an embedding (as in FLUX.1-dev), adherence judge. Each resumes after an interruption; what
-they leave in the work folder is not needed once the pipeline is written to `tiny/`.
+Stages: autoencoder, text encoders, flow matching with classifier-free guidance, distillation of the guidance into
+an embedding (as in FLUX.1-dev), adherence judge. Each resumes after an interruption; what they leave in the work folder
+is not needed once the pipeline is written to `tiny/`. `--smoke` runs a step or two of each.
 """
 
 import argparse
@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from PIL import Image, ImageDraw
 from tiny_parts import (
     LATENT_CHANNELS,
     MAX_TEXT_LENGTH,
@@ -24,20 +23,30 @@ from tiny_parts import (
     build_vae,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextModel, T5EncoderModel
+from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from ertacache.metrics import psnr
 from tiny_training import data, flow, judge, text, vae
+from tiny_training.sheet import picture_sheet
 
 FOLDER = Path(__file__).parent
 WORK = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ertacache" / "train-tiny-flux"
-NUM_SCENES = 40_000
 SEED = 2027
 TOKEN_SIDE = SIZE // VAE_FACTOR // 2  # the pipeline packs 2x2 latents into a token
-FLOW_STEPS = 17_000
-DISTIL_STEPS = 800
+# how much of everything; `judged` are held-out prompts
+PLAN = {
+    "scenes": 40_000,
+    "vae_steps": 5400,
+    "text_steps": 2000,
+    "flow_steps": 17_000,
+    "distil_steps": 800,
+    "judge_steps": 1200,
+    "judged": 1000,
+}
+SMOKE = {**dict.fromkeys(PLAN, 2), "scenes": 64}
 NUM_INFERENCE_STEPS = 28  # of the pictures that are judged
-GUIDANCE_STRENGTH = 1.6  # the default scale 3.5 stands for classifier-free guidance of 5, where shapes come out best
+GUIDANCE_SCALE = 3.5
+GUIDANCE_STRENGTH = 1.6  # the scale 3.5 stands for classifier-free guidance of 5, where shapes come out best
 
 
 class FluxVelocity:
@@ -110,49 +119,40 @@ def sample(pipeline: FluxPipeline, prompts: list[str], num_inference_steps: int 
         height=SIZE,
         width=SIZE,
         num_inference_steps=num_inference_steps,
-        guidance_scale=3.5,
+        guidance_scale=GUIDANCE_SCALE,
         max_sequence_length=MAX_TEXT_LENGTH,
         generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
         output_type="pt",
     ).images
 
 
-def contact_sheet(images: Tensor, prompts: list[str], path: Path, scale: int = 3) -> None:
-    """Write the first 24 pictures with their prompts."""
-    tile, line = SIZE * scale, 62
-    sheet = Image.new("RGB", (6 * (tile + 8), 4 * (tile + line)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, prompt) in enumerate(zip(images[:24], prompts, strict=False)):
-        pixels = Image.fromarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
-        corner = (i % 6 * (tile + 8), i // 6 * (tile + line))
-        sheet.paste(pixels.resize((tile, tile), Image.Resampling.NEAREST), corner)
-        draw.multiline_text((corner[0] + 2, corner[1] + tile + 2), _wrap(prompt, 34), fill="black", spacing=1)
-    sheet.save(path)
-
-
-def _wrap(prompt: str, width: int) -> str:
-    lines = [""]
-    for word in prompt.split():
-        lines = [*lines, word] if len(lines[-1]) + len(word) > width else [*lines[:-1], f"{lines[-1]} {word}".strip()]
-    return "\n".join(lines)
+def parse_arguments() -> argparse.Namespace:
+    """The command line: folders, device, and how much of everything, in as few steps as can be with --smoke."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=WORK, help=f"checkpoints and data (default: {WORK})")
+    parser.add_argument("--out", type=Path, help="where the pipeline goes (default: tiny/, with --smoke below --work)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--smoke", action="store_true", help="a step or two of every stage")
+    for name, count in PLAN.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"(default: {count})")
+    args = parser.parse_args()
+    for name, count in (SMOKE if args.smoke else PLAN).items():
+        if getattr(args, name) is None:
+            setattr(args, name, count)
+    args.out = args.out or (args.work / "tiny" if args.smoke else FOLDER / "tiny")
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=WORK, help=f"checkpoints and data (default: {WORK})")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--flow-steps", type=int, default=FLOW_STEPS)
-    parser.add_argument("--distil-steps", type=int, default=DISTIL_STEPS)
-    args = parser.parse_args()
+    args = parse_arguments()
     torch.manual_seed(SEED)
-
-    pixels = data.rendered_pixels(NUM_SCENES, SEED, SIZE, args.work)
+    pixels = data.rendered_pixels(args.scenes, SEED, SIZE, args.work)
     autoencoder = vae.train_vae(
         build_vae(),
         pixels,
         LATENT_CHANNELS,
         VAE_FACTOR,
-        num_steps=5400,
+        num_steps=args.vae_steps,
         batch_size=32,
         crop=32,
         learning_rate=1.5e-3,
@@ -160,22 +160,46 @@ def main() -> None:
         device=args.device,
     )
     latents = packed_latents(autoencoder, pixels, args.work, args.device)
-
-    captions = [data.captions_for(i, SEED) for i in range(NUM_SCENES)]
     tokenizer = text.build_tokenizer(MAX_TEXT_LENGTH)
-    flat = [c for group in captions for c in group]
-    held_out = (FOLDER / "prompts" / "held_out.txt").read_text().splitlines()
-    if seen := sorted(set(held_out) & set(flat)):
+    encoders, tokens = trained_text_encoders(tokenizer, args)
+    transformer = trained_transformer(latents, encoders, tokenizer, tokens, args)
+    save_pipeline(autoencoder, encoders, tokenizer, transformer, args.out)
+    measure(pixels, args)
+
+
+def trained_text_encoders(
+    tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace
+) -> tuple[tuple[T5EncoderModel, CLIPTextModel], Tensor]:
+    """Both encoders, and the tokens (scenes, captions, length) of all captions."""
+    captions = [caption for i in range(args.scenes) for caption in data.captions_for(i, SEED)]
+    if seen := sorted(set(held_out_prompts()) & set(captions)):
         raise SystemExit(f"held-out prompt {seen[0]!r} is a training caption: take it out of prompts/held_out.txt")
-    tokens = text.tokenize(tokenizer, flat, MAX_TEXT_LENGTH)
+    tokens = text.tokenize(tokenizer, captions, MAX_TEXT_LENGTH)
     encoders = build_text_encoders(len(tokenizer))
     text.train_text_encoders(
-        *encoders, tokens, flat, num_steps=2000, batch_size=64, learning_rate=2e-3, folder=args.work, device=args.device
+        *encoders,
+        tokens,
+        captions,
+        num_steps=args.text_steps,
+        batch_size=64,
+        learning_rate=2e-3,
+        folder=args.work,
+        device=args.device,
     )
+    return encoders, tokens.unflatten(0, (args.scenes, -1))
 
+
+def trained_transformer(
+    latents: Tensor,
+    encoders: tuple[T5EncoderModel, CLIPTextModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: Tensor,
+    args: argparse.Namespace,
+) -> FluxTransformer2DModel:
+    """Trained with dropped captions, then its guidance distilled into an embedding."""
     velocity = FluxVelocity(*encoders, args.device)
     empty = text.tokenize(tokenizer, [""], MAX_TEXT_LENGTH)
-    batches = flow.Batches(latents, tokens.unflatten(0, (NUM_SCENES, -1)), empty, 64, args.device)
+    batches = flow.Batches(latents, tokens, empty, 64, args.device)
     teacher = flow.train_flow(
         build_transformer(guidance_embeds=False),
         velocity,
@@ -184,7 +208,7 @@ def main() -> None:
         learning_rate=2e-3,
         folder=args.work,
     )
-    student = flow.distil_guidance(
+    return flow.distil_guidance(
         teacher,
         guided_copy(teacher),
         velocity,
@@ -194,22 +218,24 @@ def main() -> None:
         folder=args.work,
         strength=GUIDANCE_STRENGTH,
     )
-    save_pipeline(autoencoder, encoders, tokenizer, student, FOLDER / "tiny")
-    measure(pixels, args)
+
+
+def held_out_prompts() -> list[str]:
+    return (FOLDER / "prompts" / "held_out.txt").read_text(encoding="utf-8").splitlines()
 
 
 def measure(pixels: np.ndarray, args: argparse.Namespace) -> None:
-    """Write the contact sheet and tiny/training.json: adherence on held-out prompts and the judge's ceiling."""
-    pipeline = FluxPipeline.from_pretrained(FOLDER / "tiny", torch_dtype=torch.float32)
-    prompts = (FOLDER / "prompts" / "held_out.txt").read_text().splitlines()
-    critic = judge.train_judge(pixels, SEED, num_steps=1200, folder=args.work, device=args.device).cpu()
-    unseen = range(NUM_SCENES, NUM_SCENES + 400)
+    """Write the contact sheet and training.json: adherence on held-out prompts and the judge's ceiling."""
+    pipeline = FluxPipeline.from_pretrained(args.out, dtype=torch.float32)
+    prompts = held_out_prompts()[: args.judged]
+    critic = judge.train_judge(pixels, SEED, num_steps=args.judge_steps, folder=args.work, device=args.device).cpu()
+    unseen = range(args.scenes, args.scenes + 400)
     frames = np.stack([data.render_frame(data.scene_for(i, SEED), SIZE) for i in unseen])
     ceiling = judge.adherence(
         critic, torch.from_numpy(frames).permute(0, 3, 1, 2), [data.captions_for(i, SEED)[0] for i in unseen]
     )
     images = sample(pipeline, prompts)
-    contact_sheet(images, prompts, FOLDER / "tiny" / "contact_sheet.png")
+    picture_sheet(images[:24], prompts[:24], args.out / "contact_sheet.png")
     report = {
         "adherence": judge.adherence(critic, images, prompts),
         "adherence_of_rendered_scenes": ceiling,
@@ -218,9 +244,9 @@ def measure(pixels: np.ndarray, args: argparse.Namespace) -> None:
         "vae_psnr": vae.reconstruction_psnr(pipeline.vae, (frames[:64] * 255).round().astype(np.uint8)),
         "flow_steps": args.flow_steps,
         "distil_steps": args.distil_steps,
-        "num_scenes": NUM_SCENES,
+        "num_scenes": args.scenes,
     }
-    (FOLDER / "tiny" / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 
 

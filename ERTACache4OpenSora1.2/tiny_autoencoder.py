@@ -28,7 +28,7 @@ LEARNING_RATE = 3e-3
 
 def load_picture_part(autoencoder: OpenSoraVAE) -> None:
     """Copy the weights of the tiny FLUX pipeline's picture autoencoder, which is of the same shape."""
-    trained = AutoencoderKL.from_pretrained(PICTURE_VAE, torch_dtype=torch.float32)
+    trained = AutoencoderKL.from_pretrained(PICTURE_VAE, dtype=torch.float32)
     autoencoder.spatial_vae.module.load_state_dict(trained.state_dict())
 
 

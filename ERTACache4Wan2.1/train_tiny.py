@@ -106,7 +106,7 @@ def main() -> None:
     )
     save_pipeline(autoencoder, encoder, scenes.tokenizer, transformer, args.out)
 
-    pipeline = WanPipeline.from_pretrained(args.out, torch_dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(args.out, dtype=torch.float32)
     sample = clips.sampler(pipeline, guidance_scale=GUIDANCE_SCALE, max_sequence_length=MAX_TEXT_LENGTH)
     clips.measure(sample, pipeline.vae, scenes, plan, args)
 

@@ -95,14 +95,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--computed", type=int, nargs="+", help="computed steps instead of N / 1.5, N / 2, N / 3, or all kept ones"
     )
     parser.add_argument(
-        "--repeats", type=int, help="counted pairs of runs; 25 of the tiny pipelines, 5 on a GPU, 1 on a CPU"
+        "--repeats", type=int, help="counted pairs of runs; 25 of the tiny pipelines, 5 on a GPU, 3 on a CPU"
     )
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--checks", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
     if options.repeats is None:
-        options.repeats = 25 if options.tiny else 1 if options.device == "cpu" else 5
+        options.repeats = 25 if options.tiny else 3 if options.device == "cpu" else 5
     unknown = [name for name in options.models if name not in MODELS]
     if unknown:
         parser.error(f"unknown model {', '.join(unknown)}: choose from {', '.join(MODELS)}")

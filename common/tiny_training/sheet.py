@@ -8,8 +8,29 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 GAP = 4  # pixels between frames
-TEXT_WIDTH = 236  # pixels for the prompt
+TEXT_WIDTH = 236  # pixels for the prompt beside a row of frames
+TEXT_HEIGHT = 62  # and below a picture
 CHARACTERS = 36  # of the prompt in a line
+
+
+def picture_sheet(pictures: Tensor, prompts: list[str], path: Path, scale: int = 3) -> None:
+    """Six pictures a row with their prompts below.
+
+    Args:
+        pictures: (n, 3, H, W) in [0, 1].
+        scale: how much larger than life.
+    """
+    height, width = pictures.shape[2] * scale + TEXT_HEIGHT, pictures.shape[3] * scale + 2 * GAP
+    sheet = Image.new("RGB", (6 * width, -(-len(pictures) // 6) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+        left, top = index % 6 * width, index // 6 * height
+        pixels = Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+        tile = pixels.resize((width - 2 * GAP, height - TEXT_HEIGHT), Image.Resampling.NEAREST)
+        sheet.paste(tile, (left, top))
+        text = textwrap.fill(prompt, CHARACTERS - 2)
+        draw.multiline_text((left + 2, top + tile.height + 2), text, fill="black", spacing=1)
+    sheet.save(path)
 
 
 def clip_sheet(clips: Tensor, prompts: list[str], frames: list[int], path: Path, scale: int = 2) -> None:
