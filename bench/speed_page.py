@@ -180,7 +180,12 @@ def few_steps(records: Sequence[Record]) -> str:
 
 
 def _machines(records: Sequence[Record]) -> str:
-    return "Measured on: " + "; ".join(dict.fromkeys(ran_on(record) for record in records)) + "."
+    """Where each model was measured; those that were measured alike in one sentence."""
+    alike: dict[str, list[str]] = {}
+    for model, where in (ran_on(record).split(": ", 1) for record in records):
+        if model not in alike.setdefault(where, []):
+            alike[where].append(model)
+    return "Measured on: " + "; ".join(f"{', '.join(models)}: {where}" for where, models in alike.items()) + "."
 
 
 # section of the page -> (what makes it, JSON files, command that makes those)
