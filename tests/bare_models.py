@@ -6,8 +6,6 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor, nn
 
-import ertacache
-
 STEPS = 10
 GUIDANCE = 4.0
 LATENT_SHAPE = [3, 2, 4, 4]
@@ -126,16 +124,3 @@ def official_generate(
         result = scheduler.step(guided.unsqueeze(0), t, latents[0].unsqueeze(0), return_dict=False)[0]
         latents = [result.squeeze(0)]
     return latents[0]
-
-
-def calibrated() -> ertacache.Calibration:
-    return ertacache.calibrate(
-        Pipeline(), ["a", "b", "c"], seeds=range(3), computed_steps=5, num_inference_steps=STEPS, progress=False
-    )
-
-
-def expected_latents(calibration: ertacache.Calibration) -> Tensor:
-    """What the attachment at the scheduler gives for prompt "x" and seed 7, with which that at the model must agree."""
-    pipe = Pipeline()
-    with ertacache.apply(pipe, calibration):
-        return pipe("x", generator=torch.Generator().manual_seed(7))[0][0]

@@ -13,8 +13,6 @@ from bare_models import (
     Pipeline,
     STDiT3,
     WanModel,
-    calibrated,
-    expected_latents,
     noise_of,
     official_generate,
     scheduler_of,
@@ -27,20 +25,7 @@ from toys import plain_fields
 import ertacache
 from ertacache.errors import MismatchError, MismatchWarning, StateError
 
-
-@pytest.fixture(scope="module")
-def calibration() -> ertacache.Calibration:
-    return calibrated()
-
-
-@pytest.fixture
-def model() -> WanModel:
-    return WanModel()
-
-
-@pytest.fixture
-def expected(calibration) -> Tensor:
-    return expected_latents(calibration)
+pytest_plugins = ["bare_model_fixtures"]
 
 
 def test_linear_guidance_gives_what_the_attachment_at_the_scheduler_gives(model, calibration, expected):

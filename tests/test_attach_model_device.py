@@ -5,34 +5,17 @@ import torch
 from bare_models import (
     STEPS,
     STOPS,
-    WanModel,
-    calibrated,
-    expected_latents,
     noise_of,
     official_generate,
     scheduler_of,
     text_of,
 )
-from torch import Tensor
 
 import ertacache
 from ertacache import model_run
 from ertacache.errors import MismatchError, StateError
 
-
-@pytest.fixture(scope="module")
-def calibration() -> ertacache.Calibration:
-    return calibrated()
-
-
-@pytest.fixture
-def model() -> WanModel:
-    return WanModel()
-
-
-@pytest.fixture
-def expected(calibration) -> Tensor:
-    return expected_latents(calibration)
+pytest_plugins = ["bare_model_fixtures"]
 
 
 class _Event:

@@ -89,6 +89,15 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(pipe, tmp_path, mon
     assert f"Made by `{meta['command']}`." in (tmp_path / "a" / "table.md").read_text()
 
 
+def test_another_cost_is_added_to_what_was_measured(pipe, tmp_path, monkeypatch):
+    measured, original = [], Comparison._metrics
+    monkeypatch.setattr(Comparison, "_metrics", lambda self, p: measured.append(1) or original(self, p))
+    run(pipe, tmp_path, "--computed-steps", "4")
+    first = len(measured)
+    run(pipe, tmp_path, "--computed-steps", "4,3")
+    assert (first, len(measured)) == (3, 5)  # the reference, ours and fewer steps; then the latter two once more
+
+
 def test_what_is_not_asked_for_is_not_calibrated(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(study.ertacache, "calibrate", lambda *_, **__: pytest.fail("calibrated"))
     run(pipe, tmp_path / "out", "--methods", "none,fewer-steps", "--seeds", "3", "--num-prompts", "1")

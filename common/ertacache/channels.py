@@ -106,7 +106,10 @@ class PlacedMatrices:
         if len(shared) != len(self.matrices):
             return self
         wide = _of_tokens(self.matrices)
-        wide.diagonal(dim1=1, dim2=2).add_(wide.new_tensor(shared)[:, None])
+        for coefficient, matrix in zip(
+            shared, wide, strict=True
+        ):  # one by one, since numbers need no copy to the device
+            matrix.diagonal().add_(coefficient)
         return PlacedMatrices(self.matrices, self.layout, wide.flatten(0, 1))
 
     def sum_of_tokens(self, outputs: Sequence[Tensor]) -> Tensor:

@@ -34,6 +34,7 @@ class Contender:
     Attributes:
         attach: makes the pipeline run with it; yields pipeline arguments to override.
         static: its decisions are known before the run, so that prompts may share a batch.
+        version: tells what runs from others of the same name, such as another calibration for as many steps.
     """
 
     method: str
@@ -45,6 +46,12 @@ class Contender:
     computed_steps: list[int] | None = None
     knob: dict[str, Any] | None = None
     comparable: bool = False
+    version: str = ""
+
+    @property
+    def key(self) -> str:
+        """Under which its results are kept."""
+        return f"{self.name} {self.version}".strip()
 
     @property
     def name(self) -> str:
@@ -117,7 +124,7 @@ class Comparison:
             return _joined(processes.gathered([self._metrics(made)]))
 
         self.ledger.folder.mkdir(parents=True, exist_ok=True)
-        return self.ledger.get("quality " + contender.name, measure)
+        return self.ledger.get("quality " + contender.key, measure)
 
     def _save_examples(self, contender: Contender, made: list[Tensor]) -> None:
         mine = [
@@ -130,7 +137,7 @@ class Comparison:
             np.save(self._example_path(contender), np.concatenate(examples))
 
     def _example_path(self, contender: Contender) -> Any:
-        return self.ledger.path("example " + contender.name, ".npy")
+        return self.ledger.path("example " + contender.key, ".npy")
 
     def examples(self, contender: Contender) -> np.ndarray:
         """uint8 pictures (n, H, W, 3) or videos (n, F, H, W, 3) of the first prompts."""
@@ -159,7 +166,7 @@ class Comparison:
                 pairs = zip(self._costs(overrides), self.flops, strict=True)
                 return float(np.mean([compute_fraction(run, uncached) for run, uncached in pairs]))
 
-        return self.ledger.get("fraction " + contender.name, measure)
+        return self.ledger.get("fraction " + contender.key, measure)
 
     def _costs(self, overrides: Any) -> list[TransformerCost]:
         costs = []
@@ -179,7 +186,7 @@ class Comparison:
             pairs = zip(trajectory, self.reference_latents, strict=True)
             return [float((made - reference).square().mean().sqrt()) for made, reference in pairs]
 
-        return self.ledger.get("curve " + contender.name, measure)
+        return self.ledger.get("curve " + contender.key, measure)
 
     def _trajectory(self, attach: Callable[[], AbstractContextManager[Any]]) -> list[Tensor]:
         latents: list[Tensor] = []
@@ -205,7 +212,7 @@ class Comparison:
                         seconds[contender.name] += timer.seconds
             return {name: float(np.median(values)) for name, values in seconds.items()}
 
-        return self.ledger.get("times " + " | ".join(sorted({c.name for c in contenders})), measure, alone=True)
+        return self.ledger.get("times " + " | ".join(sorted({c.key for c in contenders})), measure, alone=True)
 
     def estimate(self, num_contenders: int) -> float:
         """Rough seconds for that many contenders, from one uncached run."""

@@ -5,6 +5,7 @@ Ours and the rivals are calibrated and tuned on the calibration prompts, and mea
 
 import functools
 import hashlib
+import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +24,6 @@ from ertacache.kept import (
     calibration_file_prompts,
     calibration_prompts,
     kept_calibration,
-    kept_path,
     new_calibration,
     phi_over,
 )
@@ -80,14 +80,8 @@ class Study:
             "descent": self.chosen.descent,
             "phi_over": phi_over(self.chosen),
             "layout": self.chosen.layout,
-            "kept": [self._kept_sha256(count) for count in self.counts],
             "versions": provenance.package_versions(),
         }
-
-    def _kept_sha256(self, count: int) -> str | None:
-        """Of the calibration file that serves a number of computed steps; None where one has to be made."""
-        path = kept_path(self._asking("ertacache", count), self.model)
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path else None
 
     def run(self) -> Path:
         """All of it; a run that was interrupted goes on from what is in the ledger."""
@@ -137,7 +131,11 @@ class Study:
                 contenders.append(self._static("paper", "rival", count, self.calibration("paper", count)))
             if "ablation" in asked:
                 ours = self.calibration("ertacache", count)  # kept where it was asked for already
-                plain = self.ledger.get(f"ablation {count}", functools.partial(self._ablation, recorded, count, ours))
+                name, make = (
+                    f"ablation {count} {_version(ours)}",
+                    functools.partial(self._ablation, recorded, count, ours),
+                )
+                plain = self.ledger.get(name, make)
                 contenders += [
                     self._static(name, "ablation", count, Calibration.from_dict(c)) for name, c in plain.items()
                 ]
@@ -154,15 +152,18 @@ class Study:
             static=True,
             computed_steps=calibration.computed_steps,
             comparable=role == "rival" and reached >= count,
+            version=_version(calibration),
         )
 
     def calibration(self, method: str, count: int) -> Calibration:
         """That of a method with so many computed steps: ours as the folder keeps it where it does, or made anew."""
+        asking = self._asking(method, count)
+        kept = kept_calibration(self.pipe, asking, self.model) if method == "ertacache" else None
+        if kept is not None:
+            return kept
 
         def make() -> dict[str, Any]:
-            asking = self._asking(method, count)
-            kept = kept_calibration(self.pipe, asking, self.model) if method == "ertacache" else None
-            return (kept or new_calibration(self.pipe, asking, self.model)).to_dict()
+            return new_calibration(self.pipe, asking, self.model).to_dict()
 
         return Calibration.from_dict(self.ledger.get(f"calibration {method} {count}", make))
 
@@ -220,6 +221,11 @@ class Study:
             knob=setting,
             comparable=tuned["comparable"],
         )
+
+
+def _version(calibration: Calibration) -> str:
+    """Tells one calibration from another of the same method and number of computed steps."""
+    return hashlib.sha256(json.dumps(calibration.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _lpips() -> tuple[Lpips | None, str]:
