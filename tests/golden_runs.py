@@ -1,0 +1,81 @@
+"""What the golden tests compare: runs whose results were kept before a rebuilding. Holds no test.
+
+`python tests/golden_runs.py` writes the results anew: only where a change of them is meant.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from toys import ToyPipeline, curved
+
+import ertacache
+
+HERE = Path(__file__).resolve().parent
+FOLDER = HERE / "golden"
+LATENTS = FOLDER / "latents.safetensors"
+CALIBRATIONS = FOLDER / "calibrations.json"
+MODELS = ("flux", "wan", "cogvideox", "opensora")
+VALUES = 1024  # of the final latents that are kept, evenly spread
+PROMPTS = [f"prompt {i}" for i in range(8)]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {"computed_steps": 5},
+    "speedup": {"speedup": 2.0},
+    "min_psnr": {"min_psnr": 60.0},
+    "all_computed": {"computed_steps": 12},
+    "one_computed": {"computed_steps": 1},
+    "no_folds": {"computed_steps": 5, "folds": 0},
+    "four_folds": {"computed_steps": 5, "folds": 4},
+    "tries": {"computed_steps": 5, "search_budget": 3},
+    "refined": {"computed_steps": 5, "refine": 6},
+    "tries_refined": {"computed_steps": 4, "search_budget": 2, "refine": 8},
+    "paper": {"computed_steps": 6, "method": "paper"},
+    "paper_threshold": {"threshold": 0.3, "method": "paper", "phi_over": "change"},
+}
+
+
+def sampled(latents: Tensor) -> Tensor:
+    """VALUES of the final latents, evenly spread."""
+    flat = latents.float().flatten()
+    return flat[torch.linspace(0, len(flat) - 1, VALUES).round().long()].clone()
+
+
+def calibration_files(model: str) -> list[Path]:
+    """The checked-in calibrations of a model folder."""
+    from tiny_pipelines import FOLDERS
+
+    return sorted((FOLDERS[model] / "calibration").glob("*.json"))
+
+
+def final_latents(model: str, files: list[Path]) -> dict[str, Tensor]:
+    """File name -> `sampled` final latents of the folder's first example, on its tiny pipeline."""
+    from tiny_pipelines import FOLDERS, tiny_pipeline
+
+    pipe, chosen, module = tiny_pipeline(model)
+    prompt = (FOLDERS[model] / chosen.prompts).read_text(encoding="utf-8").splitlines()[0]
+    made = {}
+    for file in files:
+        generator = torch.Generator("cpu").manual_seed(0)
+        with torch.no_grad(), ertacache.apply(pipe, file):
+            arguments = module.MODEL_FOLDER.arguments(chosen)
+            made[file.name] = sampled(pipe(prompt=prompt, generator=generator, output_type="latent", **arguments)[0])
+    return made
+
+
+def toy_calibration(name: str) -> dict[str, Any]:
+    """What `calibrate` makes of the toy pipeline with a set of options, as JSON data."""
+    made = ertacache.calibrate(
+        ToyPipeline(curved), PROMPTS, seeds=range(8), num_inference_steps=12, progress=False, **OPTIONS[name]
+    )
+    return made.to_dict()
+
+
+if __name__ == "__main__":
+    sys.path.append(str(HERE.parent / "bench"))
+    FOLDER.mkdir(exist_ok=True)
+    save_file({k: v for model in MODELS for k, v in final_latents(model, calibration_files(model)).items()}, LATENTS)
+    CALIBRATIONS.write_text(json.dumps({name: toy_calibration(name) for name in OPTIONS}, indent=1) + "\n")
