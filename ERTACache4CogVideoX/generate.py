@@ -8,13 +8,13 @@ from typing import Any
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from scheduler import SCHEDULERS, any_grid_scheduler
 from torch import Tensor
-from transformer import modulated_input
+from transformer import CachedCogVideoXTransformer3DModel, modulated_input
 
-from ertacache import command, generation, models, settings
+from ertacache.cli import command, models, run, settings
+from ertacache.cli.folder import ModelFolder
+from ertacache.cli.media import write_mp4
+from ertacache.cli.settings import Settings
 from ertacache.errors import UsageError
-from ertacache.model_folder import ModelFolder
-from ertacache.settings import Settings
-from ertacache.videos import write_mp4
 
 FOLDER = Path(__file__).resolve().parent
 FRAMES_PER_CHUNK = 8  # the VAE decodes two latent frames at a time, of four frames each, after a first frame
@@ -24,7 +24,7 @@ def load(chosen: Settings) -> CogVideoXPipeline:
     """The pipeline that the settings name, on a scheduler that takes any grid."""
     source = models.choose(chosen)
     check(chosen)
-    pipe = models.load_pipeline(CogVideoXPipeline, source, chosen)
+    pipe = models.load_pipeline(CogVideoXPipeline, CachedCogVideoXTransformer3DModel, source, chosen)
     check_shapes(chosen, pipe)
     pipe.scheduler = any_grid_scheduler(chosen.solver, pipe.scheduler.config)
     if chosen.vae_tiling:
@@ -92,7 +92,7 @@ def variant(chosen: Settings) -> str:
 
 
 MODEL_FOLDER = ModelFolder("CogVideoX", arguments, save, modulated_input, variant)
-main = partial(generation.main, FOLDER, load, MODEL_FOLDER)
+main = partial(run.main, FOLDER, load, MODEL_FOLDER)
 
 if __name__ == "__main__":
     sys.exit(command.run(main))

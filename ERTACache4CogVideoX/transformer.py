@@ -1,25 +1,26 @@
-"""The CogVideoX transformer with ERTACache, and the signal that TeaCache-type rivals read.
+"""CogVideoX's transformer with its one modified line, and the signal that TeaCache-type rivals read."""
 
-`ertacache.apply` puts the same mixin in front of whatever transformer a pipeline has; the class here spells
-out what that does to this model.
-"""
-
+import functools
 from typing import Any
 
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
-from ertacache.patching import CachedTransformer
+from ertacache.attach import CachedTransformer
 
 
-class ERTACacheCogVideoXTransformer3DModel(CachedTransformer, CogVideoXTransformer3DModel):
-    """CogVideoX's transformer whose call does nothing on a reused step.
+class CachedCogVideoXTransformer3DModel(CachedTransformer, CogVideoXTransformer3DModel):
+    """CogVideoX's transformer, whose forward runs no block on a reused step.
 
-    On a computed step it is CogVideoXTransformer3DModel's forward: latents (B, F, C, H, W) and text in,
-    v-prediction of the same shape out. With guidance B holds both branches, the unconditional one first, in one
-    call a step. On a reused step no block runs: it returns an expanded zero of that shape, which the pipeline
-    guides to zero, and the attached scheduler step takes the rectified combination of guided outputs instead.
+    Takes latents (B, F, C, H, W) and text, and returns a v-prediction of the latents' shape; with guidance B holds
+    both branches, the unconditional one first. On a reused step that is a placeholder, an expanded zero: the scheduler
+    gets a combination of cached guided outputs instead.
     """
+
+    @functools.wraps(CogVideoXTransformer3DModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        reused = self.reused_output()  # the modified line: what to return in place of running, or None
+        return super().forward(*args, **kwargs) if reused is None else reused
 
 
 def modulated_input(transformer: CogVideoXTransformer3DModel, arguments: dict[str, Any]) -> Tensor:

@@ -7,13 +7,13 @@ from typing import Any
 
 from diffusers import FluxPipeline
 from torch import Tensor
-from transformer import modulated_input
+from transformer import CachedFluxTransformer2DModel, modulated_input
 
-from ertacache import command, generation, models, settings
+from ertacache.cli import command, models, run, settings
+from ertacache.cli.folder import ModelFolder
+from ertacache.cli.media import png_bytes
+from ertacache.cli.settings import Settings
 from ertacache.files import write_atomically
-from ertacache.model_folder import ModelFolder
-from ertacache.pictures import png_bytes
-from ertacache.settings import Settings
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -22,7 +22,7 @@ def load(chosen: Settings) -> FluxPipeline:
     """The pipeline that the settings name: the tiny one of this folder or a real one."""
     source = models.choose(chosen)
     settings.check(chosen)
-    pipe = models.load_pipeline(FluxPipeline, source, chosen)
+    pipe = models.load_pipeline(FluxPipeline, CachedFluxTransformer2DModel, source, chosen)
     multiple = pipe.vae_scale_factor * 2  # the pipeline packs 2x2 latents and would round silently
     settings.check_multiple(chosen, ("height", "width"), multiple)
     return pipe
@@ -45,7 +45,7 @@ def save(picture: Tensor, path: Path, _: Settings) -> Path:
 
 
 MODEL_FOLDER = ModelFolder("FLUX", arguments, save, modulated_input)
-main = partial(generation.main, FOLDER, load, MODEL_FOLDER)
+main = partial(run.main, FOLDER, load, MODEL_FOLDER)
 
 if __name__ == "__main__":
     sys.exit(command.run(main))

@@ -1,24 +1,25 @@
-"""The FLUX transformer with ERTACache, and the signal that TeaCache-type rivals read.
+"""FLUX's transformer with its one modified line, and the signal that TeaCache-type rivals read."""
 
-`ertacache.apply` puts the same mixin in front of whatever transformer a pipeline has; the class here spells
-out what that does to this model.
-"""
-
+import functools
 from typing import Any
 
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from ertacache.patching import CachedTransformer
+from ertacache.attach import CachedTransformer
 
 
-class ERTACacheFluxTransformer2DModel(CachedTransformer, FluxTransformer2DModel):
-    """FLUX's transformer whose call does nothing on a reused step.
+class CachedFluxTransformer2DModel(CachedTransformer, FluxTransformer2DModel):
+    """FLUX's transformer, whose forward runs no block on a reused step.
 
-    On a computed step it is FluxTransformer2DModel's forward: packed latents (B, tokens, 64) and text in,
-    velocity (noise - data) of the same shape out. On a reused step no block runs: it returns an expanded zero
-    of that shape, and the attached scheduler step takes the rectified combination of cached velocities.
+    Takes packed latents (B, tokens, 64) and text, and returns a velocity (noise - data) of the latents' shape. On a
+    reused step that is a placeholder, an expanded zero: the scheduler gets a combination of cached velocities instead.
     """
+
+    @functools.wraps(FluxTransformer2DModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        reused = self.reused_output()  # the modified line: what to return in place of running, or None
+        return super().forward(*args, **kwargs) if reused is None else reused
 
 
 def modulated_input(transformer: FluxTransformer2DModel, arguments: dict[str, Any]) -> Tensor:

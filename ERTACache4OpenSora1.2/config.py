@@ -45,7 +45,6 @@ MICRO_BATCH = 2  # samples the transformer sees at a time in calibration and com
 MEMORY_LIMIT_GIB: float | None = None  # recorded trajectories in host memory; above it in files under TMPDIR
 SEARCH_BUDGET = 0  # schedules to try for real (3 do): several dB for about 12 COMPUTED_STEPS steps per prompt
 REFINE = 0  # prompts to fit the coefficients on again, end to end (8 do): several dB for 2 COMPUTED_STEPS^2 steps each
-DESCENT = 0  # steps of gradient descent on matrices of channels after that (80 do); wants hundreds of prompts
 
 # where results go
 OUT = "sample"  # folder, from where the command is given

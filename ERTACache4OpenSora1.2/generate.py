@@ -8,16 +8,15 @@ from typing import Any
 from opensora12 import OpenSoraPipeline
 from sizes import OFFICIAL_FACTOR, check_size, resolve_shape
 from torch import Tensor
-from transformer import modulated_input
+from transformer import CachedSTDiT3, modulated_input
 from weights import load_official, needed_files, official_layout
 
-from ertacache import command, generation, models, settings
+from ertacache.cli import command, models, run, settings
+from ertacache.cli.folder import ModelFolder
+from ertacache.cli.media import png_bytes, write_mp4
+from ertacache.cli.settings import Settings
 from ertacache.errors import UsageError
 from ertacache.files import write_atomically
-from ertacache.model_folder import ModelFolder
-from ertacache.pictures import png_bytes
-from ertacache.settings import Settings
-from ertacache.videos import write_mp4
 
 FOLDER = Path(__file__).resolve().parent
 PRESETS = {"slow": 0.1, "fast": 0.18}  # thresholds of the paper for this model
@@ -30,7 +29,7 @@ def load(chosen: Settings) -> OpenSoraPipeline:
     if source == chosen.real_model or (chosen.model != "tiny" and official_layout(source)):
         check_size(chosen, OFFICIAL_FACTOR)  # before tens of gigabytes are read
         return load_official(chosen, source)
-    pipe = models.load_pipeline(OpenSoraPipeline, source, chosen, float32_parts=["text_encoder"])
+    pipe = models.load_pipeline(OpenSoraPipeline, CachedSTDiT3, source, chosen, float32_parts=["text_encoder"])
     check_size(chosen, pipe.vae.spatial_factor)
     return pipe
 
@@ -82,7 +81,7 @@ def variant(chosen: Settings) -> str:
 
 
 MODEL_FOLDER = ModelFolder("Open-Sora 1.2", arguments, save, modulated_input, variant)
-main = partial(generation.main, FOLDER, load, MODEL_FOLDER)
+main = partial(run.main, FOLDER, load, MODEL_FOLDER)
 
 if __name__ == "__main__":
     sys.exit(command.run(main))

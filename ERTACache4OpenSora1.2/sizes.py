@@ -3,8 +3,8 @@
 from opensora12 import geometry
 from opensora12.inputs import DEFAULT_RATIO, DEFAULT_RESOLUTION
 
+from ertacache.cli.settings import Settings
 from ertacache.errors import UsageError
-from ertacache.settings import Settings
 
 OFFICIAL_FACTOR = 8  # pixels along one side of a latent of the official VAE
 NAMES = ("resolution", "aspect_ratio")

@@ -1,29 +1,29 @@
-"""The STDiT3 of Open-Sora 1.2 with ERTACache, and the signal that TeaCache-type rivals read.
+"""Open-Sora 1.2's transformer with its one modified line, and the signal that TeaCache-type rivals read."""
 
-`ertacache.apply` puts the same mixin in front of whatever transformer a pipeline has; the class here spells
-out what that does to this model.
-"""
-
+import functools
 from typing import Any
 
 from opensora12 import STDiT3
 from torch import Tensor
 
-from ertacache.patching import CachedTransformer
+from ertacache.attach import CachedTransformer
 
 
-class ERTACacheSTDiT3(CachedTransformer, STDiT3):
-    """STDiT3 whose call does nothing on a reused step.
+class CachedSTDiT3(CachedTransformer, STDiT3):
+    """STDiT3, whose forward runs no block on a reused step.
 
-    The pipeline calls it once a step on [captions; null captions]. On a computed step the call is STDiT3's forward:
-    latents (B, C, T, H, W) in, velocity (data - noise) and variances (B, 2 C, T, H, W) out, of which the pipeline
-    keeps the velocity and guides it. On a reused step no block runs: it returns an expanded zero of that shape,
-    which the pipeline guides to zero, and the attached scheduler step takes the rectified combination of guided
-    velocities instead.
+    The pipeline calls it once a step on [captions; null captions]. It takes latents (B, C, T, H, W) and returns a
+    velocity (data - noise) with variances, (B, 2 C, T, H, W), of which the pipeline guides the velocity. On a reused
+    step that is a placeholder, an expanded zero: the scheduler gets a combination of cached guided velocities instead.
 
     The sign of the velocity is opposite to that of diffusers' flow matching, and so is that of the scheduler's
     increments. The library takes gains from the scheduler's own step, so neither has to be turned around.
     """
+
+    @functools.wraps(STDiT3.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        reused = self.reused_output()  # the modified line: what to return in place of running, or None
+        return super().forward(*args, **kwargs) if reused is None else reused
 
 
 def modulated_input(transformer: STDiT3, arguments: dict[str, Any]) -> Tensor:

@@ -6,9 +6,10 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from opensora12 import OpenSoraPipeline
+from transformer import CachedSTDiT3
 
-from ertacache.models import ModelError, place
-from ertacache.settings import Settings
+from ertacache.cli.models import ModelError, place
+from ertacache.cli.settings import Settings
 
 PIPELINE_INDEX = "model_index.json"
 WEIGHTS = ("model.safetensors", "model.safetensors", "config.json")  # the text encoder's come in shards
@@ -46,7 +47,9 @@ def load_official(chosen: Settings, transformer: str) -> OpenSoraPipeline:
     """
     names = repositories(chosen, transformer)
     try:
-        pipe = OpenSoraPipeline.from_official(*names, dtype=getattr(torch, chosen.dtype))
+        pipe = OpenSoraPipeline.from_official(
+            *names, dtype=getattr(torch, chosen.dtype), transformer_class=CachedSTDiT3
+        )
     except Exception as error:  # diffusers, transformers and the hub client raise many kinds; all mean: not loaded
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         commands = ", ".join(f"`../.venv/bin/hf download {name}`" for name in names)

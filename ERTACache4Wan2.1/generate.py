@@ -8,14 +8,14 @@ from typing import Any
 from diffusers import WanPipeline
 from scheduler import GRIDS, SOLVERS, make_scheduler
 from torch import Tensor
-from transformer import modulated_input
+from transformer import CachedWanTransformer3DModel, modulated_input
 
-from ertacache import command, generation, models, settings
+from ertacache.cli import command, models, run, settings
+from ertacache.cli.folder import ModelFolder
+from ertacache.cli.media import write_mp4
+from ertacache.cli.models import ModelError
+from ertacache.cli.settings import Settings
 from ertacache.errors import UsageError
-from ertacache.model_folder import ModelFolder
-from ertacache.models import ModelError
-from ertacache.settings import Settings
-from ertacache.videos import write_mp4
 
 FOLDER = Path(__file__).resolve().parent
 SIDE_MULTIPLE = 16  # pixels: the VAE takes 8, the transformer patches of 2 of them
@@ -26,7 +26,7 @@ def load(chosen: Settings) -> WanPipeline:
     source = models.choose(chosen)
     check(chosen)
     try:
-        pipe = models.load_pipeline(WanPipeline, source, chosen, float32_parts=["vae"])
+        pipe = models.load_pipeline(WanPipeline, CachedWanTransformer3DModel, source, chosen, float32_parts=["vae"])
     except ModelError as error:
         raise ModelError(
             f"{error}. To download the real one: `../.venv/bin/hf download {chosen.real_model}` (the repository "
@@ -76,7 +76,7 @@ def variant(chosen: Settings) -> str:
 
 
 MODEL_FOLDER = ModelFolder("Wan2.1", arguments, save, modulated_input, variant)
-main = partial(generation.main, FOLDER, load, MODEL_FOLDER)
+main = partial(run.main, FOLDER, load, MODEL_FOLDER)
 
 if __name__ == "__main__":
     sys.exit(command.run(main))

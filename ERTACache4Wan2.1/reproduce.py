@@ -4,7 +4,8 @@ import sys
 
 from generate import FOLDER, MODEL_FOLDER, load
 
-from ertacache import command, reproduce
+from compare import reproduce
+from ertacache.cli import command
 
 if __name__ == "__main__":
     sys.exit(command.run(lambda: reproduce.main(FOLDER, load, MODEL_FOLDER)))

@@ -1,27 +1,27 @@
-"""The Wan2.1 transformer with ERTACache, and the signal that TeaCache-type rivals read.
+"""Wan2.1's transformer with its one modified line, and the signal that TeaCache-type rivals read."""
 
-`ertacache.apply` puts the same mixin in front of whatever transformer a pipeline has; the class here spells
-out what that does to this model.
-"""
-
+import functools
 from typing import Any
 
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from ertacache.patching import CachedTransformer
+from ertacache.attach import CachedTransformer
 
 
-class ERTACacheWanTransformer3DModel(CachedTransformer, WanTransformer3DModel):
-    """Wan's transformer whose call does nothing on a reused step.
+class CachedWanTransformer3DModel(CachedTransformer, WanTransformer3DModel):
+    """Wan's transformer, whose forward runs no block on a reused step.
 
-    The pipeline calls it twice a step, with the prompt ("cond") and without ("uncond"), and puts the two together
-    as v = v_u + g (v_c - v_u). On a computed step both calls are WanTransformer3DModel's forward: latents
-    (B, 16, frames, height, width) and text in, velocity (noise - data) of the latents' shape out. On a reused
-    step no block runs in either of them: each returns an expanded zero of that shape, and the attached scheduler
-    step takes the rectified combination of cached guided velocities. So there is one history, not one a branch,
-    and nothing to confuse when guidance is off.
+    The pipeline calls it twice a step, with the prompt ("cond") and without ("uncond"), and puts the two together as
+    v = v_u + g (v_c - v_u). It takes latents (B, 16, frames, height, width) and text, and returns a velocity
+    (noise - data) of the latents' shape. On a reused step both calls return a placeholder, an expanded zero: the
+    scheduler gets a combination of cached guided velocities, so there is one history and no branch to confuse.
     """
+
+    @functools.wraps(WanTransformer3DModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        reused = self.reused_output()  # the modified line: what to return in place of running, or None
+        return super().forward(*args, **kwargs) if reused is None else reused
 
 
 def modulated_input(transformer: WanTransformer3DModel, arguments: dict[str, Any]) -> Tensor:

@@ -22,9 +22,9 @@ from quality import HeldOut
 from record import RESULTS, ROOT, machine, write
 
 import ertacache
+from compare.pages import fill, grid
 from ertacache.calibration import Calibration
-from ertacache.pages import fill, grid
-from ertacache.settings import read_prompts
+from ertacache.cli.settings import read_prompts
 
 FOLDER = ROOT / "ERTACache4FLUX"
 RESULT = RESULTS / "changed_weights.json"

@@ -16,9 +16,10 @@ from step_timer import Call
 from torch import Tensor
 
 import ertacache
-from ertacache import rectification, solver
+from compare.rivals.base import replaced
+from ertacache import solver
+from ertacache.cache import combine
 from ertacache.calibration import Calibration
-from ertacache.rivals.base import replaced
 from ertacache.solver import StepCall, StepPlaces
 
 LIBRARY = str(Path(ertacache.__file__).parent)
@@ -99,10 +100,11 @@ def parts_of_steps(pipe: Any, call: Call, calibration: Calibration) -> dict[str,
     ):
         call()
     args, kwargs = forwards[0]
-    outputs, combined = [one.model_output for one in steps], coefficients.at(last, steps[-1].sample)
+    outputs, latents = [one.model_output for one in steps], steps[-1].sample
+    row = coefficients.rows(latents.device)[last]
     return {
         "computed_step": lambda: solver.first_output(pipe.transformer(*args, **kwargs)),
-        "reused_step": lambda: rectification.combine(outputs, *combined).clone(),
+        "reused_step": lambda: combine(outputs, row, latents).clone(),
     }
 
 

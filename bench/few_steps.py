@@ -21,7 +21,7 @@ from subjects import caller
 from tiny_pipelines import FOLDERS, available, subject_name, tiny_pipeline
 
 import ertacache
-from ertacache.settings import read_prompts
+from ertacache.cli.settings import read_prompts
 
 STEPS = (4, 5, 6, 7, 8)
 

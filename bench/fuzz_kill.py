@@ -21,9 +21,9 @@ from record import RESULTS, ROOT, machine, write
 from tqdm import tqdm
 
 import ertacache
+from compare.ledger import Ledger
 from ertacache.calibration import Calibration
 from ertacache.files import write_atomically
-from ertacache.ledger import Ledger
 
 sys.path.insert(0, str(ROOT / "tests"))
 

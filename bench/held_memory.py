@@ -16,9 +16,7 @@ from step_timer import Call
 from torch.profiler import ProfilerActivity, profile
 
 import ertacache
-from ertacache.calibration import Calibration
-from ertacache.channels import PlacedMatrices
-from ertacache.rivals import (
+from compare.rivals import (
     FasterCache,
     FirstBlockCache,
     MagCache,
@@ -27,6 +25,8 @@ from ertacache.rivals import (
     SeaCache,
     TaylorSeer,
 )
+from ertacache.calibration import Calibration
+from ertacache.channels import StepChannels
 
 Attach = Callable[[], AbstractContextManager[Any]]
 
@@ -79,9 +79,8 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 def matrices_bytes() -> int:
     """Bytes of the coefficients of channels that are in memory for a run, whatever the size of its latents."""
     gc.collect()  # those of a run before
-    placed = [thing for thing in gc.get_objects() if type(thing) is PlacedMatrices]
-    tensors = [tensor for one in placed for tensor in (one.matrices, one.of_tokens) if tensor is not None]
-    storages = [tensor.untyped_storage() for tensor in tensors]
+    placed = [thing for thing in gc.get_objects() if type(thing) is StepChannels]
+    storages = [one.matrices.untyped_storage() for one in placed]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -21,9 +21,9 @@ from record import RESULTS, machine, write
 from tiny_pipelines import FOLDERS, available, subject_name, tiny_pipeline
 
 import ertacache
-from ertacache import policy
-from ertacache.announcement import Work
-from ertacache.settings import read_prompts
+from ertacache.calibration import computed_steps_for
+from ertacache.cli.settings import read_prompts
+from ertacache.fit.recipe import Effort
 
 COUNTS = (1, 2, 4, 8, 16)
 SPEEDUPS = (2.0, 3.0)
@@ -41,7 +41,7 @@ def measure(
     prompts = read_prompts(chosen.path("calibration_prompts"))
     rows = []
     for speedup in speedups:
-        computed = policy.computed_steps_for(steps, speedup)
+        computed = computed_steps_for(steps, speedup)
         for count in counts:
             found, seconds, predicted = [], [], []
             for draw in range(min(draws, len(prompts) // count)):
@@ -80,7 +80,7 @@ def _row(
         "psnr_highest": max(values),
         "psnr_p10": statistics.mean(one["psnr_p10"] for one in found),
         "predicted_psnr": None if None in predicted else statistics.mean(predicted),
-        "evaluations": Work(count, folds).evaluations(steps, computed),
+        "evaluations": Effort(folds=folds).most_evaluations(count, steps, computed),
         "calibration_seconds": statistics.median(seconds),
     }
 

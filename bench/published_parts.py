@@ -20,11 +20,10 @@ from record import RESULTS, ROOT, machine, read, write
 from tiny_pipelines import FOLDERS, available, subject_name, tiny_pipeline
 
 import ertacache
-from ertacache import policy
-from ertacache.calibration import Calibration
-from ertacache.pages import fill, grid
-from ertacache.settings import read_prompts
-from ertacache.timesteps import MIN_FACTOR, PHI_OVER
+from compare.pages import fill, grid
+from ertacache.calibration import Calibration, computed_steps_for
+from ertacache.cli.settings import read_prompts
+from ertacache.published import MIN_FACTOR, PHI_OVER
 
 SPEEDUPS = (2.0, 3.0)
 PAGE = ROOT / "docs" / "method.md"
@@ -54,7 +53,7 @@ def measure(name: str, calibrating: int, held_out: int) -> list[dict[str, Any]]:
     prompts = read_prompts(chosen.path("calibration_prompts"))[:calibrating]
     rows = []
     for speedup in SPEEDUPS:
-        count = policy.computed_steps_for(arguments["num_inference_steps"], speedup)
+        count = computed_steps_for(arguments["num_inference_steps"], speedup)
         row: dict[str, Any] = {}
         for phi_over in PHI_OVER:
             made = ertacache.calibrate(

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import ertacache
 from ertacache.calibration import Calibration
+from ertacache.cli.settings import read_prompts
 from ertacache.metrics import psnr, worst_decile
-from ertacache.settings import read_prompts
 
 FIRST_SEED = 1000
 BATCH = 4  # prompts a call

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from record import ROOT
 
-from ertacache.pages import replace_between
+from compare.pages import replace_between
 
 MARKER = "tree"
 FIRST_FOLDER = "ERTACache4FLUX"  # the others are listed by what they have beside it

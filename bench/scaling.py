@@ -23,10 +23,11 @@ from closed_form import ClosedFormPipeline
 from record import RESULTS, machine, write
 from step_timer import Marks, clock_of
 
-from ertacache.fitting import SAFE_FORM, Fitter
-from ertacache.paths import path_schedule
-from ertacache.recording import gram_matrix
-from ertacache.runs import Runs, quiet, recorded_runs
+from ertacache.fit.recipe import recorded_runs
+from ertacache.fit.record import gram_matrix
+from ertacache.fit.runs import Runs, quiet
+from ertacache.fit.schedule import path_schedule
+from ertacache.fit.step_by_step import SAFE_FORM, fit_step_by_step
 
 CPU = torch.device("cpu")
 STEPS = (10, 20, 50, 100, 200, 500, 1000)
@@ -50,9 +51,9 @@ def stages(num_steps: int, prompts: int, frames: int, side: int) -> dict[str, fl
             )
         )
         found["record"].append(seconds)
-        seconds, gram = _timed(lambda runs=runs: gram_matrix(runs.recorded.outputs))
+        seconds, gram = _timed(lambda runs=runs: gram_matrix(runs.record.outputs))
         found["gram"].append(seconds)
-        gains = np.asarray(runs.recorded.gains)
+        gains = np.asarray(runs.record.gains)
         seconds, schedule = _timed(
             lambda gram=gram, gains=gains: path_schedule(gram, gains, max(1, num_steps // 2), SAFE_FORM.outputs)
         )
@@ -63,7 +64,7 @@ def stages(num_steps: int, prompts: int, frames: int, side: int) -> dict[str, fl
 
 def _fit(runs: Runs, schedule: list[int]) -> None:
     with quiet(runs.pipe), torch.no_grad():
-        runs.run(Fitter(schedule, runs.recorded.latents))
+        fit_step_by_step(runs, schedule)
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:

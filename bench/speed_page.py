@@ -15,7 +15,7 @@ from typing import Any
 from record import RESULTS, ROOT, read
 from speed_targets import commands, targets
 
-from ertacache.pages import grid, replace_between
+from compare.pages import grid, replace_between
 
 PAGE = ROOT / "docs" / "speed.md"
 Record = dict[str, Any]

@@ -7,7 +7,7 @@ from typing import Any
 
 from record import RESULTS, read
 
-from ertacache.pages import grid
+from compare.pages import grid
 
 Record = dict[str, Any]
 Found = Iterator[tuple[float, str]]  # values, and what each was measured on

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ertacache.rivals.base import replaced
+from compare.rivals.base import replaced
 
 Call = Callable[..., Any]  # runs the pipeline; takes callback_on_step_end
 

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 import ertacache
-from ertacache import settings
+from compare.pictures import DIFFERENCE_GAIN, difference, pick_frames
+from compare.results import Row, best_rival, read_results
+from compare.rivals import Tuner, all_rivals
+from compare.teacache_method import latents_run
+from ertacache.cli import settings
+from ertacache.cli.kept import new_calibration, obtain_calibration
+from ertacache.cli.media import to_uint8
 from ertacache.files import write_atomically
-from ertacache.generation import latents_run
-from ertacache.kept import new_calibration, obtain_calibration
 from ertacache.metrics import psnr
-from ertacache.pictures import DIFFERENCE_GAIN, difference, to_uint8
-from ertacache.results import Row, best_rival, read_results
-from ertacache.rivals import Tuner, all_rivals
-from ertacache.videos import pick_frames
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -12,8 +12,7 @@ from step_timer import Call
 from synthetic import grid_and_shape, synthetic_calibration
 from tiny_pipelines import FOLDERS, kept_counts, subject_name, tiny_calibration, tiny_pipeline
 
-from ertacache import policy
-from ertacache.calibration import Calibration
+from ertacache.calibration import Calibration, computed_steps_for
 
 SPEEDUPS = (1.5, 2.0, 3.0)
 PROMPT = "a large red star at the left"
@@ -55,7 +54,7 @@ def caller(pipe: Any, arguments: dict[str, Any], steps: int) -> Call:
 
 def usual_counts(steps: int) -> list[int]:
     """Computed steps for the usual speed-ups, each once."""
-    return list(dict.fromkeys(policy.computed_steps_for(steps, speedup) for speedup in SPEEDUPS))
+    return list(dict.fromkeys(computed_steps_for(steps, speedup) for speedup in SPEEDUPS))
 
 
 def real_subject(name: str, request: Request, steps: list[int] | None, computed: list[int] | None) -> Subject:
@@ -108,7 +107,7 @@ def tiny_subject(name: str, computed: list[int] | None) -> Subject | None:
     pipe, chosen, module = tiny_pipeline(name)
     arguments = {"prompt": PROMPT, "output_type": "latent", **module.MODEL_FOLDER.arguments(chosen)}
     steps = arguments.pop("num_inference_steps")
-    computed = computed or kept_counts(chosen, module)
+    computed = computed or kept_counts(pipe, chosen, module)
     if not computed:
         print(f"{name}: no calibration of {folder.name}'s tiny pipeline; --computed makes one", file=sys.stderr)
         return None

@@ -6,12 +6,12 @@ from typing import Any
 
 from step_timer import Call
 
+from compare.ablation_schedules import uniform_schedule
+from compare.rivals.base import replaced
 from ertacache import provenance, solver
-from ertacache.ablation_schedules import uniform_schedule
 from ertacache.calibration import Calibration
-from ertacache.channels import StepMatrices, layout_of
-from ertacache.forms import OUTPUTS
-from ertacache.rivals.base import replaced
+from ertacache.channels import StepMatrices
+from ertacache.fit.record import layout_of
 
 WEIGHTS = (1.3, -0.4, 0.15, -0.05)  # sum to 1, of the size that fitted ones have
 
@@ -27,7 +27,7 @@ def grid_and_shape(pipe: Any, call: Call) -> tuple[list[float], list[float], lis
 
     @functools.wraps(original)
     def looking(*args: Any, **kwargs: Any) -> Any:
-        bound = solver.StepCall.bind(inspect.signature(original), args, kwargs)
+        bound = solver.StepCall(solver.StepPlaces.of(inspect.signature(original)), args, kwargs)
         output = bound.model_output
         found.extend([list(bound.sample.shape[1:]), output.numel() * output.element_size()])
         raise _Seen
@@ -46,7 +46,7 @@ def synthetic_calibration(
     """K evenly spread computed steps, and as many coefficients a step as a fitted calibration has."""
     steps = len(timesteps)
     schedule = uniform_schedule(steps, computed_steps)
-    rows = [list(WEIGHTS[: min(max(OUTPUTS), sum(s <= step for s in schedule))]) for step in range(steps)]
+    rows = [list(WEIGHTS[: min(len(WEIGHTS), sum(s <= step for s in schedule))]) for step in range(steps)]
     config = getattr(pipe.transformer, "config", None)
     layout = layout_of([1, *latent_shape], getattr(config, "in_channels", None))
     matrices: list[StepMatrices] = [[]] * steps

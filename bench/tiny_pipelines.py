@@ -11,9 +11,9 @@ from typing import Any
 
 from record import ROOT
 
-from ertacache import settings
 from ertacache.calibration import Calibration
-from ertacache.kept import kept_path, obtain_calibration
+from ertacache.cli import settings
+from ertacache.cli.kept import kept_path, obtain_calibration
 
 FOLDERS = {
     "flux": ROOT / "ERTACache4FLUX",
@@ -64,10 +64,10 @@ def imports_from(folder: Path) -> Iterator[None]:
         sys.modules.update(before)
 
 
-def kept_counts(chosen: Any, module: ModuleType) -> list[int]:
+def kept_counts(pipe: Any, chosen: Any, module: ModuleType) -> list[int]:
     """The numbers of computed steps for which the folder keeps a calibration, most first."""
     counts = range(chosen.num_inference_steps - 1, 0, -1)
-    return [count for count in counts if kept_path(_asking(chosen, count), module.MODEL_FOLDER)]
+    return [count for count in counts if kept_path(pipe, _asking(chosen, count), module.MODEL_FOLDER)]
 
 
 def tiny_calibration(pipe: Any, chosen: Any, module: ModuleType, computed_steps: int) -> Calibration:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ertacache.results import Curve, Row, is_comparable
+from compare.results import Curve, Row, is_comparable
 
 NUM_STEPS = 28
 RIVALS = {

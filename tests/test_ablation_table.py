@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from made_up import row, rows
 
-from ertacache.ablation_table import ablation_markdown, main
+from compare.ablation_table import ablation_markdown, main
 from ertacache.errors import ResultsError
 
 ROOT = Path(__file__).parents[1]

@@ -9,12 +9,14 @@ import torch
 from toys import ToyPipeline, curved
 
 import ertacache
-from ertacache import kept, settings, study
+from compare import study
+from ertacache import kept
 from ertacache.announcement import Work, shown_size, shown_time
+from ertacache.cli import settings
+from ertacache.cli.folder import ModelFolder
 from ertacache.errors import CalibrationError, UsageError
-from ertacache.model_folder import ModelFolder
-from ertacache.schedule_search import growth_evaluations
-from ertacache.trajectory import TrajectoryStore
+from ertacache.fit.schedule import growth_evaluations
+from ertacache.fit.store import TrajectoryStore
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path.parent for path in ROOT.glob("ERTACache4*/config.py"))

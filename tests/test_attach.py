@@ -10,8 +10,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from toys import ToyPipeline, curved, linear_in_sigma, plain_fields
 
 import ertacache
+from ertacache.checks import check_grid
 from ertacache.errors import MismatchError, MismatchWarning, StateError
-from ertacache.replay import check_grid
 
 STEPS = 8
 

@@ -30,15 +30,14 @@ from test_attach import run
 from toys import ToyPipeline, curved
 
 import ertacache
-from ertacache import ablation_schedules
+from compare import ablation_schedules
 from ertacache.attach import attached
-from ertacache.fitting import SAFE_FORM
-from ertacache.forms import form_evaluations
-from ertacache.paths import path_schedule
-from ertacache.recording import Recorder, gram_matrix
+from ertacache.fit.forms import form_evaluations
+from ertacache.fit.record import Recorder, gram_matrix
+from ertacache.fit.schedule import growth_evaluations, path_schedule
+from ertacache.fit.step_by_step import SAFE_FORM
 from ertacache.rectification import combine
 from ertacache.replay import Replay
-from ertacache.schedule_search import growth_evaluations
 
 CPU = torch.device("cpu")
 
@@ -307,7 +306,7 @@ def test_profiling_goes_to_files_above_its_limit(tmp_path, monkeypatch):
 def test_gram_matrix_in_pieces_is_the_whole(monkeypatch):
     outputs = [torch.randn(3, 50) for _ in range(6)]
     whole = np.stack([o.double().flatten().numpy() for o in outputs])
-    monkeypatch.setattr("ertacache.recording.GRAM_VALUES", 6 * 7)
+    monkeypatch.setattr("ertacache.fit.record.GRAM_VALUES", 6 * 7)
     assert np.allclose(gram_matrix(outputs), whole @ whole.T / 150)
 
 

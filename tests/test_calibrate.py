@@ -8,11 +8,12 @@ from test_attach import run
 from toys import ToyPipeline, curved, linear_in_sigma
 
 import ertacache
-from ertacache.attach import attached
 from ertacache.errors import CalibrationError
-from ertacache.fitting import Fitter
-from ertacache.recording import Recorder, gram_matrix, residual_distances, residuals
-from ertacache.timesteps import PHI_OVER
+from ertacache.fit.published import residual_distances
+from ertacache.fit.recipe import recorded_runs
+from ertacache.fit.record import gram_matrix
+from ertacache.fit.step_by_step import StepFit
+from ertacache.published import PHI_OVER
 
 PROMPTS = [f"prompt {i}" for i in range(6)]
 
@@ -93,21 +94,15 @@ def test_speedup_and_min_psnr_choose_the_number_of_steps():
     assert fewer.predicted["psnr"] < 60.0
 
 
-def test_swap_search_never_ends_worse_than_it_started():
+def test_swap_search_ends_better_than_it_started():
     pipe = ToyPipeline(curved)
-    recorder = Recorder()
-    generators = [torch.Generator().manual_seed(i) for i in range(6)]
-    with attached(pipe, recorder):
-        pipe(PROMPTS, generator=generators, num_inference_steps=12, output_type="latent")
+    runs = recorded_runs(pipe, PROMPTS, seeds=range(6), num_inference_steps=12)
 
-    def final(schedule):
-        generators = [torch.Generator().manual_seed(i) for i in range(6)]
-        with attached(pipe, Fitter(schedule, recorder.latents)):
-            made = pipe(PROMPTS, generator=generators, num_inference_steps=12, output_type="latent")[0]
-        return float((made - recorder.latents[-1]).square().mean())
+    def error_of(made):
+        return float(runs.errors(StepFit(made.computed_steps, runs.record.latents)).mean())
 
     plain, searched = calibrate(pipe, computed_steps=4), calibrate(pipe, computed_steps=4, search_budget=20)
-    assert final(searched.computed_steps) <= final(plain.computed_steps)
+    assert error_of(searched) < error_of(plain)
 
 
 def test_calibration_is_deterministic():
@@ -153,7 +148,5 @@ def test_impossible_requests_are_refused(request_, message):
 def test_recorded_matrices_by_hand():
     outputs = [torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]])]
     assert gram_matrix(outputs).tolist() == [[0.5, 0.5], [0.5, 2.5]]
-    recorder = Recorder()
-    recorder.outputs, recorder.latents = outputs, [torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2)]
-    distances = residual_distances(residuals(recorder))
+    distances = residual_distances(outputs)
     assert distances[0, 1] == pytest.approx(2 / 3) and distances[1, 0] == pytest.approx(2.0)

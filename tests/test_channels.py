@@ -12,12 +12,12 @@ from toys import ToyPipeline
 import ertacache
 from ertacache import channels
 from ertacache.calibration import Calibration
-from ertacache.channel_fitting import fit_channels
 from ertacache.channels import ChannelMatrices, Layout, PlacedMatrices, layout_of, placed
 from ertacache.errors import CalibrationError, MismatchError
-from ertacache.fitting import Fitter, Form
+from ertacache.fit.channels import fit_channels
+from ertacache.fit.runs import recorded_runs
+from ertacache.fit.step_by_step import Fitter, Form
 from ertacache.rectification import Coefficients, combine
-from ertacache.runs import recorded_runs
 
 STEPS, SCHEDULE = 12, [0, 1, 3, 6, 9]
 PROMPTS = [f"prompt {i}" for i in range(6)]

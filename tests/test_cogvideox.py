@@ -9,10 +9,10 @@ from tiny_cogvideox import ARGUMENTS, NUM_STEPS, PROMPTS, SCHEDULE, call, cogvid
 from toys import plain_fields
 
 import ertacache
+from compare.rivals import FewerSteps, Multistep, TeaCache
 from ertacache.attach import attached
 from ertacache.errors import MismatchError, MismatchWarning
-from ertacache.recording import Recorder
-from ertacache.rivals import FewerSteps, Multistep, TeaCache
+from ertacache.fit.record import Recorder
 from ertacache.solver import END_TIMESTEP
 from ertacache.timesteps import adjust_timesteps
 

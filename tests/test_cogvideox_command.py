@@ -12,9 +12,10 @@ from diffusers import AutoencoderKLCogVideoX
 from mp4 import read_mp4
 from tiny_cogvideox import FOLDER, NUM_FRAMES, SIDE, TEXT_TOKENS, cogvideox_pipeline, folder_module
 
-from ertacache import reproduce, settings
+from compare import reproduce
+from compare.rivals import Multistep, NotApplicable
+from ertacache.cli import settings
 from ertacache.errors import UsageError
-from ertacache.rivals import Multistep, NotApplicable
 
 GENERATE = folder_module("generate")
 SIZES = ("--height", str(SIDE), "--width", str(SIDE), "--num-frames", str(NUM_FRAMES))

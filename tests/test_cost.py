@@ -6,7 +6,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from tiny_flux import NUM_BLOCKS, NUM_STEPS, call, flux_pipeline
 from torch import Tensor, nn
 
-from ertacache.cost import TransformerCost, attention_of, blocks_of, compute_fraction
+from compare.flops import TransformerCost, attention_of, blocks_of, compute_fraction
 
 TOKENS, CHANNELS, HEADS = 7, 8, 2
 

@@ -19,13 +19,13 @@ from ertacache.announcement import Work
 from ertacache.calibration import Calibration
 from ertacache.descent import Descended, add_gradient, batches, descend, descent_evaluations, objective, parts
 from ertacache.errors import CalibrationError, NumericsError
-from ertacache.fitting import REFINED_FORM, SAFE_FORM, Fitter
+from ertacache.fit.end_to_end import refinement_evaluations
+from ertacache.fit.rerun import Rerun
+from ertacache.fit.runs import MICRO_BATCH, Runs, mean_log_error, recorded_runs
+from ertacache.fit.step_by_step import REFINED_FORM, SAFE_FORM, Fitter
 from ertacache.gradients import NO_GRADIENT, differentiable
 from ertacache.matrices import MatrixRun, MatrixUnknowns
 from ertacache.rectification import Coefficients
-from ertacache.refinement import refinement_evaluations
-from ertacache.rerun import Rerun
-from ertacache.runs import MICRO_BATCH, Runs, mean_log_error, recorded_runs
 
 PROMPTS = [f"prompt {i}" for i in range(12)]
 STEPS, SCHEDULE = 12, [0, 1, 3, 6, 9]

@@ -15,9 +15,9 @@ from page_texts import FIRST_FOLDER, FOLDERS, PAGES, ROOT, prose
 from toys import ToyPipeline, curved
 
 import ertacache
+from compare.pages import markers
+from compare.plots import main as plots_main
 from ertacache.calibration import Calibration
-from ertacache.pages import markers
-from ertacache.plots import main as plots_main
 
 REGISTRIES = ("pypi.org", "pythonhosted.org", "anaconda.org", "npmjs.com")
 

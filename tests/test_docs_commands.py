@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from page_texts import COMMANDS, FIRST_FOLDER, FOLDERS, ROOT
 
-from ertacache import cli, reproduce, settings
+from compare import reproduce
+from ertacache import cli
+from ertacache.cli import settings
+from ertacache.cli.run import COMPARE_FLAG
 from ertacache.errors import UsageError
-from ertacache.generation import COMPARE_FLAG
 
 # What no test can run: it needs the network, an account, or a tool of somebody else. What `run.sh`, `reproduce.sh` and
 # bench/strip.py do is run by tests/test_page_commands.py; of others it is checked that they exist and know the flags.

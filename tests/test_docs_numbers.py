@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from page_texts import FIRST_FOLDER, FOLDERS, ROOT
 
-from ertacache import settings
+from compare.results import read_results
 from ertacache.calibration import Calibration
-from ertacache.results import read_results
+from ertacache.cli import settings
 
 
 def training(folder: Path) -> dict:

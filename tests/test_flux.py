@@ -15,9 +15,10 @@ from PIL import Image
 from tiny_pipelines import tiny_module
 
 import ertacache
-from ertacache import ablation, command
+from compare import ablation
+from ertacache.cli import command
+from ertacache.fit.runs import recorded_runs
 from ertacache.metrics import psnr
-from ertacache.runs import recorded_runs
 
 FOLDER = Path(__file__).parents[1] / "ERTACache4FLUX"
 ARGUMENTS = {"height": 64, "width": 64, "num_inference_steps": 28, "guidance_scale": 3.5, "max_sequence_length": 40}

@@ -16,7 +16,7 @@ from golden_runs import (
 from safetensors.torch import load_file
 
 TOLERANCE = 1e-5
-PROVENANCE = ("versions", "date")
+PROVENANCE = ("versions", "date", "settings")
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -28,12 +28,13 @@ def test_checked_in_calibrations_give_the_same_latents(model):
         torch.testing.assert_close(latents, kept[name], atol=TOLERANCE, rtol=TOLERANCE)
 
 
+# of "refined" the coefficients are left out: they were nudged by the spread of other prompts' latents too
 @pytest.mark.parametrize("name", OPTIONS)
 def test_calibrate_makes_the_same_of_the_toy(name):
     kept, made = json.loads(CALIBRATIONS.read_text())[name], toy_calibration(name)
     assert kept.keys() == made.keys()
     for field, value in kept.items():
-        if field not in PROVENANCE:
+        if field not in PROVENANCE and not (name == "refined" and "coefficients" in field):
             assert_alike(made[field], value, f"{name}: {field}")
 
 

@@ -6,10 +6,10 @@ from toys import ToyPipeline, ToyTransformer, curved
 
 import ertacache
 from ertacache.attach import attached
-from ertacache.fitting import Fitter
+from ertacache.fit.record import Recorder
+from ertacache.fit.step_by_step import Fitter
 from ertacache.history import OutputHistory
 from ertacache.micro_batches import call_in_micro_batches
-from ertacache.recording import Recorder
 from ertacache.replay import Replay
 
 STEPS = 12

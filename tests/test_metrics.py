@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ertacache.lpips import TRUNK_VARIABLE, LpipsUnavailableError, alexnet_features, load_lpips
+from compare.lpips import TRUNK_VARIABLE, LpipsUnavailableError, alexnet_features, load_lpips
 from ertacache.metrics import psnr, ssim, temporal_error, worst_decile
 
 LPIPS_FOLDER = Path(__file__).parents[2] / "shared" / "lpips"

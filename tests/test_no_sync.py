@@ -19,10 +19,10 @@ from pipelines import KINDS, made
 from torch import Tensor
 
 import ertacache
+from compare.rivals.base import replaced
 from ertacache.attach import attached
-from ertacache.fitting import Fitter
-from ertacache.recording import Recorder
-from ertacache.rivals.base import replaced
+from ertacache.fit.record import Recorder
+from ertacache.fit.step_by_step import Fitter
 
 LIBRARY = str(Path(ertacache.__file__).parent)
 TORCH = str(Path(torch.__file__).parent)

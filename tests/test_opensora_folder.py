@@ -15,8 +15,9 @@ from opensora_folder import folder_modules, pipeline
 from PIL import Image
 from tiny_opensora import FOLDER, FRAMES, SIDE
 
-from ertacache import command, models, reproduce, settings
-from ertacache.settings import read_constants, read_prompts
+from compare import reproduce
+from ertacache.cli import command, models, settings
+from ertacache.cli.settings import read_constants, read_prompts
 
 SMALL = ["--dtype", "float32", "--height", SIDE, "--width", SIDE, "--num-frames", FRAMES]
 FAST = [*SMALL, "--num-inference-steps", 3, "--num-calibration-prompts", 2, "--prompt", "A red cat!"]

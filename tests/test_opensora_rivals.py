@@ -5,9 +5,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from opensora_folder import NUM_STEPS, call, folder_modules, pipeline
 
-from ertacache.cost import TransformerCost
-from ertacache.rivals import EasyCache, Multistep, NotApplicable, all_rivals
-from ertacache.rivals.multistep import ADAMS_BASHFORTH, SOLVERS, AdamsBashforth, make_solver, velocity_sign
+from compare.flops import TransformerCost
+from compare.rivals import EasyCache, Multistep, NotApplicable, all_rivals
+from compare.rivals.multistep import ADAMS_BASHFORTH, SOLVERS, AdamsBashforth, make_solver, velocity_sign
 
 # isort: split
 from opensora12 import RFlowScheduler

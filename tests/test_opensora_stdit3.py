@@ -8,8 +8,8 @@ from diffusers import FirstBlockCacheConfig, MagCacheConfig
 from safetensors.torch import save_file
 from tiny_opensora import info_of, load_vector, names_of, tiny_transformer
 
-from ertacache.cost import TransformerCost
-from ertacache.rivals.stack import intercepted
+from compare.flops import TransformerCost
+from compare.rivals.stack import intercepted
 
 # isort: split
 from opensora12.captions import unpack

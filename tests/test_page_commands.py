@@ -13,8 +13,8 @@ from page_texts import COMMANDS
 from PIL import Image
 from tiny_pipelines import FOLDERS, imports_from, tiny_module
 
-from ertacache import command, settings
-from ertacache.settings import read_constants, read_prompts
+from ertacache.cli import command, settings
+from ertacache.cli.settings import read_constants, read_prompts
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6

@@ -9,7 +9,7 @@ import pytest
 
 from ertacache import paths
 from ertacache.errors import CalibrationError
-from ertacache.paths import SegmentCosts, path_schedule
+from ertacache.fit.schedule import SegmentCosts, path_schedule
 
 
 def smooth_outputs(num_steps: int, seed: int, size: int = 30) -> np.ndarray:

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ertacache import ablation_schedules, policy
+from compare import ablation_schedules
+from ertacache.calibration import computed_steps_for
 from ertacache.errors import CalibrationError
-from ertacache.threshold import threshold_for, threshold_schedule
+from ertacache.fit.published import threshold_for, threshold_schedule
+from ertacache.fit.schedule import swap_search
 
 
 def cost_of(schedule: list[int], errors: np.ndarray) -> float:
@@ -63,11 +65,11 @@ def test_uniform_schedule():
 
 
 def test_speedup_is_floored():
-    assert policy.computed_steps_for(28, 2.0) == 14
-    assert policy.computed_steps_for(28, 2.5) == 11
-    assert policy.computed_steps_for(28, 100) == 1
+    assert computed_steps_for(28, 2.0) == 14
+    assert computed_steps_for(28, 2.5) == 11
+    assert computed_steps_for(28, 100) == 1
     with pytest.raises(CalibrationError, match=r"speedup is 0\.5"):
-        policy.computed_steps_for(28, 0.5)
+        computed_steps_for(28, 0.5)
 
 
 def test_swap_search_finds_the_better_schedule_within_its_budget():
@@ -78,9 +80,9 @@ def test_swap_search_finds_the_better_schedule_within_its_budget():
         asked.append(schedule)
         return sum(abs(a - b) for a, b in zip(schedule, wanted, strict=True))
 
-    assert policy.swap_search([0, 1, 2, 3], error_of, num_steps=10, budget=200) == wanted
+    assert swap_search([0, 1, 2, 3], error_of, num_steps=10, budget=200) == wanted
     asked.clear()
-    policy.swap_search([0, 1, 2, 3], error_of, num_steps=10, budget=5)
+    swap_search([0, 1, 2, 3], error_of, num_steps=10, budget=5)
     assert len(asked) == 6  # the start and the budget
 
 

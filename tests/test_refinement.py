@@ -14,14 +14,20 @@ from ertacache import forms, refinement
 from ertacache.announcement import Work
 from ertacache.calibration import Calibration
 from ertacache.errors import CalibrationError
-from ertacache.fitting import REFINED_FORM, Fitter, Form
-from ertacache.forms import best_form, best_refined_form, form_evaluations
-from ertacache.linearisation import RIDGES, LinearisedRun, linearisation_evaluations, linearise
+from ertacache.fit.end_to_end import (
+    RIDGES,
+    LinearisedRun,
+    linearisation_evaluations,
+    linearise,
+    refine,
+    refinement_evaluations,
+)
+from ertacache.fit.forms import best_form, best_refined_form, form_evaluations
+from ertacache.fit.rerun import Rerun
+from ertacache.fit.runs import recorded_runs
+from ertacache.fit.schedule import choose_schedule, error_growth, growth_evaluations, growth_places
+from ertacache.fit.step_by_step import REFINED_FORM, Fitter, Form
 from ertacache.rectification import LATENTS, Coefficients, combine
-from ertacache.refinement import refine, refinement_evaluations
-from ertacache.rerun import Rerun
-from ertacache.runs import recorded_runs
-from ertacache.schedule_search import choose_schedule, error_growth, growth_evaluations, growth_places
 
 PROMPTS = [f"prompt {i}" for i in range(6)]
 STEPS = 12

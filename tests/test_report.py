@@ -10,9 +10,9 @@ import pytest
 from browser import Browser, find_chromium
 from made_up import curves, examples, picture, row, rows
 
-from ertacache.chart_data import linear_ticks, quality_series, spread_labels, tick_texts
-from ertacache.plots import plot_schedule
-from ertacache.report import write_report
+from compare.chart_data import linear_ticks, quality_series, spread_labels, tick_texts
+from compare.plots import plot_schedule
+from compare.report import write_report
 
 META = {"title": "Made <up> & unmeasured", "command": "sh reproduce.sh --prompts '<x>'"}
 
@@ -139,7 +139,7 @@ def test_a_video_is_shown_with_all_of_its_frames_or_evenly_picked_ones(tmp_path:
 
 def test_a_report_stays_small_enough_to_send(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both = report(tmp_path).read_text()
-    monkeypatch.setattr("ertacache.report._MAX_BYTES", len(both) // 2)
+    monkeypatch.setattr("compare.report._MAX_BYTES", len(both) // 2)
     one = report(tmp_path).read_text()
     assert (both.count('"seed": '), one.count('"seed": ')) == (2, 1) and len(one) < 0.7 * len(both)
 

@@ -8,13 +8,15 @@ import torch
 from diffusers import FluxPipeline
 from toys import plain_fields
 
-from ertacache import ablation_table, kept, reproduce, settings, study
-from ertacache.comparison import Comparison
+from compare import ablation_table, reproduce, study
+from compare.comparison import Comparison
+from compare.pages import markers
+from ertacache import kept
+from ertacache.cli import settings
+from ertacache.cli.folder import ModelFolder
+from ertacache.cli.media import png_bytes
 from ertacache.errors import UsageError
 from ertacache.files import write_atomically
-from ertacache.model_folder import ModelFolder
-from ertacache.pages import markers
-from ertacache.pictures import png_bytes
 
 FOLDER = Path(__file__).parents[1] / "ERTACache4FLUX"
 PROMPTS = ["a red circle at the left", "a large blue star at the top"]

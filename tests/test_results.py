@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from made_up import row, rows
 
-from ertacache.pages import replace_between
-from ertacache.plots import main as plots_main
-from ertacache.results import METRICS, Row, best_rival, is_comparable, read_results, write_results
-from ertacache.table import load_published, margins, table_markdown
-from ertacache.table import main as table_main
+from compare.pages import replace_between
+from compare.plots import main as plots_main
+from compare.results import METRICS, Row, best_rival, is_comparable, read_results, write_results
+from compare.table import load_published, margins, table_markdown
+from compare.table import main as table_main
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 

@@ -9,8 +9,8 @@ from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler, M
 from tiny_flux import NUM_BLOCKS, NUM_STEPS, SIDE, call, flux_pipeline, modulated_input
 from torch import Tensor
 
-from ertacache.cost import TransformerCost
-from ertacache.rivals import (
+from compare.flops import TransformerCost
+from compare.rivals import (
     CacheDit,
     EasyCache,
     FasterCache,
@@ -24,9 +24,9 @@ from ertacache.rivals import (
     Tuner,
     all_rivals,
 )
-from ertacache.rivals.diffusers_caches import enabled, visual_latents
-from ertacache.rivals.multistep import SOLVERS, make_solver, put_on_grid
-from ertacache.rivals.teacache import _Gate, relative_distance
+from compare.rivals.diffusers_caches import enabled, visual_latents
+from compare.rivals.multistep import SOLVERS, make_solver, put_on_grid
+from compare.rivals.teacache import _Gate, relative_distance
 
 RIVALS = {rival.name: rival for rival in all_rivals(modulated_input)}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import changed_weights
 
-from ertacache.pages import fill, markers
+from compare.pages import fill, markers
 
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "compatibility.md").read_text(encoding="utf-8")

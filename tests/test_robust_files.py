@@ -17,11 +17,11 @@ import pytest
 from toys import ToyPipeline, curved
 
 import ertacache
+from compare.ledger import Ledger
 from ertacache import files
 from ertacache.calibration import SCHEMA, Calibration, to_json
 from ertacache.errors import CalibrationError
 from ertacache.files import write_atomically
-from ertacache.ledger import Ledger
 from ertacache.schema import MAX_FILE_BYTES
 
 CHECKED_IN = sorted(Path(__file__).parents[1].glob("ERTACache4*/calibration/*.json"))
@@ -271,7 +271,7 @@ def test_what_a_killed_process_left_behind_goes_away(made, tmp_path):
 
 WRITER = """
 import sys
-from ertacache.ledger import Ledger
+from compare.ledger import Ledger
 from pathlib import Path
 ledger = Ledger(Path(sys.argv[1]), {"subject": 1})
 print("ready", flush=True)

@@ -14,10 +14,10 @@ from tiny_models import NAMES, NUM_STEPS, call, expected, fitted, make
 from toys import ToyPipeline, curved
 
 import ertacache
-from ertacache.ablation_schedules import best_schedule, reuse_errors
+from compare.ablation_schedules import best_schedule, reuse_errors
 from ertacache.errors import NumericsError
 from ertacache.finite import FiniteCheck
-from ertacache.recording import gram_matrix
+from ertacache.fit.record import gram_matrix
 from ertacache.rectification import fit_rectification, solve_towards_plain
 
 

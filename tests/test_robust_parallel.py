@@ -13,10 +13,11 @@ import tiny_models
 import torch
 
 import ertacache
-from ertacache import models, processes, reproduce
-from ertacache.comparison import _joined
-from ertacache.ledger import Ledger
-from ertacache.model_folder import ModelFolder
+from compare import processes, reproduce
+from compare.comparison import _joined
+from compare.ledger import Ledger
+from ertacache.cli import models
+from ertacache.cli.folder import ModelFolder
 
 HERE = Path(__file__).parent
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ertacache import settings
+from ertacache.cli import settings
 from ertacache.errors import UsageError
 
 CONFIG = '''

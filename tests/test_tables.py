@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from made_up import row, rows
 
-from ertacache.overview import main as overview_main
-from ertacache.overview import overview_markdown
-from ertacache.table import load_published
-from ertacache.table import main as table_main
+from compare.overview import main as overview_main
+from compare.overview import overview_markdown
+from compare.table import load_published
+from compare.table import main as table_main
 
 ROOT = Path(__file__).parents[1]
 TABLES = {

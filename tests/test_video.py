@@ -6,7 +6,8 @@ import torch
 from mp4 import read_mp4
 from torch import Tensor
 
-from ertacache.videos import VideoError, pick_frames, vbench_name, write_mp4
+from compare.pictures import pick_frames, vbench_name
+from ertacache.cli.media import VideoError, write_mp4
 
 
 def moving_bar(frames: int = 9, height: int = 48, width: int = 64) -> Tensor:

@@ -19,10 +19,10 @@ from torch import Tensor
 from toys import plain_fields
 
 import ertacache
+from compare.rivals.base import bound_arguments
 from ertacache import provenance, solver
 from ertacache.errors import MismatchError, MismatchWarning
 from ertacache.rectification import drift_target
-from ertacache.rivals.base import bound_arguments
 from ertacache.solver import StepCall
 
 FOLDER = Path(__file__).parents[1] / "ERTACache4Wan2.1"

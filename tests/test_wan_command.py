@@ -12,8 +12,8 @@ import pytest
 from mp4 import read_mp4
 from tiny_wan import wan_pipeline
 
-from ertacache import command
-from ertacache.settings import read_constants, read_prompts
+from ertacache.cli import command
+from ertacache.cli.settings import read_constants, read_prompts
 
 FOLDER = Path(__file__).parents[1] / "ERTACache4Wan2.1"
 MODULES = ("generate", "scheduler", "transformer")  # names that every folder has

@@ -6,8 +6,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from ertacache.cache import Coefficients
 from ertacache.calibration import calibration_fields
-from ertacache.rectification import Coefficients
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 

@@ -80,10 +80,11 @@ class OpenSoraPipeline(Denoising, DiffusionPipeline):
         text_encoder: str = "DeepFloyd/t5-v1_1-xxl",
         dtype: torch.dtype = torch.bfloat16,
         text_encoder_dtype: torch.dtype = torch.float32,
+        transformer_class: type[STDiT3] = STDiT3,
     ) -> Self:
         """The pipeline of the official repositories, by hub id or folder. The original runs T5 in float32."""
         return cls(
-            transformer=STDiT3.from_pretrained(transformer, dtype=dtype),
+            transformer=transformer_class.from_pretrained(transformer, dtype=dtype),
             vae=OpenSoraVAE.from_pretrained(vae, dtype=dtype),
             scheduler=RFlowScheduler(),
             text_encoder=T5EncoderModel.from_pretrained(text_encoder, dtype=text_encoder_dtype),

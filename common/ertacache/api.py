@@ -7,14 +7,16 @@ from typing import Any
 from torch import nn
 
 from ertacache.attach import Attachment
-from ertacache.attach_model import ModelAttachment, check_bare_model
+from ertacache.bare import ModelAttachment, check_bare_model
 from ertacache.calibration import Calibration
+from ertacache.checks import check_pipeline
 from ertacache.errors import MismatchError, StateError
-from ertacache.replay import Replay, check_pipeline
+from ertacache.intercept import ATTACHED
+from ertacache.replay import Replay
 
 
 class Applied:
-    """A calibration attached to a pipeline or a transformer, made by `apply`; a context manager whose end removes it.
+    """A calibration attached to a pipeline or a transformer by `apply`; leaving it as a context manager removes it.
 
     Attributes:
         pipe: what it is attached to.
@@ -72,9 +74,9 @@ def apply(
         MismatchWarning: other weights or dtype than calibrated; in a run another guidance scale or latent shape, or
             weights that changed since.
     """
+    calibration = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
     if isinstance(pipe, nn.Module) and getattr(pipe, "scheduler", None) is None:
-        calibration = _loaded(calibration)
-        if isinstance(pipe.__dict__.get("_ertacache"), ModelAttachment):
+        if isinstance(pipe.__dict__.get(ATTACHED), ModelAttachment):
             remove(pipe)
         _check_free(pipe)
         check_bare_model(calibration, pipe, converted)
@@ -82,12 +84,10 @@ def apply(
     _check_parts(pipe)
     if converted:
         raise MismatchError("converted=True is for a transformer alone, not for a pipeline")
-    calibration = _loaded(calibration)
     remove(pipe)
     _check_free(pipe.transformer)
     check_pipeline(calibration, pipe)
-    attachment = Attachment(pipe, Replay(calibration, pipe), check="end" if check_finite else None)
-    return Applied(pipe, calibration, attachment)
+    return Applied(pipe, calibration, Replay(calibration, pipe).attachment("end" if check_finite else None))
 
 
 def _check_parts(pipe: Any) -> None:
@@ -100,19 +100,15 @@ def _check_parts(pipe: Any) -> None:
 
 def _check_free(transformer: nn.Module) -> None:
     """Two attachments at once would answer each other's calls."""
-    if "_ertacache" in transformer.__dict__:
+    if ATTACHED in transformer.__dict__:
         raise StateError(
             f"this {type(transformer).__name__} is attached already, alone or as part of another pipeline: "
             "ertacache.remove it there first"
         )
 
 
-def _loaded(calibration: Calibration | str | Path) -> Calibration:
-    return calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
-
-
 def remove(pipe: Any) -> None:
     """Take ERTACache off a pipeline or transformer, which is then as before; does nothing where none is attached."""
-    attachment = pipe.__dict__.get("_ertacache")
+    attachment = pipe.__dict__.get(ATTACHED)
     if attachment is not None:
         attachment.detach()

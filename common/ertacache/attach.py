@@ -1,228 +1,275 @@
-"""Attaches to a pipeline: its transformer's call and its scheduler's step, both on the instance.
+"""Attach a cache to a pipeline: its transformer's call and its scheduler's step, both on the instance.
 
-`Attachment` follows a run (which step is next) and asks a controller what to do at it. The
-controllers: `recording.Recorder` watches an uncached run, `fitting.Fitter` fits on the accelerated trajectory,
-`rerun.Rerun` and `matrices.MatrixRun` run given coefficients, `replay.Replay` generates with a finished calibration.
+The scheduler's step is where the model output is guided already, whatever the guidance, so there is one history and
+no branch to keep apart. On a reused step the transformer returns a placeholder, an expanded zero that takes no memory,
+and the scheduler gets the cache's combination instead.
 """
 
-import functools
-import inspect
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ertacache.errors import StateError
-from ertacache.finite import FiniteCheck
-from ertacache.micro_batches import call_in_micro_batches
-from ertacache.patching import follow, put_in_front, take_off, uncompiled
+from ertacache.cache import Cache
+from ertacache.errors import NumericsError, StateError
+from ertacache.intercept import ATTACHED, Interception, Method, follow, uncompiled, unfollow
 from ertacache.solver import StepCall, StepPlaces, first_output, host_grid
 
-__all__ = ["Attachment", "Controller", "attached"]
 TRANSFORMER_NAMES = ("transformer", "transformer_2")
 TIMESTEP_TOLERANCE = 1.0  # in timesteps of 0 .. 1000
 
-# class, shape, dtype and device of what the transformer returns
-Structure = tuple[type, torch.Size, torch.dtype, torch.device]
+
+class Structure(NamedTuple):
+    """What a transformer returns: class of the output, and shape, dtype and device of its first tensor."""
+
+    kind: type
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
 
-class Controller(Protocol):
-    """What happens in a run; every method is called by `Attachment`."""
+class FiniteCheck:
+    """Find the step at which a run stopped being finite, reading from the device once.
 
-    def begin(self, scheduler: Any) -> None:
-        """A run begins; the scheduler's grid is set and may be changed."""
+    Keeps one sum for each output on its device: it is finite only where every term is.
+    """
 
-    def should_compute(self, step: int) -> bool:
-        """Whether the transformer runs at this step."""
+    def __init__(self) -> None:
+        self.sums: list[tuple[int, Tensor]] = []
 
-    def model_output(self, step: int, call: StepCall, scheduler: Any) -> Tensor:
-        """The output that the scheduler is to get at this step."""
+    def see(self, step: int, output: Tensor) -> None:
+        """Keep the sum of a step's output; a step may have several."""
+        if not output.is_meta:  # a run on meta tensors has shapes only
+            self.sums.append((step, output.detach().sum(dtype=torch.float32)))
 
-    def after_step(self, step: int, sample: Tensor) -> None:
-        """The scheduler has stepped to `sample`."""
+    def verify(self, computes: Callable[[int], bool]) -> None:
+        """Raise NumericsError naming the first step that is not finite; then forget all of them."""
+        sums, self.sums = self.sums, []
+        if not sums:
+            return
+        for (step, _), value in zip(sums, torch.stack([total for _, total in sums]).tolist(), strict=True):
+            if not math.isfinite(value):
+                raise NumericsError(
+                    f"the model output at step {step} ({'computed' if computes(step) else 'reused'}) holds NaN or Inf, "
+                    "so the result would too; in float16 an overflow is likely: use bfloat16 or float32"
+                )
 
-    def end(self) -> None:
-        """The run is over, or given up: drop what it held."""
+
+@dataclass
+class Run:
+    """One run of a pipeline, from set_timesteps to its last step; host state but for the cache's tensors."""
+
+    scheduler: Any
+    cache: Cache
+    timesteps: list[float]
+    structure: Structure | None
+    step: int = 0
+    calls: int = 0  # of the transformer in this step
+    zero: Tensor | None = None  # what placeholders are expanded from
+    finite: FiniteCheck = field(default_factory=FiniteCheck)
+
+    def placeholder(self) -> Any:
+        """An output of the transformer's own structure that holds zeros and no memory."""
+        if self.structure is None:
+            raise StateError("a step is to be reused before any was computed: step 0 must be computed")
+        kind, shape, dtype, device = self.structure
+        if self.zero is None or (self.zero.dtype, self.zero.device) != (dtype, device):
+            self.zero = torch.zeros((), dtype=dtype, device=device)
+        tensor = self.zero.expand(shape)
+        return (tensor,) if kind is tuple else kind(tensor)
+
+    def check(self, call: StepCall) -> None:
+        """Raise StateError unless this is the scheduler's call of the present step.
+
+        The timestep is compared without reading from a device: by its place in the grid's memory, or its value. A
+        device is waited for once a run at most, at its first step, for a loop that copies its timesteps.
+        """
+        step, timestep = self.step, call.timestep
+        if step == 0 and getattr(self.scheduler, "begin_index", None):
+            begin = self.scheduler.begin_index
+            raise StateError(f"the run starts at step {begin} of the grid; ERTACache needs a run from step 0")
+        index = place_in_grid(timestep, self.scheduler.timesteps)
+        if index is not None and index != step:
+            self._refuse(f"is at step {index} of the grid")
+        known = not isinstance(timestep, Tensor) or timestep.device.type == "cpu" or step == 0
+        if index is None and known and isinstance(timestep, (int, float, Tensor)):
+            values, expected = torch.as_tensor(timestep), self.timesteps[step]
+            if values.numel() == 1 and abs(float(values) - expected) > TIMESTEP_TOLERANCE:
+                self._refuse(f"has timestep {float(values):g}, the grid has {expected:g} there")
+        if not self.calls:
+            raise StateError(
+                f"step {step} came without a call of the transformer that ERTACache is attached to: another "
+                "module, another thread, or its forward was called directly; apply to the one that is called"
+            )
+
+    def _refuse(self, what: str) -> None:
+        raise StateError(
+            f"step {self.step} of the run {what}; ERTACache needs a run that visits every step of the grid in order"
+        )
 
 
 class Attachment:
-    """Follows the runs of one pipeline; all of its state is on the host.
+    """Follow the runs of one pipeline. A run belongs to the thread that began it, and to its scheduler or a copy.
 
     Args:
-        micro_batch: how many samples the transformer sees at a time; None for all.
-        check: when outputs are checked for NaN and Inf: at every "step", at the "end" of a run, or never (None).
+        begin: makes the cache of a run from the scheduler, whose grid is set; may change the grid, or refuse.
+        first_latents: told the latents that a run starts from.
+        stepped: told each step and the latents after it.
+        call: makes the transformer's call on a computed step, as `call(interception, args, kwargs)`.
+        check: when outputs are looked through for NaN and Inf: at every "step", at the "end" of a run, or never (None).
+        structure: of the transformer's output, for runs whose first step is not computed.
     """
 
-    def __init__(self, pipe: Any, controller: Controller, micro_batch: int | None = None, check: str | None = "step"):
-        self.pipe, self.controller = pipe, controller
-        self.micro_batch, self.check = micro_batch, check
+    def __init__(
+        self,
+        pipe: Any,
+        begin: Callable[[Any], Cache],
+        *,
+        first_latents: Callable[[Tensor], None] | None = None,
+        stepped: Callable[[int, Tensor], None] | None = None,
+        call: Callable[[Interception, tuple, dict[str, Any]], Any] | None = None,
+        check: str | None = "end",
+        structure: Structure | None = None,
+    ):
+        self.pipe, self.begin, self.check, self.structure = pipe, begin, check, structure
+        self.first_latents, self.stepped, self.call = first_latents, stepped, call
         self.scheduler = pipe.scheduler
-        self.transformers: dict[str, nn.Module] = {}
-        self.step: int | None = None
-        self.timesteps: list[float] = []
-        self.structure: Structure | None = None
-        self.expected: Structure | None = None  # for a run whose first output is known without computing it
-        self.finite = FiniteCheck()
-        self._zero: Tensor | None = None  # what placeholders are expanded from, once made
-        self.computed_calls = 0
-        self.reused_calls = 0
-        self.on_computed: Callable[[], None] = lambda: None
-        self.around: Callable[[Any], Any] = lambda call: call  # goes around the transformer's own call
+        self.interceptions: dict[str, Interception] = {}
+        self.methods: list[Method] = []
+        self.runs: dict[int, Run] = {}  # by thread
+        self.computed_calls = self.reused_calls = 0
 
     # -- attaching ---------------------------------------------------------------------------------------
 
     def attach(self) -> "Attachment":
-        if isinstance(getattr(self.scheduler.__dict__.get("step"), "attachment", None), Attachment):
+        if isinstance(self.scheduler.__dict__.get("step"), Method):
             raise StateError("this scheduler is attached already, as part of another pipeline: give each its own")
-        self.transformers = self._present()
-        for transformer in self.transformers.values():
-            put_in_front(transformer, self)
-        self._places = StepPlaces.of(inspect.signature(self.scheduler.step))
-        self._original_step = self.scheduler.step
-        self._original_set_timesteps = self.scheduler.set_timesteps
-        self._replaced = {name: self.scheduler.__dict__.get(name) for name in ("step", "set_timesteps")}
-        # functions, not methods, so that they can carry the originals' signatures, which pipelines inspect
-        self.scheduler.step = functools.wraps(self._original_step)(lambda *a, **k: self._step(*a, **k))
-        self.scheduler.set_timesteps = functools.wraps(self._original_set_timesteps)(
-            lambda *a, **k: self._set_timesteps(*a, **k)
-        )
-        self.scheduler.step.attachment = self
+        for name, transformer in transformers_of(self.pipe).items():
+            self.interceptions[name] = self._intercepted(transformer)
+        step = Method(self.scheduler, "step", self._step, self)
+        self.places = StepPlaces.of(step.signature)
+        self.methods = [step.put_on(), Method(self.scheduler, "set_timesteps", self._set_timesteps, self).put_on()]
         follow(self.pipe, self)
         return self
 
     def detach(self) -> None:
         """Leave the pipeline as it was before `attach`."""
-        self.finish()
-        for transformer in self.transformers.values():
-            take_off(transformer)
-        for name, own in self._replaced.items():
-            self.scheduler.__dict__.pop(name, None)
-            if own is not None:
-                self.scheduler.__dict__[name] = own
-        take_off(self.pipe)
+        for run in self.runs.values():
+            run.cache.end()
+        self.runs.clear()
+        for interception in self.interceptions.values():
+            self._let_go(interception)
+        for method in self.methods:
+            method.take_off()
+        unfollow(self.pipe)
 
-    def _present(self) -> dict[str, nn.Module]:
-        return {n: getattr(self.pipe, n) for n in TRANSFORMER_NAMES if getattr(self.pipe, n, None) is not None}
+    def _intercepted(self, transformer: nn.Module) -> Interception:
+        made = Interception(transformer, self._answer)
+        made.put_on()
+        transformer.__dict__[ATTACHED] = self
+        return made
+
+    def _let_go(self, interception: Interception) -> None:
+        interception.module.__dict__.pop(ATTACHED, None)
+        interception.take_off()
 
     def _follow_compiled(self) -> None:
         """Move in front of a wrapper that `torch.compile` has put around a transformer since."""
-        for name, transformer in self._present().items():
-            old = self.transformers.get(name)
-            if transformer is old:
+        for name, transformer in transformers_of(self.pipe).items():
+            old = self.interceptions.get(name)
+            if old is not None and transformer is old.module:
                 continue
-            if old is None or uncompiled(transformer) is not uncompiled(old):
+            if old is None or uncompiled(transformer) is not uncompiled(old.module):
                 raise StateError(f"the pipeline's {name} was replaced after ertacache.apply: remove and apply again")
-            take_off(old)
-            put_in_front(transformer, self)
-            self.transformers[name] = transformer
+            self._let_go(old)
+            self.interceptions[name] = self._intercepted(transformer)
 
     # -- the transformer's side --------------------------------------------------------------------------
 
-    def call(self, call: Any, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run the transformer, or return an expanded zero in its place."""
-        if self.pipe.scheduler is not self.scheduler:
-            raise StateError("the pipeline's scheduler was replaced after ertacache.apply: remove and apply again")
-        if self.step is None or threading.get_ident() != self._thread:
-            return call(*args, **kwargs)  # outside a run the transformer is somebody else's: it runs as ever
-        computes = self.controller.should_compute(self.step)
-        return self.compute(call, module, args, kwargs) if computes else self.placeholder()
-
-    def compute(self, call: Any, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        output = call_in_micro_batches(self.around(call), module, args, kwargs, self.micro_batch)
-        tensor = first_output(output)
-        self.structure = self.expected = (type(output), tensor.shape, tensor.dtype, tensor.device)
-        self.computed_calls += 1
-        return output
-
-    def placeholder(self) -> Any:
-        structure = self.structure or self.expected
-        if structure is None:
-            raise StateError("a step is to be reused before any was computed: step 0 must be computed")
+    def _answer(self, interception: Interception, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run the transformer, or return a placeholder for its output."""
+        run = self.runs.get(threading.get_ident())
+        if run is None:  # outside a run the transformer is somebody else's: it runs as ever
+            self._check_scheduler()
+            return interception.run(*args, **kwargs)
+        run.calls += 1
+        if run.cache.computes(run.step):
+            output = self.call(interception, args, kwargs) if self.call else interception.run(*args, **kwargs)
+            tensor = first_output(output)
+            run.structure = self.structure = Structure(type(output), tensor.shape, tensor.dtype, tensor.device)
+            self.computed_calls += 1
+            return output
         self.reused_calls += 1
-        kind, shape, dtype, device = structure
-        if self._zero is None or (self._zero.dtype, self._zero.device) != (dtype, device):
-            self._zero = torch.zeros((), dtype=dtype, device=device)
-        tensor = self._zero.expand(shape)
-        return (tensor,) if kind is tuple else kind(tensor)
+        if isinstance(interception.module, CachedTransformer) and not interception.is_compiled:
+            return interception.run(*args, **kwargs)  # its own forward asks
+        return run.placeholder()
+
+    def _check_scheduler(self) -> None:
+        step = self.pipe.scheduler.__dict__.get("step")
+        if not (isinstance(step, Method) and step.owner is self):
+            raise StateError("the pipeline's scheduler was replaced after ertacache.apply: remove and apply again")
 
     # -- the scheduler's side ----------------------------------------------------------------------------
 
-    def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
+    def _set_timesteps(self, method: Method, args: tuple, kwargs: dict[str, Any]) -> Any:
         self.finish()
         self._follow_compiled()
-        result = self._original_set_timesteps(*args, **kwargs)
-        self.controller.begin(self.scheduler)
-        self.timesteps = host_grid(self.scheduler)[0]
-        self.step, self._thread = 0, threading.get_ident()
-        self._calls_before = self.computed_calls + self.reused_calls
+        result = method.original(*args, **kwargs)
+        cache = self.begin(method.scheduler)
+        run = Run(method.scheduler, cache, host_grid(method.scheduler)[0], self.structure)
+        self.runs[threading.get_ident()] = run
         return result
 
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
-        call = StepCall(self._places, args, kwargs)
-        step = self._checked_step(call)
-        output = self.controller.model_output(step, call, self.scheduler)
-        if self.check is not None:
-            self.finite.see(step, output)
-        if self.check == "step":
-            self.finite.verify(self.controller.should_compute)
-        call = call.with_output(output)
-        result = self._original_step(*call.args, **call.kwargs)
-        self.controller.after_step(step, first_output(result))
-        if self.controller.should_compute(step):
-            self.on_computed()
-        self.step = step + 1
-        self._calls_before = self.computed_calls + self.reused_calls
-        if self.step == len(self.timesteps):
-            if self.check == "end":
-                self.finite.verify(self.controller.should_compute)
-            self.finish()
-        return result
-
-    def _checked_step(self, call: StepCall) -> int:
-        if self.step is None:
+    def _step(self, method: Method, args: tuple, kwargs: dict[str, Any]) -> Any:
+        run = self.runs.get(threading.get_ident())
+        if run is None or run.scheduler is not method.scheduler:
             raise StateError("scheduler.step was called outside a run: call scheduler.set_timesteps first")
-        begin = getattr(self.scheduler, "begin_index", None)
-        if self.step == 0 and begin:
-            raise StateError(f"the run starts at step {begin} of the grid; ERTACache needs a run from step 0")
-        self._check_timestep(self.step, call.timestep)
-        if self.computed_calls + self.reused_calls == self._calls_before:
-            raise StateError(
-                f"step {self.step} came without a call of the transformer that ERTACache is attached to: another "
-                "module, another thread, or its forward was called directly; apply to the one that is called"
-            )
-        return self.step
-
-    def _check_timestep(self, step: int, timestep: Any) -> None:
-        """Compare with the grid without reading from a device: by its place in the grid's memory, or its value.
-
-        A device is waited for once a run at most, at its first step, for a loop that copies its timesteps.
-        """
-        index = place_in_grid(timestep, self.scheduler.timesteps)
-        if index is not None:
-            if index != step:
-                self._refuse_timestep(f"is at step {index} of the grid")
-            return
-        if isinstance(timestep, Tensor) and timestep.device.type != "cpu" and step > 0:
-            return
-        if isinstance(timestep, (int, float, Tensor)) and torch.as_tensor(timestep).numel() == 1:
-            expected = self.timesteps[step]
-            if abs(float(timestep) - expected) > TIMESTEP_TOLERANCE:
-                self._refuse_timestep(f"has timestep {float(timestep):g}, the grid has {expected:g} there")
-
-    def _refuse_timestep(self, what: str) -> None:
-        raise StateError(
-            f"step {self.step} of the run {what}; ERTACache needs a run that visits every step of the grid in order"
-        )
+        call = StepCall(self.places, args, kwargs)
+        run.check(call)
+        if run.step == 0 and self.first_latents is not None:
+            self.first_latents(call.sample)
+        output = run.cache.output(run.step, call, run.scheduler)
+        if self.check is not None:
+            run.finite.see(run.step, output)
+            if self.check == "step":
+                run.finite.verify(run.cache.computes)
+        call = call.with_output(output)
+        result = method.original(*call.args, **call.kwargs)
+        if self.stepped is not None:
+            self.stepped(run.step, first_output(result))
+        run.step, run.calls = run.step + 1, 0
+        if run.step == len(run.timesteps):
+            self.finish()
+            run.finite.verify(run.cache.computes)
+        return result
 
     def finish(self) -> None:
-        """The run is over, or was given up: hold nothing of it."""
-        self.step = None
-        self.structure = self._zero = None
-        self.finite.forget()
-        self.controller.end()
+        """End this thread's run, whole or given up: hold nothing of it."""
+        run = self.runs.pop(threading.get_ident(), None)
+        if run is not None:
+            run.cache.end()
+
+
+class CachedTransformer:
+    """Mixin of a transformer class whose own forward asks whether its step is reused; see a model folder's."""
+
+    def reused_output(self) -> Any:
+        """What forward returns in place of running, on a reused step; None on a computed one and outside a run."""
+        if torch.compiler.is_compiling():  # of a compiled module the attachment decides, outside of what is traced
+            return None
+        attachment = self.__dict__.get(ATTACHED)
+        run = attachment.runs.get(threading.get_ident()) if isinstance(attachment, Attachment) else None
+        return None if run is None or run.cache.computes(run.step) else run.placeholder()
+
+
+def transformers_of(pipe: Any) -> dict[str, nn.Module]:
+    """The pipeline's transformers by name, where there are any."""
+    return {name: part for name in TRANSFORMER_NAMES if (part := getattr(pipe, name, None)) is not None}
 
 
 def place_in_grid(timestep: Any, grid: Any) -> int | None:
@@ -235,9 +282,9 @@ def place_in_grid(timestep: Any, grid: Any) -> int | None:
 
 
 @contextmanager
-def attached(pipe: Any, controller: Controller, micro_batch: int | None = None) -> Iterator[Attachment]:
-    """Attach for the length of a block; used by calibration and comparison."""
-    attachment = Attachment(pipe, controller, micro_batch).attach()
+def attached(pipe: Any, begin: Callable[[Any], Cache], **options: Any) -> Iterator[Attachment]:
+    """Attach for the length of a block."""
+    attachment = Attachment(pipe, begin, **options).attach()
     try:
         yield attachment
     finally:

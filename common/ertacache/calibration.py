@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ertacache.cache import Coefficients
 from ertacache.channels import ChannelMatrices, Layout, StepMatrices
 from ertacache.errors import CalibrationError
 from ertacache.files import write_atomically
-from ertacache.rectification import Coefficients
 from ertacache.schema import SCHEMA, check_schema, printable, read_json, shown, validate
 
 __all__ = ["SCHEMA", "Calibration", "to_json"]
@@ -71,10 +71,10 @@ class Calibration:
     def combinations(self) -> Coefficients:
         """What every step combines, of method ertacache."""
         outputs = self.coefficients or []
-        matrices = None
+        channels = None
         if self.channel_coefficients is not None and self.channel_axis is not None:
-            matrices = ChannelMatrices(Layout(self.channel_axis), self.channel_coefficients)
-        return Coefficients(outputs, self.sample_coefficients or [0.0] * len(outputs), matrices)
+            channels = ChannelMatrices(Layout(self.channel_axis), self.channel_coefficients)
+        return Coefficients(outputs, self.sample_coefficients or [0.0] * len(outputs), channels)
 
     @property
     def speedup(self) -> float:
@@ -202,12 +202,12 @@ class Calibration:
 
 def calibration_fields(coefficients: Coefficients) -> dict[str, Any]:
     """The fields of a calibration that hold the coefficients; `Calibration.combinations` is the opposite."""
-    latents, matrices = coefficients.latents_coefficients, coefficients.matrices
+    latents, channels = coefficients.latents, coefficients.channels
     return {
         "coefficients": coefficients.outputs,
         "sample_coefficients": latents if any(latents) else None,
-        "channel_coefficients": matrices.steps if matrices else None,
-        "channel_axis": matrices.layout.axis if matrices else None,
+        "channel_coefficients": channels.steps if channels else None,
+        "channel_axis": channels.layout.axis if channels else None,
     }
 
 
@@ -222,3 +222,16 @@ def _field_json(value: Any) -> str:
     if len(text) <= LONG_FIELD or not isinstance(value, list):
         return text
     return "[\n  " + ",\n  ".join(json.dumps(item, allow_nan=False) for item in value) + "\n ]"
+
+
+def computed_steps_for(num_steps: int, speedup: float) -> int:
+    """K = floor(N / speedup), at least 1. Raises CalibrationError for a speed-up below 1."""
+    if not speedup >= 1:
+        raise CalibrationError(f"speedup is {speedup}: it must be 1 or more")
+    return max(1, int(num_steps / speedup + 1e-9))
+
+
+def check_computed_steps(num_steps: int, computed_steps: int) -> None:
+    """Raise CalibrationError unless 1 <= K <= N."""
+    if not 1 <= computed_steps <= num_steps:
+        raise CalibrationError(f"computed_steps is {computed_steps}: it must lie between 1 and {num_steps}")

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-import ertacache
-from ertacache.patching import CachedTransformer, uncompiled
+from ertacache._version import __version__
+from ertacache.attach import CachedTransformer
+from ertacache.intercept import uncompiled
 
 FINGERPRINT_VALUES = 4  # of every parameter: a LoRA or a fine-tuning may change a few of them only
 VERSIONED = ("torch", "diffusers", "transformers")
@@ -28,7 +29,7 @@ def model_identity(transformer: nn.Module, name: str | None = None) -> dict[str,
 
 
 def class_name(model: nn.Module) -> str:
-    """The model's class, without the mixin that reuses its output and without torch.compile's wrapper."""
+    """The model's class, without a subclass that asks for reuse and without torch.compile's wrapper."""
     model = uncompiled(model)
     return next(kind.__name__ for kind in type(model).__mro__ if not issubclass(kind, CachedTransformer))
 
@@ -117,7 +118,7 @@ def package_versions() -> dict[str, str]:
 
     This library says its own, since it may run from a checkout that is not installed.
     """
-    found = {"ertacache": ertacache.__version__}
+    found = {"ertacache": __version__}
     for package in VERSIONED:
         try:
             found[package] = version(package)

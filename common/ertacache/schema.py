@@ -13,7 +13,7 @@ import torch
 
 from ertacache.channels import CHANNEL_AXES, MAX_CHANNELS, Layout
 from ertacache.errors import CalibrationError
-from ertacache.timesteps import MIN_FACTOR
+from ertacache.published import MIN_FACTOR
 
 if TYPE_CHECKING:
     from ertacache.calibration import Calibration

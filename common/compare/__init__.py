@@ -1,0 +1,1 @@
+"""What `sh reproduce.sh` does: rivals, measurements, tables, charts and the report."""

@@ -1,0 +1,34 @@
+"""What comparisons do with pictures and videos beside writing them: differences, frames that stand for a video, names.
+
+F: frames; H, W: height and width in pixels. Pixels are float in [0, 1] everywhere.
+"""
+
+import numpy as np
+from torch import Tensor
+
+DIFFERENCE_GAIN = 8
+# What cannot stand in a file name somewhere; VBench itself uses the prompt as it is.
+SEPARATORS = str.maketrans({"/": "_", "\\": "_", "\0": "_", "\n": " ", "\r": " "})
+MAX_NAME_BYTES = 240
+
+
+def difference(picture: Tensor, reference: Tensor) -> Tensor:
+    """|picture - reference| times DIFFERENCE_GAIN, clamped to [0, 1]."""
+    return ((picture - reference).abs() * DIFFERENCE_GAIN).clamp(0, 1)
+
+
+def pick_frames(num_frames: int, count: int) -> list[int]:
+    """`count` frame indices spread evenly from the first to the last one; all of them where there are fewer."""
+    if count >= num_frames:
+        return list(range(num_frames))
+    return np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
+
+
+def vbench_name(prompt: str, index: int) -> str:
+    """<prompt>-<index>.mp4, the name under which VBench's evaluator looks for a video.
+
+    Path separators, which no file name can hold, become underscores; a prompt too long for a file name is cut.
+    """
+    tail = f"-{index}.mp4"
+    name = prompt.translate(SEPARATORS).encode()[: MAX_NAME_BYTES - len(tail)].decode(errors="ignore")
+    return name + tail

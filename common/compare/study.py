@@ -1,0 +1,237 @@
+"""One comparison from calibration to report: who competes, at which setting, and in which order things are done.
+
+Ours and the rivals are calibrated and tuned on the calibration prompts, and measured on held-out ones.
+"""
+
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import ertacache
+from compare import ablation, processes
+from compare.comparison import Comparison, Contender
+from compare.ledger import Ledger
+from compare.lpips import Lpips, LpipsUnavailableError, load_lpips
+from compare.pictures import vbench_name
+from compare.rivals import NotApplicable, Rival, Tuner
+from compare.study_output import row_of, write_outcome
+from compare.teacache_method import latents_run
+from ertacache import provenance, solver
+from ertacache.calibration import Calibration
+from ertacache.cli import settings
+from ertacache.cli.folder import ModelFolder, slug
+from ertacache.cli.kept import (
+    calibration_file_prompts,
+    calibration_prompts,
+    kept_calibration,
+    new_calibration,
+    phi_over,
+)
+from ertacache.cli.settings import Settings
+from ertacache.errors import ERTACacheError, UsageError
+from ertacache.fit.recipe import recorded_runs
+from ertacache.fit.runs import Runs
+
+OUR_METHODS = ("none", "ertacache", "paper", "ablation")
+TIMING_REPEATS = 5
+NUM_TUNING_PROMPTS = 2
+STATIC_RIVALS = ("fewer-steps", "multistep")
+
+
+class Study:
+    """One comparison from calibration to report."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        chosen: Settings,
+        model: ModelFolder,
+        prompts: list[str],
+        counts: list[int],
+        rivals: list[Rival],
+    ):
+        self.pipe, self.chosen, self.model, self.prompts = pipe, chosen, model, prompts
+        self.counts, self.rivals = counts, rivals
+        self.arguments = model.arguments(chosen)
+        self.out = Path(chosen.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.calibration_prompts = calibration_prompts(chosen)
+        both = set(calibration_file_prompts(chosen)) & set(prompts)  # a kept calibration may be of more than asked for
+        if both:
+            raise UsageError(f"prompt {sorted(both)[0]!r} is a calibration prompt: held-out prompts must be others")
+        self.ledger = Ledger(self.out / ".progress", self._subject())
+        self.not_applicable: dict[str, str] = {}
+        self.perceptual, self.no_lpips = _lpips()
+
+    def _subject(self) -> dict[str, Any]:
+        return {
+            "model": provenance.model_identity(self.pipe.transformer),
+            "scheduler": solver.identity(self.pipe.scheduler),
+            "arguments": self.arguments,
+            "prompts": self.prompts,
+            "calibration_prompts": self.calibration_prompts,
+            "seeds": self.chosen.seeds,
+            "search_budget": self.chosen.search_budget,
+            "refine": self.chosen.refine,
+            "phi_over": phi_over(self.chosen),
+            "layout": self.chosen.layout,
+            "versions": provenance.package_versions(),
+        }
+
+    def run(self) -> Path:
+        """All of it; a run that was interrupted goes on from what is in the ledger."""
+        comparison = Comparison(
+            self.pipe,
+            self.arguments,
+            self.prompts,
+            self.chosen.seeds,
+            self.ledger,
+            self.perceptual,
+            self.chosen.micro_batch,
+            self._save_for_vbench if self.chosen.layout == "vbench" else None,
+        )
+        comparison.prepare()
+        contenders = [*self._ours(), *self._tuned_rivals()]
+        seconds = comparison.estimate(sum(not c.static for c in contenders))
+        if processes.is_main():
+            print(
+                f"comparison: {len(contenders)} settings on {len(comparison.pairs)} pairs of prompt and seed, "
+                f"about {seconds / 60:.0f} min if none is done yet",
+                file=sys.stderr,
+            )
+        reference = Contender("none", "reference", None, "uncached", nullcontext, static=True)
+        times = comparison.times([reference, *contenders], TIMING_REPEATS)
+        rows = [row_of(self, c, comparison, times) for c in [reference, *contenders]]
+        write_outcome(self, rows, contenders, reference, comparison)
+        return self.out
+
+    def _save_for_vbench(self, contender: Contender, prompt: str, seed: int, result: Tensor) -> None:
+        """vbench/<method>/<prompt>-<index>, the index counting the seeds from 0, as VBench counts its samples."""
+        name = vbench_name(prompt, self.chosen.seeds.index(seed)).removesuffix(".mp4")
+        folder = self.out / "vbench" / slug(contender.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save(result, folder / name, self.chosen)
+
+    # -- who competes ------------------------------------------------------------------------------------
+
+    def _ours(self) -> list[Contender]:
+        asked = self.chosen.methods.split(",") if self.chosen.methods != "all" else OUR_METHODS
+        recorded = functools.cache(self._recorded)  # once, and only where an ablation is still to be made
+        contenders = []
+        for count in self.counts:
+            if "ertacache" in asked:
+                ours = self.calibration("ertacache", count)
+                contenders.append(self._static("ertacache", "ours", count, ours))
+            if "paper" in asked:
+                contenders.append(self._static("paper", "rival", count, self.calibration("paper", count)))
+            if "ablation" in asked:
+                ours = self.calibration("ertacache", count)  # kept where it was asked for already
+                name, make = (
+                    f"ablation {count} {_version(ours)}",
+                    functools.partial(self._ablation, recorded, count, ours),
+                )
+                plain = self.ledger.get(name, make)
+                contenders += [
+                    self._static(name, "ablation", count, Calibration.from_dict(c)) for name, c in plain.items()
+                ]
+        return contenders
+
+    def _static(self, method: str, role: str, count: int, calibration: Calibration) -> Contender:
+        reached = len(calibration.computed_steps)
+        return Contender(
+            method,
+            role,
+            count,
+            f"K={reached}" if reached == count else f"K={reached}, asked {count}",
+            lambda: ertacache.apply(self.pipe, calibration),
+            static=True,
+            computed_steps=calibration.computed_steps,
+            comparable=role == "rival" and reached >= count,
+            version=_version(calibration),
+        )
+
+    def calibration(self, method: str, count: int) -> Calibration:
+        """That of a method with so many computed steps: ours as the folder keeps it where it does, or made anew."""
+        asking = self._asking(method, count)
+        kept = kept_calibration(self.pipe, asking, self.model) if method == "ertacache" else None
+        if kept is not None:
+            return kept
+
+        def make() -> dict[str, Any]:
+            return new_calibration(self.pipe, asking, self.model).to_dict()
+
+        return Calibration.from_dict(self.ledger.get(f"calibration {method} {count}", make))
+
+    def _asking(self, method: str, count: int) -> Settings:
+        """The settings of a run.sh that asks for so many computed steps of a method."""
+        goals = dict.fromkeys(settings.GOALS)
+        return Settings(**{**vars(self.chosen), **goals, "method": method, "computed_steps": count})
+
+    def _recorded(self) -> Runs:
+        prompts = self.calibration_prompts
+        return recorded_runs(
+            self.pipe,
+            prompts,
+            seeds=range(len(prompts)),
+            micro_batch=self.chosen.micro_batch,
+            memory_limit=self.chosen.memory_limit(),
+            **self.arguments,
+        )
+
+    def _ablation(self, recorded: Callable[[], Runs], count: int, ours: Calibration) -> dict[str, Any]:
+        budget, refine, over = self.chosen.search_budget, self.chosen.refine, phi_over(self.chosen)
+        parts = ablation.ablations(recorded(), count, ours.computed_steps, budget, refine, over)
+        return {name: calibration.to_dict() for name, calibration in parts.items()}
+
+    def _tuned_rivals(self) -> list[Contender]:
+        runs = [
+            latents_run(self.pipe, prompt, seed, self.arguments) for seed, prompt in enumerate(self.calibration_prompts)
+        ]
+        tuner = Tuner(self.pipe, runs[:NUM_TUNING_PROMPTS], self.chosen.num_inference_steps)
+        contenders = []
+        for rival in self.rivals:
+            try:
+                tuner.prepare(rival, runs)
+                contenders += [self._tuned(rival, tuner, count) for count in self.counts]
+            except NotApplicable as reason:
+                self.not_applicable[rival.name] = str(reason)
+        return contenders
+
+    def _tuned(self, rival: Rival, tuner: Tuner, count: int) -> Contender:
+        def make() -> dict[str, Any]:
+            tuned = tuner.tune(rival, count / self.chosen.num_inference_steps)
+            if tuned.fraction > 0.999:
+                raise ERTACacheError(f"rival {rival.name} skipped nothing at any setting: it is not attached right")
+            return {"setting": tuned.setting, "comparable": tuned.comparable}
+
+        tuned = self.ledger.get(f"tuned {rival.name} {count}", make)
+        setting = tuned["setting"]
+        return Contender(
+            rival.name,
+            "rival",
+            count,
+            ", ".join(f"{name}={value}" for name, value in setting.items()),
+            lambda: rival.attach(self.pipe, setting),
+            static=rival.name in STATIC_RIVALS,
+            knob=setting,
+            comparable=tuned["comparable"],
+        )
+
+
+def _version(calibration: Calibration) -> str:
+    """Tells one calibration from another of the same method and number of computed steps."""
+    return hashlib.sha256(json.dumps(calibration.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _lpips() -> tuple[Lpips | None, str]:
+    try:
+        return load_lpips(), ""
+    except LpipsUnavailableError as reason:
+        return None, str(reason)

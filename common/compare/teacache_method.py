@@ -1,0 +1,46 @@
+"""`run.sh --method teacache`: generate with TeaCache, fitted and tuned on the calibration prompts."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compare.rivals import TeaCache, Tuner
+from ertacache.cli.folder import ModelFolder
+from ertacache.cli.kept import calibration_prompts, computed_steps
+from ertacache.cli.settings import Settings
+from ertacache.errors import UsageError
+
+
+def attached(pipe: Any, settings: Settings, model: ModelFolder) -> Any:
+    """A context in which the pipeline runs with TeaCache, at the settings' threshold or number of computed steps."""
+    if model.teacache_signal is None:
+        raise UsageError(f"--method teacache is not available for {model.name}")
+    rival = TeaCache(model.teacache_signal)
+    arguments = model.arguments(settings)
+    runs = [latents_run(pipe, prompt, seed, arguments) for seed, prompt in enumerate(calibration_prompts(settings))]
+    print(f"teacache: fitting its polynomial on {len(runs)} prompts", file=sys.stderr)
+    name, value = settings.goal()
+    tuner = Tuner(pipe, runs[:1], settings.num_inference_steps)
+    tuner.prepare(rival, runs)
+    setting = {"threshold": value}
+    if name != "threshold":
+        tuned = tuner.tune(rival, computed_steps(settings) / settings.num_inference_steps)
+        setting = tuned.setting
+        print(
+            f"teacache: threshold {setting['threshold']:g} costs {tuned.fraction:.2f} of the uncached FLOPs",
+            file=sys.stderr,
+        )
+    return rival.attach(pipe, setting)
+
+
+def latents_run(pipe: Any, prompt: str, seed: int, arguments: dict[str, Any]) -> Callable[..., Tensor]:
+    """A function that runs the pipeline on one prompt and seed and returns the final latents."""
+
+    def run(**overrides: Any) -> Tensor:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return pipe(prompt=prompt, generator=generator, output_type="latent", **{**arguments, **overrides})[0]
+
+    return run

@@ -1,8 +1,0 @@
-"""`python -m ertacache`: see cli.py."""
-
-import sys
-
-from ertacache.cli import main
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What `run.sh` and the command `ertacache` do."""

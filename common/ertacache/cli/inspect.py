@@ -1,0 +1,62 @@
+"""The command `ertacache`: look into calibration files."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ertacache.calibration import Calibration
+from ertacache.cli import command
+from ertacache.schema import printable
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 1 for a bad file or a mismatch, 2 for a wrong flag."""
+    return command.run(lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: Sequence[str]) -> None:
+    parser = command.Parser(prog="ertacache", description="Look into ERTACache calibration files.")
+    actions = parser.add_subparsers(dest="action", required=True, parser_class=command.Parser)
+    inspect = actions.add_parser("inspect", help="print schedule, predicted quality and provenance")
+    inspect.add_argument("file", metavar="FILE")
+    inspect.add_argument("--json", action="store_true", help="print them as JSON")
+    check = actions.add_parser("validate", help="check a file, and whether it belongs to a model")
+    check.add_argument("file", metavar="FILE")
+    check.add_argument("--model", metavar="DIR", help="a saved pipeline, with its model_index.json")
+    chosen = parser.parse_args(argv)
+    calibration = Calibration.load(chosen.file)
+    if chosen.action == "inspect":
+        print(json.dumps(described(calibration), indent=1) if chosen.json else inspection(calibration))
+        return
+    print(f"{chosen.file}: valid")
+    if chosen.model is not None:
+        from ertacache.cli.check_folder import check_folder  # loads diffusers
+
+        for line in check_folder(calibration, Path(chosen.model)):
+            print(line)
+
+
+def inspection(calibration: Calibration) -> str:
+    """The summary of a calibration and all of its provenance, for a person."""
+    c = calibration
+    settings = ", ".join(f"{printable(k)}={printable(v)}" for k, v in c.settings.items())
+    versions = ", ".join(f"{printable(k)} {printable(v)}" for k, v in c.versions.items())
+    prompts = f"{printable(c.prompts.get('count', '?'))} (sha256 {printable(c.prompts.get('sha256', '?'))[:16]}...)"
+    weights = printable(c.model.get("weights_fingerprint") or "not recorded")
+    config = printable(c.model.get("config_sha256") or "not recorded")[:16]
+    return "\n".join(
+        [
+            c.summary(),
+            f"settings   {settings or 'not recorded'}",
+            f"prompts    {prompts}",
+            f"weights    fingerprint {weights}, configuration sha256 {config}...",
+            f"made       {printable(c.date) or 'on an unknown day'} with {versions or 'unknown versions'}",
+        ]
+    )
+
+
+def described(calibration: Calibration) -> dict[str, object]:
+    """What `inspection` says, and more, as JSON data."""
+    data = calibration.to_dict()
+    return {"strip": calibration.strip(), "speedup": calibration.speedup, **data}

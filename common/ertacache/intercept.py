@@ -1,0 +1,154 @@
+"""Answer the calls of one module, and the methods of one scheduler, on the instance: no class changes.
+
+torch looks for a compiled call on the instance before it runs a module's own; `Interception` stands there. What
+hooks of offloading, LoRA layers and `module.compile()` do lies behind it, in whatever order they come.
+"""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import eval_frame
+
+from ertacache.errors import StateError
+
+SLOT = "_compiled_call_impl"  # of nn.Module, which calls what lies there instead of its own forward
+ATTACHED = "_ertacache"  # instance attribute of what is attached to
+FOLLOWED = "_ertacache_original"  # class attribute of a pipeline class that was made here
+
+Answer = Callable[["Interception", tuple, dict[str, Any]], Any]
+
+
+class Interception:
+    """Stand before one module's call.
+
+    Args:
+        answer: called with this object and the call's arguments; `run` makes the call as it would be without.
+    """
+
+    def __init__(self, module: nn.Module, answer: Answer):
+        self.module, self.answer = module, answer
+        self.compiled: Callable[..., Any] | None = None
+
+    def put_on(self) -> None:
+        """Answer the module's calls from now on."""
+        space = self.module.__dict__  # past __setattr__, which wrappers of compiled modules pass on
+        self.compiled = space.get(SLOT)
+        space[SLOT] = self
+        space["compile"] = self._compile
+
+    def take_off(self) -> None:
+        """Leave the module as it was, but for what was compiled since."""
+        space = self.module.__dict__
+        space.pop("compile", None)
+        space.pop(SLOT, None)
+        if self.compiled is not None:
+            space[SLOT] = self.compiled
+
+    # not traced: what changes from step to step in here would recompile the model at every step
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _inside_compiled_wrapper() and uncompiled(self.module) is self.module:
+            raise StateError(
+                "the transformer was wrapped by torch.compile after ertacache.apply and is called through the wrapper: "
+                "apply again (compile first, then apply), or use transformer.compile(), which works in any order"
+            )
+        return self.answer(self, args, kwargs)
+
+    @torch.compiler.disable(recursive=False)
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module without an answer."""
+        return (self.compiled or self.module._call_impl)(*args, **kwargs)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the module's forward is compiled, so that a decision inside of it would be traced."""
+        return self.compiled is not None or uncompiled(self.module) is not self.module
+
+    def _compile(self, *args: Any, **kwargs: Any) -> None:
+        """`module.compile`, which would take this object's place."""
+        self.compiled = torch.compile(self.module._call_impl, *args, **kwargs)
+
+
+class Method:
+    """Take the place of one method of a scheduler; a deep copy of the scheduler takes its own along.
+
+    Args:
+        answer: called with this object and the call's arguments.
+        owner: what `owner` of the copies is too.
+    """
+
+    def __init__(self, scheduler: Any, name: str, answer: Callable[..., Any], owner: Any):
+        self.scheduler, self.name, self.answer, self.owner = scheduler, name, answer, owner
+        self.original = getattr(scheduler, name)
+        self.replaced = scheduler.__dict__.get(name)
+        self.signature = inspect.signature(self.original)
+        functools.update_wrapper(self, self.original)  # pipelines inspect it
+
+    def put_on(self) -> "Method":
+        """Answer the method's calls from now on."""
+        self.scheduler.__dict__[self.name] = self
+        return self
+
+    def take_off(self) -> None:
+        """Leave the scheduler as it was."""
+        self.scheduler.__dict__.pop(self.name, None)
+        if self.replaced is not None:
+            self.scheduler.__dict__[self.name] = self.replaced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.answer(self, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Method":
+        made = copy.copy(self)
+        made.scheduler = memo.get(id(self.scheduler), self.scheduler)
+        made.original = copy.deepcopy(self.original, memo)
+        return made
+
+
+def uncompiled(module: Any) -> Any:
+    """The module inside the wrapper that `torch.compile(module)` returns; any other module as it is."""
+    return getattr(module, "_modules", {}).get("_orig_mod", module)
+
+
+def _inside_compiled_wrapper() -> bool:
+    inside = getattr(eval_frame, "_is_in_optimized_module", None)  # private, so it may go away
+    return inside is not None and inside()
+
+
+@functools.cache
+def followed_class(pipeline_class: type) -> type:
+    """A subclass of the same name whose call ends the run that it began: returned, raised or interrupted."""
+    original = pipeline_class.__call__
+
+    @functools.wraps(original)  # pipelines' calls are inspected for their arguments
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            attachment = self.__dict__.get(ATTACHED)
+            if attachment is not None:
+                attachment.finish()
+
+    names = {"__module__": pipeline_class.__module__, "__qualname__": pipeline_class.__qualname__}
+    return type(pipeline_class.__name__, (pipeline_class,), {**names, FOLLOWED: pipeline_class, "__call__": __call__})
+
+
+def follow(pipe: Any, attachment: Any) -> None:
+    """End a run whenever a call of the pipeline ends, by `attachment.finish()`."""
+    if FOLLOWED not in vars(type(pipe)) and callable(pipe):
+        kind: Any = type(pipe)
+        pipe.__class__ = followed_class(kind)
+    pipe.__dict__[ATTACHED] = attachment
+
+
+def unfollow(pipe: Any) -> None:
+    """Undo `follow`."""
+    pipe.__dict__.pop(ATTACHED, None)
+    original = vars(type(pipe)).get(FOLLOWED)
+    if original is not None:
+        pipe.__class__ = original
