@@ -20,7 +20,7 @@ from compare.rivals.base import replaced
 from ertacache import solver
 from ertacache.cache import combine
 from ertacache.calibration import Calibration
-from ertacache.solver import StepCall, StepPlaces
+from ertacache.solver import StepCall, StepSignature
 
 LIBRARY = str(Path(ertacache.__file__).parent)
 
@@ -79,7 +79,7 @@ def parts_of_steps(pipe: Any, call: Call, calibration: Calibration) -> dict[str,
     """
     forwards: list[tuple[tuple, dict[str, Any]]] = []
     steps: list[StepCall] = []
-    places = StepPlaces.of(inspect.signature(pipe.scheduler.step))
+    signature = StepSignature.of(inspect.signature(pipe.scheduler.step))
     last = calibration.num_inference_steps - 1
     coefficients = calibration.combinations()
 
@@ -88,7 +88,7 @@ def parts_of_steps(pipe: Any, call: Call, calibration: Calibration) -> dict[str,
         return original_forward(*args, **kwargs)
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        call = StepCall(places, args, kwargs)
+        call = signature.call(args, kwargs)
         if len(steps) < len(coefficients.outputs[last]):
             steps.append(call.with_output(call.model_output.clone()))
         return original_step(*args, **kwargs)

@@ -27,7 +27,7 @@ def grid_and_shape(pipe: Any, call: Call) -> tuple[list[float], list[float], lis
 
     @functools.wraps(original)
     def looking(*args: Any, **kwargs: Any) -> Any:
-        bound = solver.StepCall(solver.StepPlaces.of(inspect.signature(original)), args, kwargs)
+        bound = solver.StepSignature.of(inspect.signature(original)).call(args, kwargs)
         output = bound.model_output
         found.extend([list(bound.sample.shape[1:]), output.numel() * output.element_size()])
         raise _Seen

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ertacache.cache import Cache
 from ertacache.errors import NumericsError, StateError
 from ertacache.intercept import ATTACHED, Interception, Method, follow, uncompiled, unfollow
-from ertacache.solver import StepCall, StepPlaces, first_output, host_grid
+from ertacache.solver import StepCall, StepSignature, first_output, host_grid
 
 TRANSFORMER_NAMES = ("transformer", "transformer_2")
 TIMESTEP_TOLERANCE = 1.0  # in timesteps of 0 .. 1000
@@ -89,7 +89,7 @@ class Run:
         The timestep is compared without reading from a device: by its place in the grid's memory, or its value. A
         device is waited for once a run at most, at its first step, for a loop that copies its timesteps.
         """
-        step, timestep = self.step, call.timestep
+        step, timestep = self.step, call.arguments.get("timestep")
         if step == 0 and getattr(self.scheduler, "begin_index", None):
             begin = self.scheduler.begin_index
             raise StateError(f"the run starts at step {begin} of the grid; ERTACache needs a run from step 0")
@@ -152,7 +152,7 @@ class Attachment:
         for name, transformer in transformers_of(self.pipe).items():
             self.interceptions[name] = self._intercepted(transformer)
         step = Method(self.scheduler, "step", self._step, self)
-        self.places = StepPlaces.of(step.signature)
+        self.signature = StepSignature.of(step.signature)
         self.methods = [step.put_on(), Method(self.scheduler, "set_timesteps", self._set_timesteps, self).put_on()]
         follow(self.pipe, self)
         return self
@@ -229,7 +229,7 @@ class Attachment:
         run = self.runs.get(threading.get_ident())
         if run is None or run.scheduler is not method.scheduler:
             raise StateError("scheduler.step was called outside a run: call scheduler.set_timesteps first")
-        call = StepCall(self.places, args, kwargs)
+        call = self.signature.call(args, kwargs)
         run.check(call)
         if run.step == 0 and self.first_latents is not None:
             self.first_latents(call.sample)
@@ -239,7 +239,7 @@ class Attachment:
             if self.check == "step":
                 run.finite.verify(run.cache.computes)
         call = call.with_output(output)
-        result = method.original(*call.args, **call.kwargs)
+        result = method.original(**call.arguments)
         if self.stepped is not None:
             self.stepped(run.step, first_output(result))
         run.step, run.calls = run.step + 1, 0

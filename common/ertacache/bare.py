@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ertacache.branches import Branch, FollowedRun
-from ertacache.cache import Cache
+from ertacache.cache import PLAIN, Cache
 from ertacache.calibration import Calibration
 from ertacache.checks import check_latents, check_model, check_weights
 from ertacache.errors import MismatchError, StateError
@@ -115,10 +115,10 @@ class ModelAttachment:
             )
         # on a reused step the cache reads no model output
         tensor = cache.output(step, ModelCall(latents if kept is None else kept, latents))
-        if row.plain and fresh is not None:
+        if row == PLAIN and fresh is not None:
             return fresh
         # a clone, since the loop may write into what it is given
-        return widened(tensor.clone() if row.plain else tensor, shape, fresh)
+        return widened(tensor.clone() if row == PLAIN else tensor, shape, fresh)
 
     def _computed(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         try:

@@ -30,14 +30,12 @@ class Row(NamedTuple):
         channels: matrices M_j of the channels, which add to the a_j; None for none.
     """
 
-    outputs: Sequence[float]
+    outputs: list[float]
     latents: float = 0.0
     channels: StepChannels | None = None
 
-    @property
-    def plain(self) -> bool:
-        """Whether the step takes the newest output as it is."""
-        return len(self.outputs) == 1 and self.outputs[0] == 1.0 and self.latents == 0 and self.channels is None
+
+PLAIN = Row([1.0])  # the newest output as it is
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def combine(outputs: Sequence[Tensor], row: Row, latents: Tensor) -> Tensor:
         latents: x, in the shape of an output; not read where b is 0.
     """
     newest = outputs[0]
-    if row.plain:
+    if row == PLAIN:
         return newest
     # what .float() returns may be the cached output itself, which must not be written to
     total = newest * row.outputs[0] if newest.dtype == torch.float32 else newest.float().mul_(row.outputs[0])

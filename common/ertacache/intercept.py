@@ -20,6 +20,9 @@ SLOT = "_compiled_call_impl"  # of nn.Module, which calls what lies there instea
 ATTACHED = "_ertacache"  # instance attribute of what is attached to
 FOLLOWED = "_ertacache_original"  # class attribute of a pipeline class that was made here
 
+# private to torch, so it may go away
+inside_compiled_wrapper: Callable[[], bool] = getattr(eval_frame, "_is_in_optimized_module", lambda: False)
+
 Answer = Callable[["Interception", tuple, dict[str, Any]], Any]
 
 
@@ -52,7 +55,7 @@ class Interception:
     # not traced: what changes from step to step in here would recompile the model at every step
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _inside_compiled_wrapper() and uncompiled(self.module) is self.module:
+        if inside_compiled_wrapper() and "_orig_mod" not in self.module._modules:
             raise StateError(
                 "the transformer was wrapped by torch.compile after ertacache.apply and is called through the wrapper: "
                 "apply again (compile first, then apply), or use transformer.compile(), which works in any order"
@@ -113,11 +116,6 @@ class Method:
 def uncompiled(module: Any) -> Any:
     """The module inside the wrapper that `torch.compile(module)` returns; any other module as it is."""
     return getattr(module, "_modules", {}).get("_orig_mod", module)
-
-
-def _inside_compiled_wrapper() -> bool:
-    inside = getattr(eval_frame, "_is_in_optimized_module", None)  # private, so it may go away
-    return inside is not None and inside()
 
 
 @functools.cache

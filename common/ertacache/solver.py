@@ -24,61 +24,53 @@ FOLLOWED_METHODS = ("step", "set_timesteps")
 
 
 @dataclass(frozen=True)
-class StepPlaces:
-    """Which arguments of a scheduler's step are its model output and its sample, and where each argument may lie.
+class StepSignature:
+    """Which arguments of a scheduler's step are its model output and its sample.
 
     Found once for a scheduler: binding a signature takes longer than the rest of a small scheduler's step.
     """
 
     output: str
     sample: str
-    positions: dict[str, int]
+    names: list[str]
 
     @classmethod
-    def of(cls, signature: inspect.Signature) -> "StepPlaces":
+    def of(cls, signature: inspect.Signature) -> "StepSignature":
         """Of `scheduler.step`, without its self."""
         names = list(signature.parameters)
         output = next((n for n in OUTPUT_NAMES if n in names), names[0])
         sample = next((n for n in SAMPLE_NAMES if n in names), names[min(2, len(names) - 1)])
-        positional = [n for n, p in signature.parameters.items() if p.kind <= p.POSITIONAL_OR_KEYWORD]
-        return cls(output, sample, {name: place for place, name in enumerate(positional)})
+        return cls(output, sample, names)
+
+    def call(self, args: tuple, kwargs: dict[str, Any]) -> "StepCall":
+        """A call with these arguments; raises TypeError where the model output or the sample is missing."""
+        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        for name in (self.output, self.sample):
+            if arguments.get(name) is None:
+                raise TypeError(f"scheduler.step was called without {name!r}")
+        return StepCall(self, arguments)
 
 
 @dataclass(frozen=True)
 class StepCall:
-    """One call of `scheduler.step`, with its model output and sample under one name whatever the scheduler."""
+    """One call of `scheduler.step`, with its arguments by name."""
 
-    places: StepPlaces
-    args: tuple
-    kwargs: dict[str, Any]
-
-    @classmethod
-    def bind(cls, signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> "StepCall":
-        return cls(StepPlaces.of(signature), args, kwargs)
+    signature: StepSignature
+    arguments: dict[str, Any]
 
     @property
     def model_output(self) -> Tensor:
-        return self._needed(self.places.output)
+        """The model's output after guidance."""
+        return self.arguments[self.signature.output]
 
     @property
     def sample(self) -> Tensor:
-        return self._needed(self.places.sample)
-
-    @property
-    def timestep(self) -> Any:
-        """None where the scheduler is not told."""
-        return self._value("timestep")
-
-    def replaced(self, name: str, value: Any) -> "StepCall":
-        """The same call with another value of one argument."""
-        place = self.places.positions.get(name, len(self.args))
-        if place < len(self.args):
-            return StepCall(self.places, (*self.args[:place], value, *self.args[place + 1 :]), self.kwargs)
-        return StepCall(self.places, self.args, {**self.kwargs, name: value})
+        """The latents that the step starts from."""
+        return self.arguments[self.signature.sample]
 
     def with_output(self, model_output: Tensor) -> "StepCall":
         """The same call with another model output."""
-        return self.replaced(self.places.output, model_output)
+        return StepCall(self.signature, {**self.arguments, self.signature.output: model_output})
 
     def trial(self, model_output: Tensor) -> "StepCall":
         """The same call in float32 with cloned random generators, for a copy of the scheduler.
@@ -86,21 +78,10 @@ class StepCall:
         A step that takes a generator keeps the dtype of its sample: noise is drawn in it, and another dtype draws
         other numbers.
         """
-        args = tuple(_clone_generators(value) for value in self.args)
-        kwargs = {name: _clone_generators(value) for name, value in self.kwargs.items()}
-        call = StepCall(self.places, args, kwargs).with_output(model_output)
-        stochastic = "generator" in kwargs or self.places.positions.get("generator", len(args)) < len(args)
-        return call if stochastic else call.replaced(self.places.sample, self.sample.float())
-
-    def _value(self, name: str) -> Any:
-        place = self.places.positions.get(name, len(self.args))
-        return self.args[place] if place < len(self.args) else self.kwargs.get(name)
-
-    def _needed(self, name: str) -> Any:
-        value = self._value(name)
-        if value is None:
-            raise TypeError(f"scheduler.step was called without {name!r}")
-        return value
+        cloned = {name: _clone_generators(value) for name, value in self.arguments.items()}
+        if "generator" not in cloned:
+            cloned[self.signature.sample] = self.sample.float()
+        return StepCall(self.signature, {**cloned, self.signature.output: model_output})
 
 
 def _clone_generators(value: Any) -> Any:
@@ -137,7 +118,7 @@ def affine_step(scheduler: Any, call: StepCall) -> tuple[Tensor, float]:
 def _step_of_copy(scheduler: Any, call: StepCall) -> Tensor:
     device = call.sample.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        result = bare_copy(scheduler).step(*call.args, **call.kwargs)
+        result = bare_copy(scheduler).step(**call.arguments)
     return first_output(result).float()
 
 
