@@ -1,20 +1,18 @@
-# The chores of this repository; each runs commands that also work alone. `make` lists them.
-# All but `test` need .venv, which `sh test.sh` makes.
+# Chores; each runs commands that also work alone. `make` lists them. All but `test` need .venv: run `sh test.sh` once.
 
 PYTHON = .venv/bin/python
 # results of a comparison : the model folder whose page shows them
 PAGES = flux_tiny:ERTACache4FLUX wan_tiny:ERTACache4Wan2.1 cogvideox_tiny:ERTACache4CogVideoX \
 	opensora_tiny:ERTACache4OpenSora1.2
 
-.PHONY: help lint types test bench figures tree
+.PHONY: help lint types test bench figures
 
 help:
 	@echo "make lint      ruff: rules and format"
-	@echo "make types     mypy on common/ertacache"
+	@echo "make types     mypy on common/ertacache and common/compare"
 	@echo "make test      lint, types and the suite (sh test.sh)"
 	@echo "make bench     measure again what runs on a CPU, into bench/results: takes long"
-	@echo "make figures   tables and figures of all pages, from bench/results"
-	@echo "make tree      the README's list of files"
+	@echo "make figures   fill the generated tables and figures of all pages, from bench/results"
 
 lint:
 	$(PYTHON) -m ruff check .
@@ -26,7 +24,7 @@ types:
 test:
 	sh test.sh
 
-# The comparisons (`sh reproduce.sh` in a model folder) are not among them: their results are copied by hand.
+# Not the comparisons: run `sh reproduce.sh` in a model folder, and copy its results by hand (CONTRIBUTING.md).
 bench:
 	$(PYTHON) bench/latency.py --tiny --memory
 	$(PYTHON) bench/latency.py --device cpu
@@ -42,14 +40,11 @@ figures:
 	@for page in $(PAGES); do \
 		results=bench/results/$${page%%:*}.json; folder=$${page#*:}; \
 		[ -f "$$results" ] || continue; \
-		$(PYTHON) -m ertacache.table "$$results" --into "$$folder/README.md" && \
-		$(PYTHON) -m ertacache.plots "$$results" --out "$$folder/figures" || exit 1; \
+		$(PYTHON) -m compare.table "$$results" --into "$$folder/README.md" && \
+		$(PYTHON) -m compare.plots "$$results" --out "$$folder/figures" || exit 1; \
 	done
-	$(PYTHON) -m ertacache.ablation_table bench/results/flux_tiny.json --into docs/method.md
-	$(PYTHON) -m ertacache.overview $(wildcard $(foreach page,$(PAGES),bench/results/$(firstword $(subst :, ,$(page))).json)) --into README.md
+	$(PYTHON) -m compare.ablation_table bench/results/flux_tiny.json --into docs/method.md
+	$(PYTHON) -m compare.overview $(wildcard $(foreach page,$(PAGES),bench/results/$(firstword $(subst :, ,$(page))).json)) --into README.md
 	$(PYTHON) bench/speed_page.py
 	$(PYTHON) bench/changed_weights.py --page
 	$(PYTHON) bench/published_parts.py --page
-
-tree:
-	$(PYTHON) bench/readme_tree.py
