@@ -9,14 +9,13 @@ import pytest
 from page_texts import COMMANDS, FIRST_FOLDER, FOLDERS, ROOT
 
 from compare import reproduce
-from ertacache import cli
-from ertacache.cli import settings
+from ertacache.cli import inspect, settings
 from ertacache.cli.run import COMPARE_FLAG
 from ertacache.errors import UsageError
 
 # What no test can run: it needs the network, an account, or a tool of somebody else. What `run.sh`, `reproduce.sh` and
 # bench/strip.py do is run by tests/test_page_commands.py; of others it is checked that they exist and know the flags.
-NOT_RUN = ("git clone ", "hf download ", "hf auth login", "vbench evaluate ", "pre-commit install")
+NOT_RUN = ("git clone ", "pip install -e ", "hf download ", "hf auth login", "vbench evaluate ", "pre-commit install")
 
 
 @pytest.mark.parametrize(("folder", "command"), COMMANDS, ids=[f"{f.name}: {c[:60]}" for f, c in COMMANDS])
@@ -54,6 +53,7 @@ def check_command(folder: Path, command: str, capsys) -> None:
         "sh reproduce.sh --speedup 2",
         "python bench/latency.py --fast",
         "python bench/none.py",
+        "python generate.py --speed 2",
         "python -m ertacache.none",
         ".venv/bin/hf",
         "../../.venv/bin/hf auth login",
@@ -85,12 +85,15 @@ def check_ertacache(argv: list[str], capsys) -> None:
     """Run it, on a checked-in calibration and the pipeline that it is for."""
     calibration = str(next(iter(sorted((FIRST_FOLDER / "calibration").glob("tiny-*.json")))))
     stands_for = {"FILE": calibration, "mine/FILE.json": calibration, "FOLDER": str(FIRST_FOLDER / "tiny")}
-    assert cli.main([stands_for.get(word, word) for word in argv]) == 0
+    assert inspect.main([stands_for.get(word, word) for word in argv]) == 0
     assert capsys.readouterr().out
 
 
 def check_python(words: list[str], folder: Path) -> None:
     """The script or module exists and knows the flags; nothing of it is run."""
+    if words[0] in ("generate.py", "reproduce.py"):
+        check_script(folder, words[0].replace("generate.py", "run.sh").replace(".py", ".sh"), words[1:])
+        return
     if words[0] == "-m":
         path = ROOT / "common" / Path(*words[1].split("."))
         path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")

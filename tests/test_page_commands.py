@@ -37,7 +37,7 @@ def lines_of(script: str, *left_out: str) -> list[tuple[Path, list[str]]]:
     lines = {}
     for folder, text in COMMANDS:
         words = shlex.split(text)
-        if words[:2] == ["sh", script]:
+        if words[:2] in (["sh", script], ["python", {"run.sh": "generate.py"}.get(script)]):
             flags = without(words[2:], *left_out)
             lines[folder.resolve(), tuple(flags)] = (folder.resolve(), flags)
     return list(lines.values())
