@@ -20,7 +20,6 @@ from ertacache.cli.kept import obtain_calibration
 from ertacache.cli.settings import Settings, parse, prompts_of
 from ertacache.errors import UsageError
 from ertacache.files import write_atomically
-from ertacache.metrics import psnr, ssim, temporal_error
 
 RIVAL = "compare.teacache_method"  # runs --method teacache; part of the repository, not of the library
 COMPARE_FLAG = (
@@ -130,6 +129,8 @@ def _record(
 
 def _compare(results: list[Tensor], references: list[Tensor]) -> dict[str, Any]:
     """Each metric, a number for each result: pictures (3, H, W) or videos (F, 3, H, W) against the uncached ones."""
+    from ertacache.metrics import psnr, ssim, temporal_error
+
     named: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
     if results[0].ndim == 4 and len(results[0]) > 1:
         named["temporal_error"] = temporal_error
