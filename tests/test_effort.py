@@ -10,64 +10,80 @@ from toys import ToyPipeline, curved
 
 import ertacache
 from compare import study
-from ertacache import kept
-from ertacache.announcement import Work, shown_size, shown_time
-from ertacache.cli import settings
+from ertacache.cli import kept, settings
 from ertacache.cli.folder import ModelFolder
 from ertacache.errors import CalibrationError, UsageError
-from ertacache.fit.schedule import growth_evaluations
+from ertacache.fit import recipe
+from ertacache.fit.recipe import Effort, shown_size, shown_time
 from ertacache.fit.store import TrajectoryStore
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path.parent for path in ROOT.glob("ERTACache4*/config.py"))
 TRAJECTORIES = 25 * 4 * 3 * 4 * 4 * 4  # 2 N + 1 tensors (4, 3, 4, 4) of float32
 PROMPTS = ["a", "b", "c", "d"]
+STEPS = 12
 
 
 def calibrate(pipe, **asked):
-    asked = {"num_inference_steps": 12, "seeds": range(4), "micro_batch": 1, **asked}
+    asked = {"num_inference_steps": STEPS, "seeds": range(4), "micro_batch": 1, **asked}
     return ertacache.calibrate(pipe, PROMPTS, **asked)
 
 
-def announced(text: str) -> int:
-    return int(re.search(r"calibration: (?:at most )?(\d+) transformer evaluations", text).group(1))
+def evaluations(text: str, kind: str) -> int:
+    """The number in the line that begins with `kind`."""
+    return int(re.search(rf"calibration: {kind} \S+ uncached runs \((\d+) transformer evaluations\)", text).group(1))
 
 
 # -- evaluations -------------------------------------------------------------------------------------------
 
 
-def test_evaluations_by_hand():
-    """(N + (1 + F + tries) K) P, and four forms for each fold where there are tries."""
-    assert Work(prompts=8, folds=2).evaluations(28, 14) == (28 + 3 * 14) * 8
-    searched = Work(prompts=8, folds=2, search_budget=5).evaluations(28, 14)
-    assert searched == (28 + (8 + 4 * 2) * 14) * 8 + growth_evaluations(28, 8)  # four forms, two folds each
-    assert Work(prompts=8, folds=2, paper=True).evaluations(28, 14) == (28 + 2 * 14) * 8
-    assert Work(prompts=8, folds=2, search_budget=5).evaluations(28, 28) == (28 + 2 * 28) * 8  # nothing to fit
-    # of 4 steps: K = 2, then 3, then 4, which needs no fit
-    assert Work(prompts=1, folds=2).most_for_any(4) == 4 + 3 * 2 + 3 * 3 + 2 * 4
+def test_the_bound_by_hand():
+    """P (N + (1 + F) K) without tries and refinement."""
+    assert Effort(folds=2).most_evaluations(prompts=8, steps=28, computed=14) == (28 + 3 * 14) * 8
+    assert Effort(folds=0).most_evaluations(8, 28, 14) == Effort(folds=1).most_evaluations(8, 28, 14) == (28 + 14) * 8
+    assert Effort(folds=2).most_evaluations(1, 28, 14) == 28 + 14  # nothing to leave out
+    assert Effort(folds=9).most_evaluations(3, 28, 14) == (28 + 4 * 14) * 3  # no more folds than prompts
+    assert Effort(5, 8, 2).most_evaluations(8, 28, 28) == (28 + 3 * 28) * 8  # nothing to fit
 
 
-@pytest.mark.parametrize("asked", [{"speedup": 2.0}, {"computed_steps": 12}])
-def test_the_announced_number_is_spent(asked, capsys):
+@pytest.mark.parametrize("folds", [0, 2, 4])
+@pytest.mark.parametrize("asked", [{"speedup": 2.0}, {"computed_steps": 11}])
+def test_without_tries_and_refinement_the_announced_number_is_spent(asked, folds, capsys):
+    pipe = ToyPipeline(curved)
+    calibrate(pipe, folds=folds, **asked)
+    said = capsys.readouterr().err
+    assert pipe.transformer.calls == evaluations(said, "at most") == evaluations(said, "took")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"computed_steps": 5, "search_budget": 1},
+        {"computed_steps": 5, "search_budget": 6},
+        {"computed_steps": 5, "refine": 4},
+        {"computed_steps": 5, "refine": 2, "search_budget": 3},
+        {"computed_steps": 12, "refine": 2, "search_budget": 3},
+        {"computed_steps": 6, "method": "paper"},
+        {"threshold": 0.05, "method": "paper"},
+        {"min_psnr": 60.0},
+        {"min_psnr": 119.0},
+    ],
+    ids=str,
+)
+def test_what_it_takes_is_counted_and_below_what_was_announced(asked, capsys):
     pipe = ToyPipeline(curved)
     calibrate(pipe, **asked)
-    assert pipe.transformer.calls == announced(capsys.readouterr().err)
+    said = capsys.readouterr().err
+    most = evaluations(said, "at most")
+    assert evaluations(said, "took") == pipe.transformer.calls
+    assert 0.25 * most < pipe.transformer.calls <= most
 
 
-def test_the_paper_spends_what_its_threshold_reaches(capsys):
-    """No threshold may reach exactly K computed steps, on all prompts or in a fold; then there are fewer."""
-    pipe = ToyPipeline(curved)
-    calibrate(pipe, computed_steps=6, method="paper")
-    total = announced(capsys.readouterr().err)
-    assert total == (12 + 2 * 6) * 4 and 0.8 * total < pipe.transformer.calls <= total
-
-
-@pytest.mark.parametrize("asked", [{"min_psnr": 60.0}, {"min_psnr": 119.0}, {"threshold": 0.05, "method": "paper"}])
-def test_an_open_number_of_steps_is_announced_as_a_bound(asked, capsys):
-    pipe = ToyPipeline(curved)
-    calibrate(pipe, **asked)
-    text = capsys.readouterr().err
-    assert "at most" in text and pipe.transformer.calls <= announced(text)
+def test_guidance_in_two_calls_counts_as_one_evaluation(capsys):
+    pipe = ToyPipeline(curved, guidance_scale=3.0)
+    calibrate(pipe, computed_steps=5)
+    said = capsys.readouterr().err
+    assert 2 * evaluations(said, "took") == pipe.transformer.calls
 
 
 def test_it_is_said_before_the_first_evaluation_and_the_time_after_the_first_step(capsys):
@@ -76,10 +92,18 @@ def test_it_is_said_before_the_first_evaluation_and_the_time_after_the_first_ste
     original = pipe.transformer.velocity
     pipe.transformer.velocity = lambda x, s: (said.append(capsys.readouterr().err), original(x, s))[1]
     calibrate(pipe, computed_steps=5)
-    assert announced(said[0]) == (12 + 3 * 5) * 4
+    assert evaluations(said[0], "at most") == (STEPS + 3 * 5) * 4
     assert not any("transformer evaluations" in text for text in said[1:])
     second_step = said[len(PROMPTS)]
     assert re.search(r"calibration: about \d+ s at \S+ s a step; trajectories: .* in memory", second_step)
+
+
+def test_the_announced_time_is_that_of_all_evaluations(capsys, monkeypatch):
+    """Three seconds a step of four prompts, at 27 steps of them in all."""
+    clock = iter([100.0, 103.0])
+    monkeypatch.setattr(recipe, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    calibrate(ToyPipeline(curved), computed_steps=5)
+    assert "about 81 s at 3 s a step" in capsys.readouterr().err
 
 
 def test_no_evaluation_is_spent_on_a_request_that_cannot_be():
@@ -141,34 +165,23 @@ def test_every_folder_has_the_limit_as_a_flag(folder):
             settings.check(settings.parse(folder, ["--memory-limit-gib", bad], "test"))
 
 
-def test_the_flag_reaches_the_calibration(tmp_path, monkeypatch):
-    argv = ["--model", "tiny", "--memory-limit-gib", "0.5", "--calibration-folder", str(tmp_path)]
-    chosen = settings.parse(FOLDERS[0], argv, "test")
-    given = {}
-    monkeypatch.setattr(ertacache, "calibrate", lambda *_, **keywords: given.update(keywords))
-    model = ModelFolder("made up", lambda _: {}, lambda *_: None)
-    with pytest.raises(AttributeError):  # what stands for a calibration cannot be saved
-        kept.obtain_calibration(None, chosen, model)
-    assert given["memory_limit"] == 2**29
+class Stop(Exception):
+    """Ends a test where what it asks about is known."""
 
 
-def test_the_flag_reaches_the_calibrations_of_a_comparison(monkeypatch):
+def test_the_flag_reaches_the_calibration_and_the_recorded_runs_of_a_comparison(monkeypatch):
     chosen = settings.parse(FOLDERS[0], ["--model", "tiny", "--memory-limit-gib", "0.5"], "test")
     given = []
-    monkeypatch.setattr(ertacache, "calibrate", lambda *_, **keywords: given.append(keywords) or SimpleNamespace())
-    monkeypatch.setattr(study, "recorded_runs", lambda *_, **keywords: given.append(keywords))
-    monkeypatch.setattr(study, "kept_calibration", lambda *_: None)
-    ledger = SimpleNamespace(get=lambda _, make: make())
-    made = SimpleNamespace(
-        pipe=None,
-        chosen=chosen,
-        model=ModelFolder("made up", lambda _: {}, lambda *_: None),
-        calibration_prompts=["a"],
-        arguments={},
-        ledger=ledger,
-        _asking=lambda *asked: study.Study._asking(made, *asked),
-    )
-    with pytest.raises(AttributeError):  # what stands for a calibration cannot be kept
-        study.Study.calibration(made, "ertacache", 3)
-    study.Study._recorded(made)
-    assert [keywords["memory_limit"] for keywords in given] == [2**29, 2**29]
+
+    def taken(*_, **keywords):
+        given.append(keywords["memory_limit"])
+        raise Stop
+
+    monkeypatch.setattr(recipe, "calibrate", taken)
+    monkeypatch.setattr(study, "recorded_runs", taken)
+    model = ModelFolder("made up", lambda _: {}, lambda *_: None)
+    compared = SimpleNamespace(pipe=None, chosen=chosen, calibration_prompts=["a"], arguments={})
+    for call in (lambda: kept.new_calibration(None, chosen, model), lambda: study.Study._recorded(compared)):
+        with pytest.raises(Stop):
+            call()
+    assert given == [2**29, 2**29]
