@@ -64,7 +64,7 @@ def test_functions_named_on_the_methods_page_exist():
     page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     named = re.findall(r"(?<![\w./])((?:fit\.)?[a-z_]+)\.([A-Za-z_]\w+)(?![\w/])", page)
     package = ROOT / "common" / "ertacache"
-    named = [(module, name) for module, name in named if (package / f"{module.replace('.', '/')}.py").exists()]
+    named = [pair for pair in named if pair[0].startswith("fit.") or (package / f"{pair[0]}.py").exists()]
     assert len(named) > 10
     for module, name in named:
         assert hasattr(importlib.import_module(f"ertacache.{module}"), name), f"{module}.{name}"
