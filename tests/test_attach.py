@@ -1,19 +1,24 @@
 """The run state: exactness, reuse errors known by hand, interruptions, mismatches, removal."""
 
+import copy
 import inspect
+import sys
+import threading
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from toys import ToyPipeline, curved, linear_in_sigma, plain_fields
+from toys import ToyPipeline, ToyTransformer, curved, linear_in_sigma, plain_fields
 
 import ertacache
 from ertacache.checks import check_grid
-from ertacache.errors import MismatchError, MismatchWarning, StateError
+from ertacache.errors import MismatchError, MismatchWarning, NumericsError, StateError
 
 STEPS = 8
+LIBRARY = str(Path(ertacache.__file__).parent)
 
 
 def run(pipe, num_inference_steps=STEPS, prompts=("a", "b")):
@@ -44,6 +49,7 @@ def test_remove_leaves_the_pipeline_as_before():
     before = set(pipe.__dict__), set(pipe.transformer.__dict__), set(pipe.scheduler.__dict__)
     with ertacache.apply(pipe, plain_reuse(pipe, [0, 3])):
         assert not torch.equal(run(pipe), reference)
+        assert type(pipe.transformer) is kind  # while attached, too
     assert type(pipe.transformer) is kind
     assert (set(pipe.__dict__), set(pipe.transformer.__dict__), set(pipe.scheduler.__dict__)) == before
     assert torch.equal(run(pipe), reference)
@@ -96,6 +102,279 @@ def test_a_step_looks_at_no_signature(monkeypatch):
         assert torch.equal(run(pipe), expected)
 
 
+def fitted(pipe, computed_steps=4):
+    """A calibration that combines several outputs."""
+    return ertacache.calibrate(
+        pipe, ["p", "q"], seeds=(0, 1), computed_steps=computed_steps, num_inference_steps=STEPS, progress=False
+    )
+
+
+def calls_of_each_step(pipe) -> list[list[str]]:
+    """Files of the library's functions that each step calls, from the transformer's call through the scheduler's."""
+    latents, steps = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)), []
+    pipe.scheduler.set_timesteps(STEPS)
+    for t in pipe.scheduler.timesteps:
+        files: list[str] = []
+
+        def entered(frame, event, _, files=files):
+            if event == "call" and frame.f_code.co_filename.startswith(LIBRARY):
+                files.append(frame.f_code.co_filename)
+
+        timestep = t.expand(1)
+        sys.setprofile(entered)
+        try:
+            output = pipe.transformer(hidden_states=latents, timestep=timestep, return_dict=False)[0]
+            latents = pipe.scheduler.step(output, t, latents, return_dict=False)[0]
+        finally:
+            sys.setprofile(None)
+        steps.append(files)
+    return steps
+
+
+def test_a_reused_step_passes_through_four_files_in_fifteen_calls():
+    """But for the last step, at which the run ends."""
+    pipe = ToyPipeline(curved)
+    calibration = fitted(pipe)
+    assert max(map(len, calibration.coefficients)) > 1
+    with ertacache.apply(pipe, calibration):
+        steps = calls_of_each_step(pipe)
+    reused = [files for step, files in enumerate(steps[:-1]) if step not in calibration.computed_steps]
+    assert len(reused) >= 3
+    for files in reused:
+        assert 0 < len(files) <= 15 and len(set(files)) <= 4, files
+    assert calls_of_each_step(pipe) == [[]] * STEPS  # and none at all once it is removed
+
+
+# -- copies and threads ----------------------------------------------------------------------------------
+
+
+def own_copy(pipe):
+    """A copy that shares the models, with a scheduler of its own, as servers make one for each request."""
+    duplicate = copy.copy(pipe)
+    duplicate.scheduler = copy.deepcopy(pipe.scheduler)
+    return duplicate
+
+
+def request(pipe, seed: int):
+    return pipe("p", generator=torch.Generator().manual_seed(seed), num_inference_steps=STEPS, output_type="latent")[0]
+
+
+def test_a_copy_with_a_scheduler_of_its_own_is_cached_too():
+    pipe = ToyPipeline(curved)
+    plain = request(pipe, 1)
+    with ertacache.apply(pipe, fitted(pipe)) as applied:
+        expected = request(pipe, 1)
+        duplicate = own_copy(pipe)
+        calls = applied.computed_calls, applied.reused_calls
+        assert torch.equal(request(duplicate, 1), expected) and not torch.equal(expected, plain)
+        assert (applied.computed_calls, applied.reused_calls) == tuple(2 * count for count in calls)
+        assert torch.equal(request(pipe, 1), expected)
+        assert pipe.scheduler.step_index == duplicate.scheduler.step_index == STEPS
+
+
+def test_eight_threads_at_a_time_are_each_as_if_alone():
+    pipe = ToyPipeline(curved, guidance_scale=3.0)
+    made, seeds = {}, range(8)
+    with ertacache.apply(pipe, fitted(pipe)):
+        alone = {seed: request(pipe, seed) for seed in seeds}
+        together = threading.Barrier(len(seeds))
+
+        def work(seed: int) -> None:
+            duplicate = own_copy(pipe)
+            together.wait()
+            made[seed] = [request(duplicate, seed) for _ in range(5)]
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in seeds]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert set(made) == set(seeds)
+    assert all(torch.equal(result, alone[seed]) for seed in seeds for result in made[seed])
+
+
+def test_a_copy_that_outlives_the_attachment_is_uncached_and_can_be_attached():
+    pipe = ToyPipeline(curved)
+    plain, calibration = request(pipe, 1), fitted(pipe)
+    with ertacache.apply(pipe, calibration):
+        expected = request(pipe, 1)
+        one, two, three = (own_copy(pipe) for _ in range(3))
+    assert torch.equal(request(one, 1), plain) and "step" not in vars(one.scheduler)
+    with ertacache.apply(two, calibration):
+        assert torch.equal(request(two, 1), expected)
+        ertacache.remove(three)  # of an attachment that is gone: the new one stays
+        assert torch.equal(request(two, 1), expected)
+    for other in (pipe, one, two, three):
+        assert torch.equal(request(other, 1), plain)
+        ertacache.remove(other)
+        assert type(other) is ToyPipeline and "_ertacache" not in vars(other)
+
+
+def test_removal_in_the_middle_of_a_run_is_no_silent_zero():
+    """A reused step's placeholder must not reach a scheduler that nothing is attached to any more."""
+    pipe = ToyPipeline(curved)
+    ertacache.apply(pipe, plain_reuse(pipe, [0]))
+    duplicate, latents = own_copy(pipe), torch.ones(1, 3, 4, 4)
+    scheduler = duplicate.scheduler
+    scheduler.set_timesteps(STEPS)
+    for t in scheduler.timesteps[:2]:
+        output = pipe.transformer(latents, t.expand(1))[0]
+        if output.abs().max() == 0:
+            ertacache.remove(pipe)
+            with pytest.raises(StateError, match="set_timesteps first"):
+                scheduler.step(output, t, latents)
+            return
+        latents = scheduler.step(output, t, latents)[0]
+    pytest.fail("no step was reused")
+
+
+def test_a_deep_copy_of_an_attached_transformer_is_a_plain_one():
+    pipe, other = ToyPipeline(curved), ToyPipeline(curved)
+    calibration, latents = plain_reuse(pipe, [0]), torch.ones(1, 3, 4, 4)
+    with ertacache.apply(pipe, calibration):
+        expected = run(pipe)
+        duplicate = copy.deepcopy(pipe.transformer)
+        duplicate.compile(backend="eager")
+        assert duplicate._compiled_call_impl is not None and pipe.transformer._compiled_call_impl.compiled is None
+        pipe.scheduler.set_timesteps(STEPS)
+        for t in pipe.scheduler.timesteps:
+            assert duplicate(latents, t.expand(1))[0].abs().max() > 0  # within the other one's run
+            latents = pipe.scheduler.step(pipe.transformer(latents, t.expand(1))[0], t, latents)[0]
+        other.transformer = copy.deepcopy(pipe.transformer)
+        with ertacache.apply(other, calibration):
+            assert torch.equal(run(other), expected)
+        assert torch.equal(run(pipe), expected)
+
+
+# -- what goes wrong -------------------------------------------------------------------------------------
+
+
+class FailureError(Exception):
+    pass
+
+
+class FailingScheduler(FlowMatchEulerDiscreteScheduler):
+    """Raises in the method that `fails` names."""
+
+    fails: str | None = None
+
+    def set_timesteps(self, *args, **kwargs):
+        super().set_timesteps(*args, **kwargs)
+        if self.fails == "set_timesteps":
+            raise FailureError
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        if self.fails == "step" and self.step_index == 3:
+            raise FailureError
+        return super().step(model_output, timestep, sample, return_dict=return_dict)
+
+
+def in_the_model(pipe):
+    pipe.transformer.fails_at = pipe.transformer.calls + 2
+    with pytest.raises(FailureError):
+        run(pipe)
+
+
+def in_the_step(pipe):
+    pipe.scheduler.fails = "step"
+    with pytest.raises(FailureError):
+        run(pipe)
+
+
+def in_the_grid(pipe):
+    pipe.scheduler.fails = "set_timesteps"
+    with pytest.raises(FailureError):
+        run(pipe)
+
+
+def in_the_loop(pipe):
+    pipe.interrupt_at = 5
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe)
+
+
+def in_another_thread(pipe):
+    thread = threading.Thread(target=in_the_loop, args=(own_copy(pipe),))
+    thread.start()
+    thread.join()
+
+
+def on_another_grid(pipe):
+    with pytest.raises(MismatchError):
+        run(pipe, num_inference_steps=10)
+
+
+def at_the_first_latents(pipe):
+    pipe.side = 6
+    with warnings.catch_warnings(), pytest.raises(MismatchWarning):
+        warnings.simplefilter("error")
+        run(pipe)
+
+
+def at_the_beginning(pipe):
+    pipe.guidance_scale = 2.0
+    with warnings.catch_warnings(), pytest.raises(MismatchWarning):
+        warnings.simplefilter("error")
+        run(pipe)
+
+
+def at_the_end(pipe):
+    pipe.transformer.spoils = True
+    with pytest.raises(NumericsError, match="step 0"):
+        run(pipe)
+
+
+FAILURES = [in_the_model, in_the_step, in_the_grid, in_the_loop, in_another_thread, on_another_grid]
+FAILURES += [at_the_first_latents, at_the_beginning, at_the_end]
+
+
+class FailingTransformer(ToyTransformer):
+    fails_at = spoils = None
+
+    def forward(self, *args, **kwargs):
+        if self.calls == self.fails_at:
+            raise FailureError
+        (output,) = super().forward(*args, **kwargs)
+        return (output / 0 if self.spoils else output,)
+
+
+def caches_of(attachment) -> list:
+    """The caches of the runs that begin from now on."""
+    caches, begin = [], attachment.begin
+    attachment.begin = lambda scheduler: caches.append(begin(scheduler)) or caches[-1]
+    return caches
+
+
+@pytest.mark.parametrize("fail", FAILURES, ids=lambda f: f.__name__)
+def test_after_a_failure_nothing_is_left_and_the_next_run_is_right(fail):
+    pipe = ToyPipeline(curved, FailingScheduler(shift=1.0))
+    pipe.transformer = FailingTransformer(curved)
+    plain = run(pipe)
+    with ertacache.apply(pipe, fitted(pipe)) as applied:
+        caches = caches_of(applied._attachment)
+        expected = run(pipe)
+        fail(pipe)
+        assert applied._attachment.runs == {} and not any(cache.history for cache in caches)
+        pipe.scheduler.fails = pipe.transformer.fails_at = pipe.transformer.spoils = pipe.interrupt_at = None
+        pipe.side, pipe.guidance_scale = 4, 1.0
+        assert torch.equal(run(pipe), expected) and not torch.equal(expected, plain)
+    assert torch.equal(run(pipe), plain)
+    assert type(pipe) is ToyPipeline and "_ertacache" not in vars(pipe)
+
+
+def test_a_loop_of_ones_own_that_broke_off_does_not_reach_the_next_run():
+    """Nothing tells that it did, but the next set_timesteps."""
+    pipe = ToyPipeline(curved)
+    with ertacache.apply(pipe, fitted(pipe)) as applied:
+        expected = run(pipe)
+        latents = torch.ones(1, 3, 4, 4)
+        for stop in range(1, STEPS):
+            pipe.scheduler.set_timesteps(STEPS)
+            for t in pipe.scheduler.timesteps[:stop]:
+                latents = pipe.scheduler.step(pipe.transformer(latents, t.expand(1))[0], t, latents)[0]
+            assert torch.equal(run(pipe), expected) and applied._attachment.runs == {}
+
+
 def test_interrupted_run_leaves_nothing_behind():
     pipe = ToyPipeline(curved)
     calibration = plain_reuse(pipe, [0, 3, 5])
@@ -121,8 +400,11 @@ def test_two_pipelines_share_nothing():
 def test_cached_tensors_are_dropped_after_the_run():
     pipe = ToyPipeline(curved)
     with ertacache.apply(pipe, plain_reuse(pipe, [0, 4])) as applied:
+        caches, held = caches_of(applied._attachment), []
+        pipe.transformer.register_forward_pre_hook(lambda *_: held.append(len(caches[-1].history)))
         run(pipe)
-        assert not applied._attachment.controller.history
+        assert held == [0, 1]  # while it runs there is something to drop
+        assert len(caches) == 1 and not caches[0].history and applied._attachment.runs == {}
 
 
 def test_other_step_count_is_refused_and_named():

@@ -12,7 +12,7 @@ from bare_models import (
 )
 
 import ertacache
-from ertacache import model_run
+from ertacache import branches
 from ertacache.errors import MismatchError, StateError
 
 pytest_plugins = ["bare_model_fixtures"]
@@ -27,18 +27,18 @@ class _Event:
 def on_device(monkeypatch) -> list[float]:
     """Timesteps as on a device: only at the ends of a run they may be read, in between they are copied out."""
     read: list[float] = []
-    original = model_run.read_value
+    original = branches.read_value
 
     def reading(timestep):
         read.append(original(timestep))
         return read[-1]
 
-    monkeypatch.setattr(model_run, "host_value", lambda timestep: None)
-    monkeypatch.setattr(model_run, "read_value", reading)
+    monkeypatch.setattr(branches, "host_value", lambda timestep: None)
+    monkeypatch.setattr(branches, "read_value", reading)
     monkeypatch.setattr(
-        model_run,
+        branches,
         "copied_to_host",
-        lambda timestep: (timestep.reshape(-1)[:1].clone(), _Event(), model_run.tolerance_of(1000.0, timestep)),
+        lambda timestep: (timestep.reshape(-1)[:1].clone(), _Event(), branches.tolerance_of(1000.0, timestep)),
     )
     return read
 
@@ -94,8 +94,8 @@ def test_on_a_cuda_device(model, calibration):
 
 
 def test_tolerance_follows_the_dtype():
-    assert model_run.tolerance_of(999.0, 999) == pytest.approx(0.05)
-    assert model_run.tolerance_of(999.0, torch.tensor([999])) == pytest.approx(0.05)
+    assert branches.tolerance_of(999.0, 999) == pytest.approx(0.05)
+    assert branches.tolerance_of(999.0, torch.tensor([999])) == pytest.approx(0.05)
     rounded = torch.tensor([999.0, 977.3, 501.1]).to(torch.bfloat16)
     for value, exact in zip(rounded, (999.0, 977.3, 501.1), strict=True):
-        assert abs(float(value) - exact) <= model_run.tolerance_of(exact, value) < 5
+        assert abs(float(value) - exact) <= branches.tolerance_of(exact, value) < 5

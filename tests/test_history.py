@@ -1,17 +1,19 @@
-"""What is kept of a run stays what it was, and takes no more memory than it needs."""
+"""What a run keeps is its own: outputs whose memory is written over, loops that write into what they are given."""
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from toys import ToyPipeline, ToyTransformer, curved
 
 import ertacache
 from ertacache.attach import attached
-from ertacache.fit.record import Recorder
-from ertacache.fit.step_by_step import Fitter
-from ertacache.history import OutputHistory
-from ertacache.micro_batches import call_in_micro_batches
-from ertacache.replay import Replay
+from ertacache.cache import Cache
+from ertacache.fit.record import Recording
+from ertacache.fit.runs import in_micro_batches
+from ertacache.fit.step_by_step import StepFit
+from ertacache.replay import cache_of
 
+pytestmark = pytest.mark.core
 STEPS = 12
 PROMPTS = ["a", "b", "c"]
 
@@ -33,8 +35,17 @@ class ViewTransformer(ToyTransformer):
         return (torch.cat([made, made], dim=1).chunk(2, dim=1)[0],)
 
 
-def pipeline(kind=ToyTransformer) -> ToyPipeline:
-    pipe = ToyPipeline(curved)
+class WritingScheduler(FlowMatchEulerDiscreteScheduler):
+    """Writes into the output that it is given, once it has used it."""
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        result = super().step(model_output, timestep, sample, return_dict=return_dict)
+        model_output.fill_(1e6)
+        return result
+
+
+def pipeline(kind=ToyTransformer, scheduler=None) -> ToyPipeline:
+    pipe = ToyPipeline(curved, scheduler)
     pipe.transformer = kind(curved)
     return pipe
 
@@ -61,6 +72,19 @@ def test_outputs_in_reused_or_shared_memory_give_the_same_result(kind):
         assert torch.equal(sample(other), expected)
 
 
+@pytest.mark.parametrize("rows", ["fitted", "the newest output as it is"])
+def test_a_scheduler_that_writes_into_what_it_is_given_changes_nothing(rows):
+    made = calibrated(pipeline())
+    if rows != "fitted":
+        made.coefficients[:] = [[1.0]] * STEPS
+    plain, other = pipeline(), pipeline(scheduler=WritingScheduler(shift=1.0))
+    with ertacache.apply(plain, made):
+        expected = sample(plain)
+    made.scheduler["class"] = "WritingScheduler"
+    with ertacache.apply(other, made):
+        assert torch.equal(sample(other), expected)
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2, 8])
 def test_a_calibration_on_reused_memory_is_the_same(micro_batch):
     wanted = calibrated(pipeline(), micro_batch=micro_batch)
@@ -70,56 +94,51 @@ def test_a_calibration_on_reused_memory_is_the_same(micro_batch):
 
 
 def test_micro_batches_of_reused_memory_are_joined_as_they_were():
-    model, inputs, times = GraphTransformer(curved), torch.randn(4, 3, 2, 2), torch.full((4,), 500.0)
+    pipe = pipeline(GraphTransformer)
+    inputs, times = torch.randn(4, 3, 2, 2), torch.full((4,), 500.0)
     whole = ToyTransformer(curved)(inputs, times)[0]
-    joined = call_in_micro_batches(model, model, (inputs, times), {}, 1)[0]
-    assert torch.allclose(joined, whole)
+    with attached(pipe, Recording().begin) as attachment:
+        joined = in_micro_batches(attachment.interceptions["transformer"], (inputs, times), {}, 1)[0]
+    assert pipe.transformer.calls == 4 and torch.allclose(joined, whole)
 
 
-@pytest.mark.parametrize("controller", ["replay", "fitter"])
-def test_nothing_in_the_history_lies_where_the_next_output_goes(controller):
-    """Looked at when the transformer runs, in both controllers that keep outputs."""
+def keeping(kind: str) -> tuple[ToyPipeline, Cache]:
+    """A pipeline with outputs in reused memory, and a cache of either kind for it."""
     pipe = pipeline(GraphTransformer)
     made = calibrated(pipe)
-    recorder = Recorder()
-    with attached(pipe, recorder):
+    recording = Recording()
+    with attached(pipe, recording.begin, stepped=recording.stepped):
         sample(pipe)
-    keeping = Replay(made, pipe) if controller == "replay" else Fitter(made.computed_steps, recorder.latents)
+    return pipe, cache_of(made) if kind == "replay" else StepFit(made.computed_steps, recording.latents)
+
+
+@pytest.mark.parametrize("kind", ["replay", "fit"])
+def test_nothing_in_the_history_lies_where_the_next_output_goes(kind):
+    """Looked at when the transformer runs."""
+    pipe, cache = keeping(kind)
     places = []
 
     def look(*_):
         (buffer,) = [b for shape, b in pipe.transformer.buffers.items() if shape[0] == 1]
-        places.append([kept.data_ptr() == buffer.data_ptr() for kept in keeping.history])
+        places.append([kept.data_ptr() == buffer.data_ptr() for kept in cache.history])
 
     pipe.transformer.register_forward_pre_hook(look)
-    with attached(pipe, keeping):
+    with attached(pipe, cache.begin):
         sample(pipe)
     assert len(places) == 6 and places[-1] and not any(map(any, places))
 
 
-def test_memory_is_copied_only_where_that_is_better():
-    history, whole = OutputHistory(3), torch.randn(2, 8)
-    history.add(whole[0])
-    assert history[0].data_ptr() == whole.data_ptr()  # the loop holds it too
-    history.before_reuse()
-    assert history[0].untyped_storage().nbytes() == 8 * 4 and torch.equal(history[0], whole[0])
-    own = history[0]
-    history.before_computing()
-    assert history[0] is own  # once is enough
-    history.add(whole)
-    history.before_reuse()
-    assert history[0] is whole  # it needs all of its memory
-    history.before_computing()
-    assert history[0] is not whole and torch.equal(history[0], whole)
-
-
-def test_the_oldest_goes_before_the_newest_is_copied():
-    history = OutputHistory(2)
-    for value in (1.0, 2.0):
-        history.add(torch.tensor(value))
-    history.before_computing()
-    assert [float(kept) for kept in history] == [2.0]
-    one = OutputHistory(1)
-    one.add(torch.tensor(1.0))
-    one.before_computing()
-    assert len(one) == 0
+def test_the_history_is_as_long_as_the_longest_row_and_holds_nothing_beside_its_outputs():
+    made = calibrated(pipeline())
+    longest = max(map(len, made.coefficients))
+    made.model["class"] = "ViewTransformer"
+    pipe, caches, held = pipeline(ViewTransformer), [], []
+    with ertacache.apply(pipe, made) as applied:
+        begin = applied._attachment.begin
+        applied._attachment.begin = lambda scheduler: caches.append(begin(scheduler)) or caches[-1]
+        pipe.transformer.register_forward_hook(
+            lambda *_: held.append([o.untyped_storage().nbytes() for o in caches[-1].history])
+        )
+        sample(pipe)
+    assert [len(sizes) for sizes in held] == [min(count, longest) for count in range(6)]
+    assert {size for sizes in held for size in sizes} == {3 * 4 * 4 * 4}

@@ -21,8 +21,8 @@ from torch import Tensor
 import ertacache
 from compare.rivals.base import replaced
 from ertacache.attach import attached
-from ertacache.fit.record import Recorder
-from ertacache.fit.step_by_step import Fitter
+from ertacache.fit.record import Recording
+from ertacache.fit.step_by_step import StepFit
 
 LIBRARY = str(Path(ertacache.__file__).parent)
 TORCH = str(Path(torch.__file__).parent)
@@ -111,11 +111,11 @@ def test_the_library_reads_no_tensor_inside_the_loop(kind, guidance, monkeypatch
 def test_reads_would_be_seen(monkeypatch):
     """Fitting does read: its coefficients are solved for on the host."""
     pipe, call, calibration, _ = made("flux")
-    recorder = Recorder()
-    with attached(pipe, recorder):
+    recording = Recording()
+    with attached(pipe, recording.begin, stepped=recording.stepped):
         call()
-    fitter = Fitter(calibration.computed_steps, recorder.latents)
-    with reads_by_the_library(pipe, calibration.num_inference_steps, monkeypatch) as seen, attached(pipe, fitter):
+    fit, steps = StepFit(calibration.computed_steps, recording.latents), calibration.num_inference_steps
+    with reads_by_the_library(pipe, steps, monkeypatch) as seen, attached(pipe, fit.begin):
         call()
     assert any("item" in place for place in seen.inside)
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ertacache.timesteps import MIN_FACTOR, adjust_timesteps, adjustment_factor, timesteps_on
+from ertacache.fit.published import adjust_timesteps, adjustment_factor
+from ertacache.published import MIN_FACTOR, timesteps_on
 
 
 def test_factor_by_hand():

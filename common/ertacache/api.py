@@ -2,17 +2,19 @@
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ertacache.attach import Attachment
-from ertacache.bare import ModelAttachment, check_bare_model
 from ertacache.calibration import Calibration
 from ertacache.checks import check_pipeline
-from ertacache.errors import MismatchError, StateError
-from ertacache.intercept import ATTACHED
+from ertacache.errors import MismatchError
+from ertacache.intercept import attachment_of, unfollow
 from ertacache.replay import Replay
+
+if TYPE_CHECKING:
+    from ertacache.bare import ModelAttachment
 
 
 class Applied:
@@ -23,7 +25,7 @@ class Applied:
         calibration: the one that runs.
     """
 
-    def __init__(self, pipe: Any, calibration: Calibration, attachment: Attachment | ModelAttachment):
+    def __init__(self, pipe: Any, calibration: Calibration, attachment: "Attachment | ModelAttachment"):
         self.pipe = pipe
         self.calibration = calibration
         self._attachment = attachment.attach()
@@ -76,16 +78,16 @@ def apply(
     """
     calibration = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
     if isinstance(pipe, nn.Module) and getattr(pipe, "scheduler", None) is None:
-        if isinstance(pipe.__dict__.get(ATTACHED), ModelAttachment):
+        from ertacache.bare import ModelAttachment, check_bare_model  # most pipelines have a scheduler
+
+        if isinstance(attachment_of(pipe), ModelAttachment):
             remove(pipe)
-        _check_free(pipe)
         check_bare_model(calibration, pipe, converted)
         return Applied(pipe, calibration, ModelAttachment(pipe, calibration, check_finite))
     _check_parts(pipe)
     if converted:
         raise MismatchError("converted=True is for a transformer alone, not for a pipeline")
     remove(pipe)
-    _check_free(pipe.transformer)
     check_pipeline(calibration, pipe)
     return Applied(pipe, calibration, Replay(calibration, pipe).attachment("end" if check_finite else None))
 
@@ -98,17 +100,9 @@ def _check_parts(pipe: Any) -> None:
             )
 
 
-def _check_free(transformer: nn.Module) -> None:
-    """Two attachments at once would answer each other's calls."""
-    if ATTACHED in transformer.__dict__:
-        raise StateError(
-            f"this {type(transformer).__name__} is attached already, alone or as part of another pipeline: "
-            "ertacache.remove it there first"
-        )
-
-
 def remove(pipe: Any) -> None:
     """Take ERTACache off a pipeline or transformer, which is then as before; does nothing where none is attached."""
-    attachment = pipe.__dict__.get(ATTACHED)
+    attachment = attachment_of(pipe)
     if attachment is not None:
         attachment.detach()
+        unfollow(pipe)  # of a pipeline that was copied while attached

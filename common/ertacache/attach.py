@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from ertacache.cache import Cache
 from ertacache.errors import NumericsError, StateError
-from ertacache.intercept import ATTACHED, Interception, Method, follow, uncompiled, unfollow
+from ertacache.intercept import (
+    Interception,
+    Method,
+    attachment_of,
+    check_free,
+    follow,
+    release,
+    uncompiled,
+    unfollow,
+)
 from ertacache.solver import StepCall, StepSignature, first_output, host_grid
 
 TRANSFORMER_NAMES = ("transformer", "transformer_2")
@@ -147,9 +156,14 @@ class Attachment:
     # -- attaching ---------------------------------------------------------------------------------------
 
     def attach(self) -> "Attachment":
-        if isinstance(self.scheduler.__dict__.get("step"), Method):
+        present = self.scheduler.__dict__.get("step")
+        if isinstance(present, Method) and present.owner.interceptions:
             raise StateError("this scheduler is attached already, as part of another pipeline: give each its own")
-        for name, transformer in transformers_of(self.pipe).items():
+        release(self.scheduler)
+        transformers = transformers_of(self.pipe)
+        for transformer in transformers.values():
+            check_free(transformer)
+        for name, transformer in transformers.items():
             self.interceptions[name] = self._intercepted(transformer)
         step = Method(self.scheduler, "step", self._step, self)
         self.signature = StepSignature.of(step.signature)
@@ -158,25 +172,23 @@ class Attachment:
         return self
 
     def detach(self) -> None:
-        """Leave the pipeline as it was before `attach`."""
+        """Leave the pipeline as it was before `attach`; does nothing the second time."""
+        if not self.interceptions:
+            return
         for run in self.runs.values():
             run.cache.end()
         self.runs.clear()
         for interception in self.interceptions.values():
-            self._let_go(interception)
+            interception.take_off()
+        self.interceptions.clear()
         for method in self.methods:
             method.take_off()
         unfollow(self.pipe)
 
     def _intercepted(self, transformer: nn.Module) -> Interception:
-        made = Interception(transformer, self._answer)
+        made = Interception(transformer, self._answer, self)
         made.put_on()
-        transformer.__dict__[ATTACHED] = self
         return made
-
-    def _let_go(self, interception: Interception) -> None:
-        interception.module.__dict__.pop(ATTACHED, None)
-        interception.take_off()
 
     def _follow_compiled(self) -> None:
         """Move in front of a wrapper that `torch.compile` has put around a transformer since."""
@@ -186,7 +198,7 @@ class Attachment:
                 continue
             if old is None or uncompiled(transformer) is not uncompiled(old.module):
                 raise StateError(f"the pipeline's {name} was replaced after ertacache.apply: remove and apply again")
-            self._let_go(old)
+            old.take_off()
             self.interceptions[name] = self._intercepted(transformer)
 
     # -- the transformer's side --------------------------------------------------------------------------
@@ -205,7 +217,7 @@ class Attachment:
             self.computed_calls += 1
             return output
         self.reused_calls += 1
-        if isinstance(interception.module, CachedTransformer) and not interception.is_compiled:
+        if isinstance(interception.module, CachedTransformer) and interception.is_direct:
             return interception.run(*args, **kwargs)  # its own forward asks
         return run.placeholder()
 
@@ -217,6 +229,9 @@ class Attachment:
     # -- the scheduler's side ----------------------------------------------------------------------------
 
     def _set_timesteps(self, method: Method, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not self.interceptions:  # of a copy that outlived the attachment
+            release(method.scheduler)
+            return method.original(*args, **kwargs)
         self.finish()
         self._follow_compiled()
         result = method.original(*args, **kwargs)
@@ -262,7 +277,7 @@ class CachedTransformer:
         """What forward returns in place of running, on a reused step; None on a computed one and outside a run."""
         if torch.compiler.is_compiling():  # of a compiled module the attachment decides, outside of what is traced
             return None
-        attachment = self.__dict__.get(ATTACHED)
+        attachment = attachment_of(self)
         run = attachment.runs.get(threading.get_ident()) if isinstance(attachment, Attachment) else None
         return None if run is None or run.cache.computes(run.step) else run.placeholder()
 

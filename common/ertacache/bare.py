@@ -22,7 +22,7 @@ from ertacache.cache import PLAIN, Cache
 from ertacache.calibration import Calibration
 from ertacache.checks import check_latents, check_model, check_weights
 from ertacache.errors import MismatchError, StateError
-from ertacache.intercept import ATTACHED, Interception, uncompiled
+from ertacache.intercept import Interception, check_free, uncompiled
 
 # Names that models give to the timestep and to what conditions them (the text), the first one that they have.
 TIMESTEP_NAMES = ("t", "timestep", "timesteps")
@@ -54,18 +54,17 @@ class ModelAttachment:
         self.computed = frozenset(calibration.computed_steps)
         self.coefficients = calibration.combinations()
         self.run = FollowedRun(calibration.timesteps)
-        self.interception = Interception(model, self.answer)
+        self.interception = Interception(model, self.answer, self)
         self.computed_calls = self.reused_calls = 0
 
     def attach(self) -> "ModelAttachment":
+        check_free(self.model)
         self.interception.put_on()
-        self.model.__dict__[ATTACHED] = self
         return self
 
     def detach(self) -> None:
         """Leave the model as it was before `attach`."""
         self.run.reset()
-        self.model.__dict__.pop(ATTACHED, None)
         self.interception.take_off()
 
     def answer(self, interception: Interception, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -117,8 +116,7 @@ class ModelAttachment:
         tensor = cache.output(step, ModelCall(latents if kept is None else kept, latents))
         if row == PLAIN and fresh is not None:
             return fresh
-        # a clone, since the loop may write into what it is given
-        return widened(tensor.clone() if row == PLAIN else tensor, shape, fresh)
+        return widened(tensor, shape, fresh)
 
     def _computed(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         try:

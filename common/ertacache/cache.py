@@ -132,7 +132,7 @@ def combine(outputs: Sequence[Tensor], row: Row, latents: Tensor) -> Tensor:
     """
     newest = outputs[0]
     if row == PLAIN:
-        return newest
+        return newest.clone()  # schedulers may write into what they are given
     # what .float() returns may be the cached output itself, which must not be written to
     total = newest * row.outputs[0] if newest.dtype == torch.float32 else newest.float().mul_(row.outputs[0])
     for index in range(1, min(len(outputs), len(row.outputs))):

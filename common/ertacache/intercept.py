@@ -17,7 +17,7 @@ from torch._dynamo import eval_frame
 from ertacache.errors import StateError
 
 SLOT = "_compiled_call_impl"  # of nn.Module, which calls what lies there instead of its own forward
-ATTACHED = "_ertacache"  # instance attribute of what is attached to
+ATTACHED = "_ertacache"  # instance attribute of a pipeline that is attached to
 FOLLOWED = "_ertacache_original"  # class attribute of a pipeline class that was made here
 
 # private to torch, so it may go away
@@ -31,10 +31,11 @@ class Interception:
 
     Args:
         answer: called with this object and the call's arguments; `run` makes the call as it would be without.
+        owner: the attachment that this is part of.
     """
 
-    def __init__(self, module: nn.Module, answer: Answer):
-        self.module, self.answer = module, answer
+    def __init__(self, module: nn.Module, answer: Answer, owner: Any):
+        self.module, self.answer, self.owner = module, answer, owner
         self.compiled: Callable[..., Any] | None = None
 
     def put_on(self) -> None:
@@ -68,13 +69,25 @@ class Interception:
         return (self.compiled or self.module._call_impl)(*args, **kwargs)
 
     @property
-    def is_compiled(self) -> bool:
-        """Whether the module's forward is compiled, so that a decision inside of it would be traced."""
-        return self.compiled is not None or uncompiled(self.module) is not self.module
+    def is_direct(self) -> bool:
+        """Whether a call runs the class's forward straight away.
+
+        A forward that is compiled would have a decision inside of it traced; one that is offloaded, whose hooks
+        replace it on the instance, would fetch the weights first.
+        """
+        return self.compiled is None and uncompiled(self.module) is self.module and "forward" not in vars(self.module)
 
     def _compile(self, *args: Any, **kwargs: Any) -> None:
         """`module.compile`, which would take this object's place."""
-        self.compiled = torch.compile(self.module._call_impl, *args, **kwargs)
+        if self.module.__dict__.get(SLOT) is self:
+            self.compiled = torch.compile(self.module._call_impl, *args, **kwargs)
+        else:  # of a copy of the module, to which nothing is attached
+            nn.Module.compile(self.module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Interception":
+        made = copy.copy(self)
+        made.module = memo.get(id(self.module), self.module)
+        return made
 
 
 class Method:
@@ -111,6 +124,27 @@ class Method:
         made.scheduler = memo.get(id(self.scheduler), self.scheduler)
         made.original = copy.deepcopy(self.original, memo)
         return made
+
+
+def attachment_of(part: Any) -> Any:
+    """What is attached to a pipeline or a transformer; None for nothing."""
+    interception = vars(part).get(SLOT)
+    return interception.owner if isinstance(interception, Interception) else vars(part).get(ATTACHED)
+
+
+def check_free(transformer: nn.Module) -> None:
+    """Raise StateError where something is attached: two attachments would answer each other's calls."""
+    if attachment_of(transformer) is not None:
+        raise StateError(
+            f"this {type(transformer).__name__} is attached already, alone or as part of another pipeline: "
+            "ertacache.remove it there first"
+        )
+
+
+def release(scheduler: Any) -> None:
+    """Take off what a copy of a scheduler has brought along from an attachment that is gone."""
+    for method in [value for value in vars(scheduler).values() if isinstance(value, Method)]:
+        method.take_off()
 
 
 def uncompiled(module: Any) -> Any:
