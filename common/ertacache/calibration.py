@@ -1,4 +1,4 @@
-"""The calibration file: what a run needs to reuse steps, and what it was made for."""
+"""The calibration file: a cache schedule, its coefficients, and what they were made for."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -69,7 +69,7 @@ class Calibration:
     date: str = ""
 
     def combinations(self) -> Coefficients:
-        """What every step combines, of method ertacache."""
+        """What every step combines (method ertacache)."""
         outputs = self.coefficients or []
         channels = None
         if self.channel_coefficients is not None and self.channel_axis is not None:
@@ -78,14 +78,14 @@ class Calibration:
 
     @property
     def speedup(self) -> float:
-        """N / K, the speed-up where a reused step costs nothing."""
+        """N / K: the speed-up if a reused step costs nothing."""
         return self.num_inference_steps / len(self.computed_steps)
 
     def save(self, path: str | Path) -> Path:
-        """Write the JSON file, under a temporary name first, and return its path.
+        """Write the JSON file atomically and return its path.
 
         Raises:
-            OSError: it cannot be written; what was there stays.
+            OSError: it cannot be written; the old file stays.
         """
         return write_atomically(path, to_json(self.to_dict()))
 
@@ -98,7 +98,7 @@ class Calibration:
         """Read and validate a calibration file.
 
         Raises:
-            CalibrationError: it is missing, unreadable, too large, or a field of it is wrong (and which).
+            CalibrationError: it is missing, unreadable, too large, or a field is wrong; the message names it.
         """
         return cls.from_dict(read_json(Path(path)), where=str(path))
 
@@ -151,15 +151,15 @@ class Calibration:
         return calibration
 
     def strip(self) -> str:
-        """The cache schedule as one character a step: # computed, . reused."""
+        """The cache schedule, one character per step: # computed, . reused."""
         computed = set(self.computed_steps)
         return "".join("#" if i in computed else "." for i in range(self.num_inference_steps))
 
     def effective_lengths(self) -> list[float] | None:
-        """Per step, how far it goes in units of its original length: the sum of its coefficients.
+        """Length of each step in units of the original: the sum of its coefficients, or phi of the published method.
 
-        For our method this is the trajectory-aware timestep adjustment in closed form; for the paper's it is
-        phi. None where the latents or channels take part, since then no single number is the length of a step.
+        This is the trajectory-aware timestep adjustment in closed form. None if the latents or channels take part:
+        then no single number is the length of a step.
         """
         if self.sample_coefficients is not None or self.channel_coefficients is not None:
             return None
@@ -168,7 +168,7 @@ class Calibration:
         return list(self.step_factors or [1.0] * self.num_inference_steps)
 
     def summary(self) -> str:
-        """A few lines for a person: schedule, speed-up, predicted quality, provenance."""
+        """Summarise for a person: schedule, speed-up, predicted quality, provenance."""
         computed, total = len(self.computed_steps), self.num_inference_steps
         name, kind, dtype = (printable(v) for v in (self.model.get("id") or "?", self.model["class"], self.dtype))
         scheduler, shape = printable(self.scheduler["class"]), printable(self.latent_shape)
@@ -212,7 +212,7 @@ def calibration_fields(coefficients: Coefficients) -> dict[str, Any]:
 
 
 def to_json(data: dict[str, Any]) -> str:
-    """JSON with a field a line, or a line for each item of a long one: readable, and small enough to diff."""
+    """JSON with one field per line, and one line per item of a long list: readable, and small enough to diff."""
     rows = [f" {json.dumps(key)}: {_field_json(value)}" for key, value in data.items()]
     return "{\n" + ",\n".join(rows) + "\n}\n"
 

@@ -1,4 +1,4 @@
-"""Refuse a calibration that does not belong to a pipeline or a run, and warn where it costs quality only."""
+"""Refuse a calibration that does not belong to a pipeline or a run; warn if that costs quality only."""
 
 import warnings
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ class WeightsWatch:
         self.seen = self._fingerprint()
 
     def check(self) -> None:
-        """Warn where the weights changed since the last look and are not the calibrated ones."""
+        """Warn if the weights changed since the last look and are not the calibrated ones."""
         present = self._fingerprint()
         if present != self.seen:
             self.seen = present
@@ -88,7 +88,7 @@ def check_scheduler(calibration: Calibration, scheduler: Any) -> None:
 
 
 def check_guidance(calibration: Calibration, pipe: Any) -> None:
-    """Warn for another guidance scale."""
+    """Warn about another guidance scale."""
     present, calibrated = getattr(pipe, "guidance_scale", None), calibration.guidance_scale
     if present is not None and calibrated is not None and abs(present - calibrated) > 1e-6:
         warn(f"guidance scale is {present:g}, the calibration is for {calibrated:g}: quality may be lower")
@@ -109,7 +109,7 @@ def check_latents(calibration: Calibration, shape: Sequence[int]) -> None:
 
 
 def check_grid(calibration: Calibration, timesteps: list[float], sigmas: list[float]) -> None:
-    """Raise MismatchError where the run's grid is not the calibrated one."""
+    """Raise MismatchError if the run's grid is not the calibrated one."""
     wanted = calibration.num_inference_steps
     if len(timesteps) != wanted:
         raise MismatchError(f"the run has {len(timesteps)} steps, the calibration is for {wanted}: {AGAIN}")
@@ -128,5 +128,5 @@ def check_grid(calibration: Calibration, timesteps: list[float], sigmas: list[fl
 
 
 def warn(message: str) -> None:
-    """Warn of what costs quality."""
+    """Issue a MismatchWarning."""
     warnings.warn(message, MismatchWarning, stacklevel=3)

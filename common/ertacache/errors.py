@@ -1,16 +1,16 @@
-"""Errors that several parts raise; one of a single part stands beside it. Each says what is wrong and what to do."""
+"""Exceptions shared across the package; each says what is wrong and what to do."""
 
 
 class ERTACacheError(Exception):
-    """Base class of the errors raised by this library."""
+    """Base class of every error that this library raises."""
 
 
 class UsageError(ERTACacheError, ValueError):
-    """A flag or a constant has a value that cannot be; the command ends with exit code 2."""
+    """A flag or a constant of config.py has an impossible value; the command exits with code 2."""
 
 
 class ResultsError(ERTACacheError, ValueError):
-    """Results cannot be read, or a page or figure is not what they make."""
+    """Results cannot be read, or a page or figure differs from them."""
 
 
 class CalibrationError(ERTACacheError, ValueError):
@@ -18,7 +18,7 @@ class CalibrationError(ERTACacheError, ValueError):
 
 
 class MismatchError(ERTACacheError, ValueError):
-    """A calibration does not belong to the pipeline, or to the run, that it is used on."""
+    """A calibration is for another pipeline or another run."""
 
 
 class StateError(ERTACacheError, RuntimeError):
@@ -26,8 +26,8 @@ class StateError(ERTACacheError, RuntimeError):
 
 
 class NumericsError(ERTACacheError, ArithmeticError):
-    """A model output holds NaN or Inf; says at which step."""
+    """A model output holds NaN or Inf; the message names the step."""
 
 
 class MismatchWarning(UserWarning):
-    """The run differs from the calibrated one in something that costs quality but not correctness."""
+    """The run differs from the calibrated one in a way that costs quality, not correctness."""

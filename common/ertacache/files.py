@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Write files atomically: a reader never sees half of one."""
 
 import contextlib
 import os
@@ -13,8 +13,8 @@ STALE_SECONDS = 3600.0
 def write_atomically(path: str | Path, data: str | bytes) -> Path:
     """Write under a temporary name in the same folder, then rename: whole, or not at all.
 
-    A full disk or a read-only folder raises OSError and leaves what was there; a killed process leaves a hidden
-    temporary file at most, which a later write of the same name clears away.
+    A full disk or a read-only folder raises OSError and leaves the old file. A killed process leaves a hidden
+    temporary file at most; the next write of the same name removes it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def write_atomically(path: str | Path, data: str | bytes) -> Path:
 
 
 def _clear_stale(folder: Path, stem: str) -> None:
-    """Remove what killed processes left behind; never a file that somebody may be writing."""
+    """Remove temporary files of killed processes, never one that may still be written."""
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder):
             if entry.name.startswith(stem) and entry.name.endswith(".tmp"):

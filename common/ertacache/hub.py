@@ -1,4 +1,4 @@
-"""Shares calibration files through the Hugging Face hub, with its own client and nothing else."""
+"""Share calibration files through the Hugging Face hub, with its own client."""
 
 import re
 from pathlib import Path
@@ -25,15 +25,15 @@ def push(
     create_pr: bool = False,
     endpoint: str | None = None,
 ) -> str:
-    """Upload a calibration as `filename` of the model repository `repo_id`, which is made if need be.
+    """Upload a calibration as `filename` of the model repository `repo_id`; create the repository if needed.
 
     Args:
         calibration: what is uploaded.
         repo_id: user/name.
         filename: a plain path in the repository that ends in .json.
-        token: of the hub account; the one of `hf auth login` by default.
-        private: whether a repository that is made is private; None for the account's default.
-        create_pr: propose it as a pull request, for a repository of somebody else, which has to exist.
+        token: of the hub account; default: that of `hf auth login`.
+        private: whether a new repository is private; None: the account's default.
+        create_pr: open a pull request, for somebody else's repository, which has to exist.
         endpoint: address of another hub.
 
     Returns:
@@ -78,7 +78,7 @@ def fetch(
     Args:
         repo_id: user/name.
         filename: a plain path in the repository that ends in .json.
-        revision: a branch, tag or commit; a commit makes sure that it is the same file every time.
+        revision: a branch, tag or commit; a commit gives the same file every time.
         token: of the hub account, for a private repository; the one of `hf auth login` by default.
         cache_dir: folder of the cache; the hub's own by default.
         endpoint: address of another hub.
@@ -112,7 +112,7 @@ def fetch(
 
 
 def check_names(repo_id: str, filename: str) -> None:
-    """Raise CalibrationError for a name that is not plainly that of a repository and of a JSON file in it."""
+    """Raise CalibrationError unless the names are plainly a repository and a JSON file in it."""
     if not isinstance(repo_id, str) or not REPOSITORY.fullmatch(repo_id) or ".." in repo_id:
         raise CalibrationError(f"repository {printable(repr(repo_id))} must be named like user/name")
     if not isinstance(filename, str) or not FILE_NAME.fullmatch(filename) or ".." in filename:

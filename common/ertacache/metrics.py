@@ -1,7 +1,8 @@
-"""Distance of pictures and videos to the uncached ones: pure functions on floats in [0, 1].
+"""Measure how near pictures and videos are to the uncached ones: PSNR, SSIM, temporal error.
 
-n: items of a batch; F: frames; H, W: height and width in pixels. Every metric gives one number an item.
-LPIPS, which needs weights, is in `lpips.py`.
+Pure functions on pixels, floats in [0, 1].
+n: items of a batch; F: frames; H, W: height and width in pixels. Every metric returns one number per item. LPIPS needs
+weights and is in `compare/lpips.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,11 +22,11 @@ def psnr(image: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB, -10 log10(mse) for a peak of 1.
 
     Args:
-        image: (n, ...) in [0, 1]; of a video the squared error is averaged over all frames first.
+        image: (n, ...) in [0, 1]; for a video the squared error is averaged over all frames first.
         reference: the same shape.
 
     Returns:
-        (n,) dB, float64; identical items, and what is closer than that, count as 120 dB.
+        (n,) dB, float64, at most 120 dB (identical items).
 
     Raises:
         ValueError: the shapes differ.
@@ -41,11 +42,11 @@ def ssim(image: Tensor, reference: Tensor) -> Tensor:
     Computed by scikit-image, with the population covariance that the paper uses; colours are averaged.
 
     Args:
-        image: (n, 3, H, W) pictures or (n, F, 3, H, W) videos in [0, 1]; H and W of 11 and more.
+        image: (n, 3, H, W) pictures or (n, F, 3, H, W) videos in [0, 1]; H and W at least 11.
         reference: the same shape.
 
     Returns:
-        (n,) float64 in [-1, 1]; of a video the mean over its frames.
+        (n,) float64 in [-1, 1]; for a video the mean over its frames.
 
     Raises:
         ValueError: the shapes differ, are no pictures or videos, or are smaller than the window.
@@ -58,14 +59,13 @@ def ssim(image: Tensor, reference: Tensor) -> Tensor:
 
 
 def temporal_error(video: Tensor, reference: Tensor) -> Tensor:
-    """Mean absolute difference between the changes from frame to frame: flicker that the reference has not.
+    """Flicker that the reference does not have: mean absolute difference between the changes from frame to frame.
 
     E = mean over frames f, colours and pixels of |(v_{f+1} - v_f) - (r_{f+1} - r_f)|, v the video and r the
-    reference. A still offset, however large, gives 0, which PSNR and SSIM, taken frame by frame, do punish; what
-    appears and disappears from one frame to the next is counted at both.
+    reference. A still offset gives 0, however large; PSNR and SSIM punish that.
 
     Args:
-        video: (n, F, 3, H, W) in [0, 1], F of 2 and more.
+        video: (n, F, 3, H, W) in [0, 1], F at least 2.
         reference: the same shape.
 
     Returns:
@@ -81,7 +81,7 @@ def temporal_error(video: Tensor, reference: Tensor) -> Tensor:
 
 
 def worst_decile(values: Tensor | Sequence[float], higher_is_better: bool) -> float:
-    """The value that a tenth of the items is worse than: the 10th percentile (90th where lower is better).
+    """The 10th percentile of the items, or the 90th if lower is better: a tenth of them is worse.
 
     Args:
         values: (n,), n > 0; percentiles between two items are interpolated linearly.
@@ -100,20 +100,20 @@ def _check(image: Tensor, reference: Tensor) -> None:
 
 
 def _squared_error(image: Tensor, reference: Tensor) -> Tensor:
-    """Mean squared error of one item (...), float64; of a video frame by frame, which are all of one size."""
+    """Mean squared error of one item (...), float64; a video frame by frame, to bound memory."""
     if image.ndim == 4:
         return torch.stack([_squared_error(a, b) for a, b in zip(image, reference, strict=True)]).mean()
     return (image.double() - reference.double()).square().mean()
 
 
 def _change_error(video: Tensor, reference: Tensor) -> Tensor:
-    """`temporal_error` of one video (F, 3, H, W), from the error e_f = v_f - r_f of two frames at a time."""
+    """`temporal_error` of one video (F, 3, H, W), from the errors e_f = v_f - r_f of two frames at a time."""
     errors = (a.double() - b.double() for a, b in zip(video, reference, strict=True))
     return torch.stack([(after - before).abs().mean() for before, after in pairwise(errors)]).mean()
 
 
 def _frames(batch: Tensor) -> Iterator[np.ndarray]:
-    """The frames of (n, 3, H, W) or (n, F, 3, H, W) one after the other, (3, H, W) in float64 on the host."""
+    """Yield the frames of (n, 3, H, W) or (n, F, 3, H, W) as (3, H, W), float64 on the host."""
     return (frame.double().cpu().numpy() for frame in batch.reshape(-1, *batch.shape[-3:]))
 
 

@@ -1,4 +1,4 @@
-"""What identifies a model and a run: class, configuration hash, weights fingerprint, versions."""
+"""Identify a model and a run: class, configuration hash, weights fingerprint, versions."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ VERSIONED = ("torch", "diffusers", "transformers")
 
 
 def model_identity(transformer: nn.Module, name: str | None = None) -> dict[str, Any]:
-    """id, class, config_sha256 and weights_fingerprint (None where the weights are not in memory)."""
+    """Return id, class, config_sha256 and weights_fingerprint (None if the weights are not in memory)."""
     return {
         "id": name or model_name(transformer),
         "class": class_name(transformer),
@@ -29,13 +29,13 @@ def model_identity(transformer: nn.Module, name: str | None = None) -> dict[str,
 
 
 def class_name(model: nn.Module) -> str:
-    """The model's class, without a subclass that asks for reuse and without torch.compile's wrapper."""
+    """Name of the model's class, seen through torch.compile's wrapper and a folder's caching subclass."""
     model = uncompiled(model)
     return next(kind.__name__ for kind in type(model).__mro__ if not issubclass(kind, CachedTransformer))
 
 
 def model_name(model: Any) -> str | None:
-    """The hub id that a model was loaded from; of a local folder the last two parts only."""
+    """The hub id that a model was loaded from, or the last two parts of a local folder."""
     path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if path and Path(path).exists():
         return "/".join(Path(path).resolve().parts[-2:])
@@ -43,13 +43,13 @@ def model_name(model: Any) -> str | None:
 
 
 def model_dtype(model: nn.Module) -> str:
-    """The dtype that a model runs in: its own word for it, or that of its first parameter."""
+    """The dtype that a model runs in: its `dtype`, or that of its first parameter."""
     dtype = getattr(model, "dtype", None) or next((p.dtype for p in model.parameters()), torch.float32)
     return str(dtype).removeprefix("torch.")
 
 
 def config_hash(model: Any) -> str | None:
-    """sha256 of the configuration without private keys and without how it is quantised."""
+    """sha256 of the configuration, without private keys and quantisation."""
     config = getattr(model, "config", None)
     if config is None:
         return None
@@ -58,10 +58,10 @@ def config_hash(model: Any) -> str | None:
 
 
 def weights_fingerprint(model: nn.Module) -> str | None:
-    """A cheap hash of a few values of every parameter; changes with a LoRA, quantisation or fine-tuning.
+    """Hash a few values of every parameter; changes with a LoRA, quantisation or fine-tuning.
 
-    The same in memory, offloaded (as accelerate does it) and compiled; None where the weights are out of reach.
-    Reads from each device once.
+    The same in memory, offloaded by accelerate, and compiled; None if the weights are out of reach. Reads once from
+    each device.
     """
     model = uncompiled(model)
     named = sorted(model.named_parameters(), key=lambda pair: pair[0])
@@ -87,7 +87,7 @@ def _sample(values: torch.Tensor) -> torch.Tensor:
 
 
 def _on_host(samples: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Copies on the host in the same order, with one transfer from each device."""
+    """Copy to the host in the same order, with one transfer per device."""
     found: list[torch.Tensor] = [torch.empty(0)] * len(samples)
     for device in {sample.device for sample in samples}:
         places = [i for i, sample in enumerate(samples) if sample.device == device]
@@ -114,10 +114,7 @@ def prompts_hash(prompts: Sequence[str], seeds: Sequence[int] = ()) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what a result depends on.
-
-    This library says its own, since it may run from a checkout that is not installed.
-    """
+    """Versions of what a result depends on; our own from the code, since a checkout need not be installed."""
     found = {"ertacache": __version__}
     for package in VERSIONED:
         try:

@@ -12,7 +12,9 @@ from ertacache.published import AdjustedGrid, PublishedCache
 
 
 class Replay:
-    """What a calibration does at the beginning of a run; no step after it reads a tensor's values.
+    """Check a calibration at the beginning of each run, and make the cache that plays it.
+
+    No step reads a tensor's values.
 
     Args:
         calibration: one that belongs to the pipeline.
@@ -23,23 +25,23 @@ class Replay:
         self.weights = checks.WeightsWatch(calibration, pipe)
 
     def begin(self, scheduler: Any) -> Cache:
-        """The cache of a run on a scheduler whose grid is set; refuses or warns where the run is another one."""
+        """Return the cache of a run on a scheduler whose grid is set; refuse or warn if the run differs."""
         self.weights.check()
         checks.check_grid(self.calibration, *solver.host_grid(scheduler))
         checks.check_guidance(self.calibration, self.pipe)
         return cache_of(self.calibration).begin(scheduler)
 
     def first_latents(self, latents: Tensor) -> None:
-        """Warn or refuse where a run starts from latents of another shape."""
+        """Warn or refuse if a run starts from latents of another shape."""
         checks.check_latents(self.calibration, latents.shape[1:])
 
     def attachment(self, check: str | None = "end", **options: Any) -> Attachment:
-        """What attaches the calibration to its pipeline, not attached yet; options as `Attachment` takes them."""
+        """Return the Attachment to the pipeline, not attached yet; options as `Attachment` takes them."""
         return Attachment(self.pipe, self.begin, first_latents=self.first_latents, check=check, **options)
 
 
 def cache_of(calibration: Calibration) -> Cache:
-    """The cache that plays a calibration, of either method."""
+    """Return the cache that plays a calibration of either method."""
     if calibration.method == "ertacache":
         return Cache(calibration.computed_steps, calibration.combinations())
     original = calibration.sigmas, calibration.timesteps

@@ -1,4 +1,4 @@
-"""Compares a calibration with a pipeline folder on disk, without building the pipeline or running its code."""
+"""Compare a calibration with a saved pipeline, without building the pipeline or running its code."""
 
 import json
 import warnings
@@ -14,7 +14,7 @@ from ertacache.schema import printable
 
 
 def check_folder(calibration: Calibration, folder: Path) -> list[str]:
-    """What was compared, a line each; differences that cost only quality are lines that begin with "warning".
+    """Return what was compared, one line each; differences that cost quality only begin with "warning".
 
     Loads the transformer's weights on the CPU, from safetensors files only.
 
@@ -42,7 +42,7 @@ def check_folder(calibration: Calibration, folder: Path) -> list[str]:
 
 
 def _scheduler_line(calibration: Calibration, folder: Path, index: dict[str, list[str]]) -> str:
-    """What was compared of the scheduler; raises as `check_folder` does."""
+    """Say what was compared of the scheduler; raises as `check_folder` does."""
     import diffusers
 
     scheduler, wanted = _load(folder, index, "scheduler"), calibration.scheduler["class"]
@@ -56,7 +56,7 @@ def _scheduler_line(calibration: Calibration, folder: Path, index: dict[str, lis
 
 
 def _index(folder: Path) -> dict[str, list[str]]:
-    """Library and class names of the two parts that matter, out of model_index.json."""
+    """Library and class names of transformer and scheduler, from model_index.json."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         parts = {name: index[name] for name in ("transformer", "scheduler")}
@@ -71,7 +71,7 @@ def _index(folder: Path) -> dict[str, list[str]]:
 
 
 def _load(folder: Path, index: dict[str, list[str]], name: str, **kwargs: Any) -> Any:
-    """A part of the pipeline; None for a class that diffusers does not have, whose code would have to be run."""
+    """Load a part of the pipeline; None for a class that is not diffusers', whose code would have to run."""
     import diffusers
 
     library, class_name = index[name]

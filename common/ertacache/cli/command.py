@@ -1,4 +1,4 @@
-"""Run a command: one line on stderr and an exit code for whatever goes wrong."""
+"""Run a command: whatever goes wrong becomes one line on stderr and an exit code."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UsageError for a wrong flag, where argparse prints its usage and exits."""
+    """Parser that raises UsageError for a wrong flag instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)

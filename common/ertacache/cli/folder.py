@@ -1,4 +1,4 @@
-"""What a model folder contributes to the commands that all folders share, and how its files are named."""
+"""What a model folder contributes to the shared commands, and how its files are named."""
 
 import re
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class ModelFolder:
         save: writes decoded pixels, float (3, H, W) or (F, 3, H, W) in [0, 1], to a path without extension and
             returns the path written.
         teacache_signal: the tensor that TeaCache watches; see the folder's transformer.py.
-        variant: settings -> what else moves the noise grid (solver, shift, ...), as part of a calibration's name.
+        variant: settings -> what else moves the noise grid (solver, shift, ...), for a calibration's file name.
     """
 
     name: str
@@ -33,5 +33,5 @@ class ModelFolder:
 
 
 def slug(text: str) -> str:
-    """A text as part of a file name: lower case letters, digits and dashes."""
+    """Turn a text into part of a file name: lower case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:SLUG_LENGTH].strip("-") or "untitled"

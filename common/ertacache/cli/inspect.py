@@ -1,4 +1,4 @@
-"""The command `ertacache`: look into calibration files."""
+"""The command `ertacache`: inspect and validate calibration files."""
 
 import json
 import sys
@@ -11,12 +11,12 @@ from ertacache.schema import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 1 for a bad file or a mismatch, 2 for a wrong flag."""
+    """Run the command and return its exit code: 0, 1 for a bad file or a mismatch, 2 for a wrong flag."""
     return command.run(lambda: _main(sys.argv[1:] if argv is None else argv))
 
 
 def _main(argv: Sequence[str]) -> None:
-    parser = command.Parser(prog="ertacache", description="Look into ERTACache calibration files.")
+    parser = command.Parser(prog="ertacache", description="Inspect and validate ERTACache calibration files.")
     actions = parser.add_subparsers(dest="action", required=True, parser_class=command.Parser)
     inspect = actions.add_parser("inspect", help="print schedule, predicted quality and provenance")
     inspect.add_argument("file", metavar="FILE")
@@ -38,7 +38,7 @@ def _main(argv: Sequence[str]) -> None:
 
 
 def inspection(calibration: Calibration) -> str:
-    """The summary of a calibration and all of its provenance, for a person."""
+    """Describe a calibration for a person: summary and provenance."""
     c = calibration
     settings = ", ".join(f"{printable(k)}={printable(v)}" for k, v in c.settings.items())
     versions = ", ".join(f"{printable(k)} {printable(v)}" for k, v in c.versions.items())
@@ -57,6 +57,6 @@ def inspection(calibration: Calibration) -> str:
 
 
 def described(calibration: Calibration) -> dict[str, object]:
-    """What `inspection` says, and more, as JSON data."""
+    """Describe a calibration as JSON data: every field, schedule strip, speed-up."""
     data = calibration.to_dict()
     return {"strip": calibration.strip(), "speedup": calibration.speedup, **data}

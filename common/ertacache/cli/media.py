@@ -36,14 +36,14 @@ def png_bytes(pixels: Tensor) -> bytes:
 def write_mp4(path: str | Path, frames: Tensor, fps: float, quality: float = MP4_QUALITY) -> Path:
     """Write frames as H.264 in an MP4 of exactly their size; the file appears whole or not at all.
 
-    The usual yuv420p, which every player knows, halves the colour planes and so needs even sides. A video with an
-    odd side is written as yuv444p instead of being scaled: it keeps its size, but some browsers do not play it.
+    Every player knows yuv420p, which needs even sides. A video with an odd side is written as yuv444p instead of being
+    scaled: it keeps its size, but some browsers do not play it.
 
     Args:
-        path: where to; its suffix should be .mp4.
+        path: ends in .mp4.
         frames: (F, 3, H, W) in [0, 1].
         fps: frames per second.
-        quality: 0 to 10, the best.
+        quality: 0 to 10; 10 is best.
 
     Raises:
         VideoError: the frames are no video, or the encoder failed.

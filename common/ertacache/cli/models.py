@@ -1,4 +1,4 @@
-"""Which model runs: the embedded tiny pipeline, a named one, or the real one where it can."""
+"""Choose and load the model: the tiny pipeline, a named one, or the real one if it can run here."""
 
 import sys
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ class ModelError(ERTACacheError, RuntimeError):
 
 
 def choose(settings: Settings, needed_files: Sequence[tuple[str, str]] = ()) -> str:
-    """Resolve `settings.model` to a folder or hub id, put the tiny pipeline's overrides in place, and say so.
+    """Resolve `settings.model` to a folder or hub id, apply the tiny pipeline's overrides, and say so.
 
-    `auto` takes the real model if a CUDA device has the memory for it and its weights lie in the local cache;
-    it never downloads.
+    `auto` takes the real model if a CUDA device has the memory and the weights are in the local cache; it never
+    downloads.
 
     Args:
         needed_files: (hub id, file) that stand for the weights; by default the real model's model_index.json.
@@ -44,7 +44,7 @@ def choose(settings: Settings, needed_files: Sequence[tuple[str, str]] = ()) -> 
 
 
 def why_not_real(settings: Settings, needed_files: Sequence[tuple[str, str]] = ()) -> str | None:
-    """Why the real model cannot run here without a download, in a few words; None if it can."""
+    """Say in a few words why the real model cannot run here without a download; None if it can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -90,7 +90,7 @@ def load_pipeline(
 
 
 def place(pipe: Any, settings: Settings) -> Any:
-    """Move a pipeline to the device, or set up the configured offloading."""
+    """Move a pipeline to the device, or set up offloading as configured."""
     if not torch.cuda.is_available():
         if settings.offload != "none":
             raise UsageError("--offload needs a CUDA device")

@@ -1,4 +1,4 @@
-"""Time of the denoising loop and peak memory of a run."""
+"""Time the denoising loop and read peak memory."""
 
 import resource
 import sys
@@ -9,9 +9,9 @@ import torch
 
 
 class DenoiseTimer:
-    """Times the denoising loop of a diffusers pipeline: what its progress bar encloses, without decoding.
+    """Time the denoising loop of a diffusers pipeline: what its progress bar encloses, without decoding.
 
-    Synchronises the device at both ends of the loop only. `seconds` holds one number for each run.
+    Synchronises the device only at both ends of the loop. `seconds` holds one number per run.
     """
 
     def __init__(self, pipe: Any):
@@ -48,7 +48,7 @@ def _synchronize() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory so far: allocated on the CUDA device, or resident in the host process without one."""
+    """Peak memory so far, in bytes: allocated on the CUDA device or, without one, resident in the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     scale = 1 if sys.platform == "darwin" else 1024  # kilobytes on Linux
