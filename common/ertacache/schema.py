@@ -43,7 +43,7 @@ def read_json(path: Path) -> Any:
         if isinstance(error, CalibrationError):
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        raise CalibrationError(f"{printable(path)}: cannot be read ({reason})") from None
+        raise CalibrationError(f"{_end_of(path)}: cannot be read ({reason})") from None
     if len(data) > MAX_FILE_BYTES:
         raise CalibrationError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, not a calibration")
     try:
@@ -68,6 +68,12 @@ def printable(value: object) -> str:
     text = str(value)
     shown = text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+
+
+def _end_of(path: Path) -> str:
+    """A path for a terminal: of a long one its end, which names the file."""
+    text = str(path)
+    return printable(text) if len(text) <= SHOWN_CHARACTERS else "..." + printable(text[3 - SHOWN_CHARACTERS :])
 
 
 def shown(value: object) -> str:
