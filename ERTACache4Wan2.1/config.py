@@ -49,8 +49,7 @@ CALIBRATION_PROMPTS = "prompts/calibration.txt"  # a prompt a line; never used t
 NUM_CALIBRATION_PROMPTS = 8  # the first ones of that file
 MICRO_BATCH = 1  # samples the transformer sees at a time in calibration and comparison
 MEMORY_LIMIT_GIB: float | None = None  # recorded trajectories in host memory; above it in files under TMPDIR
-SEARCH_BUDGET = 0  # schedules to try for real (3 do): several dB for about 12 COMPUTED_STEPS steps per prompt
-REFINE = 0  # prompts to fit the coefficients on again, end to end (8 do): several dB for 2 COMPUTED_STEPS^2 steps each
+EFFORT = "balanced"  # fast, balanced or best: 1.5, 3 or up to 12 uncached runs for each of 8 prompts at 2x
 
 # where results go
 OUT = "sample"  # folder, from where the command is given

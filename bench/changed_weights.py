@@ -44,9 +44,7 @@ def quality(pipe: Any, calibrations: Sequence[Calibration], count: int) -> list[
 
 def calibrated(pipe: Any, count: int) -> Calibration:
     prompts = read_prompts(FOLDER / "prompts" / "calibration.txt")[:count]
-    return ertacache.calibrate(
-        pipe, prompts, seeds=range(count), computed_steps=STEPS, folds=0, refine=count, **ARGUMENTS
-    )
+    return ertacache.calibrate(pipe, prompts, seeds=range(count), computed_steps=STEPS, effort="fast", **ARGUMENTS)
 
 
 def with_lora(strength: float) -> Callable[[Any], None]:

@@ -23,7 +23,7 @@ from tiny_pipelines import FOLDERS, available, subject_name, tiny_pipeline
 import ertacache
 from ertacache.calibration import computed_steps_for
 from ertacache.cli.settings import read_prompts
-from ertacache.fit.recipe import Effort
+from ertacache.fit.recipe import most_evaluations
 
 COUNTS = (1, 2, 4, 8, 16)
 SPEEDUPS = (2.0, 3.0)
@@ -69,7 +69,6 @@ def _row(
     steps: int, computed: int, count: int, found: list[dict[str, float]], predicted: list[Any], seconds: list[float]
 ) -> dict[str, Any]:
     values = [one["psnr"] for one in found]
-    folds = 2 if count >= 2 else 0
     return {
         "num_inference_steps": steps,
         "computed_steps": computed,
@@ -80,7 +79,7 @@ def _row(
         "psnr_highest": max(values),
         "psnr_p10": statistics.mean(one["psnr_p10"] for one in found),
         "predicted_psnr": None if None in predicted else statistics.mean(predicted),
-        "evaluations": Effort(folds=folds).most_evaluations(count, steps, computed),
+        "evaluations": most_evaluations("balanced", count, steps, computed),
         "calibration_seconds": statistics.median(seconds),
     }
 

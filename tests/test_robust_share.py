@@ -163,7 +163,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
 
 def test_inspect_prints_strip_prediction_and_provenance(tmp_path, capsys):
     pipe = make("flux")
-    made = tiny_models.calibrate(pipe, "flux", folds=2)
+    made = tiny_models.calibrate(pipe, "flux", effort="balanced")
     path = made.save(tmp_path / "c.json")
     assert cli.main(["inspect", str(path)]) == 0
     out = capsys.readouterr().out

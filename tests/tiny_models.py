@@ -88,7 +88,7 @@ def call(pipe: Any, name: str, prompts: tuple[str, ...] = PROMPTS[:1], **overrid
 
 def calibrate(pipe: Any, name: str, **kwargs: Any) -> Calibration:
     """On two prompts, without a prediction of the quality."""
-    kwargs = {"computed_steps": COMPUTED_STEPS, "folds": 0, "num_inference_steps": NUM_STEPS, **kwargs}
+    kwargs = {"computed_steps": COMPUTED_STEPS, "effort": "fast", "num_inference_steps": NUM_STEPS, **kwargs}
     return ertacache.calibrate(
         pipe, list(PROMPTS), seeds=range(2), progress=False, **{**MODELS[name].arguments, **kwargs}
     )

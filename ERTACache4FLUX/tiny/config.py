@@ -5,7 +5,4 @@ PROMPTS = "prompts/tiny_examples.txt"
 HEIGHT = 64
 WIDTH = 64
 MAX_SEQUENCE_LENGTH = 40
-NUM_CALIBRATION_PROMPTS = 64
 MICRO_BATCH = 16
-SEARCH_BUDGET = 3  # a few seconds each here
-REFINE = 16

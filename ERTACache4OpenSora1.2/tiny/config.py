@@ -8,6 +8,4 @@ RESOLUTION = None
 ASPECT_RATIO = None
 NUM_FRAMES = 17
 AESTHETIC_SCORE = None  # its captions have no scores: the words would be unknown ones
-NUM_CALIBRATION_PROMPTS = 16
 MICRO_BATCH = 16
-REFINE = 8

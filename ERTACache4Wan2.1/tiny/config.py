@@ -7,6 +7,5 @@ HEIGHT = 64
 WIDTH = 64
 NUM_FRAMES = 17
 MAX_SEQUENCE_LENGTH = 48
-NUM_CALIBRATION_PROMPTS = 16
 MICRO_BATCH = 16
 FLOW_SHIFT = 14.0  # the official README advises 8 to 12 for 1.3B; with 14, half the steps are below 40 dB

@@ -39,7 +39,8 @@ from ertacache.errors import ERTACacheError, UsageError
 from ertacache.fit.recipe import recorded_runs
 from ertacache.fit.runs import Runs
 
-OUR_METHODS = ("none", "ertacache", "paper", "ablation")
+OURS = {"ertacache": None, "ertacache-best": "best"}  # name -> effort; None for that of the settings
+OUR_METHODS = ("none", *OURS, "paper", "ablation")
 TIMING_REPEATS = 5
 NUM_TUNING_PROMPTS = 2
 STATIC_RIVALS = ("fewer-steps", "multistep")
@@ -78,8 +79,7 @@ class Study:
             "prompts": self.prompts,
             "calibration_prompts": self.calibration_prompts,
             "seeds": self.chosen.seeds,
-            "search_budget": self.chosen.search_budget,
-            "refine": self.chosen.refine,
+            "effort": self.chosen.effort,
             "phi_over": phi_over(self.chosen),
             "layout": self.chosen.layout,
             "versions": provenance.package_versions(),
@@ -126,9 +126,8 @@ class Study:
         recorded = functools.cache(self._recorded)  # once, and only where an ablation is still to be made
         contenders = []
         for count in self.counts:
-            if "ertacache" in asked:
-                ours = self.calibration("ertacache", count)
-                contenders.append(self._static("ertacache", "ours", count, ours))
+            for name in (name for name in OURS if name in asked):
+                contenders.append(self._static(name, "ours", count, self.calibration(name, count)))
             if "paper" in asked:
                 contenders.append(self._static("paper", "rival", count, self.calibration("paper", count)))
             if "ablation" in asked:
@@ -160,7 +159,7 @@ class Study:
     def calibration(self, method: str, count: int) -> Calibration:
         """That of a method with so many computed steps: ours as the folder keeps it where it does, or made anew."""
         asking = self._asking(method, count)
-        kept = kept_calibration(self.pipe, asking, self.model) if method == "ertacache" else None
+        kept = kept_calibration(self.pipe, asking, self.model) if method in OURS else None
         if kept is not None:
             return kept
 
@@ -172,7 +171,10 @@ class Study:
     def _asking(self, method: str, count: int) -> Settings:
         """The settings of a run.sh that asks for so many computed steps of a method."""
         goals = dict.fromkeys(settings.GOALS)
-        return Settings(**{**vars(self.chosen), **goals, "method": method, "computed_steps": count})
+        asking = {**vars(self.chosen), **goals, "method": method, "computed_steps": count}
+        if method in OURS:
+            asking |= {"method": "ertacache", "effort": OURS[method] or self.chosen.effort}
+        return Settings(**asking)
 
     def _recorded(self) -> Runs:
         prompts = self.calibration_prompts
@@ -186,8 +188,7 @@ class Study:
         )
 
     def _ablation(self, recorded: Callable[[], Runs], count: int, ours: Calibration) -> dict[str, Any]:
-        budget, refine, over = self.chosen.search_budget, self.chosen.refine, phi_over(self.chosen)
-        parts = ablation.ablations(recorded(), count, ours.computed_steps, budget, refine, over)
+        parts = ablation.ablations(recorded(), ours.computed_steps, phi_over(self.chosen))
         return {name: calibration.to_dict() for name, calibration in parts.items()}
 
     def _tuned_rivals(self) -> list[Contender]:

@@ -67,7 +67,7 @@ def write_outcome(
         "command": study.chosen.command,
         "date": date.today().isoformat(),
         "prompts": f"{len(study.prompts)} held-out prompts, seeds {', '.join(map(str, study.chosen.seeds))}",
-        "calibration": f"{len(study.calibration_prompts)} other prompts{_efforts(study, rows)}",
+        "calibration": f"{len(study.calibration_prompts)} other prompts, effort {study.chosen.effort}",
         "predicted": _predictions(study, rows),
         "settings": {k: v for k, v in study.arguments.items() if isinstance(v, (int, float, str))}
         | ({"variant": study.model.variant(study.chosen)} if study.model.variant else {}),
@@ -80,27 +80,16 @@ def write_outcome(
     print(f"results.json, table.md and report.html are in {study.out}")
 
 
-def _ours(study: "Study", rows: list[Row]) -> dict[int, Calibration]:
-    """Our calibration at each asked number of computed steps where it was compared."""
-    counts = [row.asked_steps for row in rows if row.role == "ours" and row.asked_steps is not None]
-    return {count: study.calibration("ertacache", count) for count in counts}
-
-
-def _efforts(study: "Study", rows: list[Row]) -> str:
-    """What went into ours at each cost where they are compared, as their files say; older files do not."""
-    made = {count: calibration.settings for count, calibration in _ours(study, rows).items()}
-    return "".join(
-        f"; K = {count}: {effort.get('search_budget', 0)} schedules tried, refined on {effort.get('refine', 0)} prompts"
-        + (f", {effort['descent']} steps of descent" if effort.get("descent") else "")
-        for count, effort in made.items()
-        if "search_budget" in effort
-    )
+def _ours(study: "Study", rows: list[Row]) -> dict[str, Calibration]:
+    """Our calibrations that were compared, by method and asked number of computed steps."""
+    asked = [(row.method, row.asked_steps) for row in rows if row.role == "ours" and row.asked_steps is not None]
+    return {f"{method} {count}": study.calibration(method, count) for method, count in asked}
 
 
 def _predictions(study: "Study", rows: list[Row]) -> dict[str, float]:
-    """The PSNR in dB that ours promised at each asked number of computed steps, before it was measured."""
+    """The PSNR in dB that ours promised, before it was measured, by method and asked number of computed steps."""
     made = _ours(study, rows).items()
-    return {str(count): calibration.predicted["psnr"] for count, calibration in made if calibration.predicted}
+    return {name: calibration.predicted["psnr"] for name, calibration in made if calibration.predicted}
 
 
 def _curves(contenders: list[Contender], comparison: Comparison) -> dict[str, list[Curve]]:

@@ -14,7 +14,9 @@ from ertacache.cli.settings import Settings, read_prompts
 from ertacache.errors import CalibrationError
 from ertacache.published import PHI_OVER
 
-EFFORTS = ("search_budget", "refine")  # settings that buy quality with evaluations
+EFFORTS = {"fast": 0, "balanced": 1, "best": 2}
+# of a calibration's settings: what was asked for, and not an argument of the pipeline; older files have the last ones
+ASKED = ("goal", "goal_value", "effort", "phi_over", "search_budget", "refine", "descent")
 PLAIN = (int, float, str, bool)
 
 
@@ -57,39 +59,43 @@ def new_calibration(pipe: Any, settings: Settings, model: ModelFolder, progress:
 
     prompts = calibration_prompts(settings)
     goal, value = settings.goal()
-    effort = {name: getattr(settings, name) for name in EFFORTS} if settings.method == "ertacache" else {}
     return calibrate(
         pipe,
         prompts,
         seeds=range(len(prompts)),
         method=settings.method,
+        effort=settings.effort,
         phi_over=phi_over(settings),
         micro_batch=settings.micro_batch,
         memory_limit=settings.memory_limit(),
         progress=progress,
         **{goal: value},
-        **effort,
         **model.arguments(settings),
     )
 
 
-def kept_path(pipe: Any, settings: Settings, model: ModelFolder) -> Path | None:
-    """The kept file that fits the settings and that most effort went into; None where there is none."""
-    fitting: dict[Path, list[int]] = {}
+def kept_path(pipe: Any, settings: Settings, model: ModelFolder, exact: bool = False) -> Path | None:
+    """The kept file that fits the settings and that most effort went into; None where there is none.
+
+    Args:
+        exact: of the asked effort, and no more.
+    """
+    fitting: dict[Path, int] = {}
     for path in sorted(settings.path("calibration_folder").glob("*.json")):
         try:
             calibration = Calibration.load(path)
         except CalibrationError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
-        if fits(calibration, pipe, settings, model):
-            fitting[path] = _effort(calibration.settings)
+        effort = _effort(calibration.settings)
+        if fits(calibration, pipe, settings, model) and not (exact and effort > EFFORTS[settings.effort]):
+            fitting[path] = effort
     return max(fitting, key=lambda path: (fitting[path], path)) if fitting else None
 
 
 def kept_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> Calibration | None:
-    """The kept calibration for the settings, on the prompts of their file; None where there is none."""
-    path = kept_path(pipe, settings, model)
+    """The kept calibration of just the settings' effort, on the prompts of their file; None where there is none."""
+    path = kept_path(pipe, settings, model, exact=True)
     if path is None:
         return None
     calibration = Calibration.load(path)
@@ -103,7 +109,7 @@ def kept_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> Calib
 def fits(calibration: Calibration, pipe: Any, settings: Settings, model: ModelFolder) -> bool:
     """Whether a calibration is for this model, scheduler, call and goal, with no less effort than asked."""
     arguments = {k: v for k, v in model.arguments(settings).items() if isinstance(v, PLAIN)}
-    beside = {k: v for k, v in calibration.settings.items() if k not in (*EFFORTS, *GOAL_KEYS, "descent", "phi_over")}
+    beside = {k: v for k, v in calibration.settings.items() if k not in ASKED}
     return (
         calibration.method == settings.method
         and _same_goal(calibration, settings)
@@ -112,14 +118,8 @@ def fits(calibration: Calibration, pipe: Any, settings: Settings, model: ModelFo
         and calibration.dtype == provenance.model_dtype(pipe.transformer)
         and _same_model(calibration.model, pipe.transformer)
         and (settings.method != "paper" or calibration.settings.get("phi_over", PHI_OVER[0]) == phi_over(settings))
-        and (
-            settings.method != "ertacache"
-            or all(a >= b for a, b in zip(_effort(calibration.settings), _effort(vars(settings)), strict=True))
-        )
+        and (settings.method != "ertacache" or _effort(calibration.settings) >= EFFORTS[settings.effort])
     )
-
-
-GOAL_KEYS = ("goal", "goal_value")  # of a calibration's settings: what was asked for
 
 
 def _same_goal(calibration: Calibration, settings: Settings) -> bool:
@@ -137,9 +137,9 @@ def _same_model(known: dict[str, Any], transformer: Any) -> bool:
     return all(known.get(key) is None or known[key] == present[key] for key in keys)
 
 
-def _effort(settings: Any) -> list[int]:
-    found = [settings.get(name, 0) for name in EFFORTS]
-    return [count if isinstance(count, int) else 0 for count in found]
+def _effort(settings: dict[str, Any]) -> int:
+    """The rank of a calibration's effort; older files fitted end to end or not."""
+    return EFFORTS.get(settings.get("effort", "best" if settings.get("refine") else "fast"), 0)
 
 
 def _free(path: Path) -> Path:
@@ -175,7 +175,6 @@ def calibration_name(settings: Settings, model: ModelFolder) -> str:
         *(["change"] if settings.method == "paper" and phi_over(settings) == "change" else []),
         f"k{computed_steps(settings)}" if goal in ("speedup", "computed_steps") else f"{goal}{value:g}",
     ]
-    if settings.method == "ertacache":
-        counts = zip(("search", "refine"), _effort(vars(settings)), strict=True)
-        parts += [f"{kind}{count}" for kind, count in counts if count]
+    if settings.method == "ertacache" and settings.effort != "balanced":
+        parts.append(settings.effort)
     return "-".join(parts) + ".json"

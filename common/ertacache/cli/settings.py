@@ -16,6 +16,7 @@ from ertacache.errors import UsageError
 from ertacache.published import PHI_OVER
 
 GOALS = ("speedup", "computed_steps", "min_psnr", "threshold")
+EFFORTS = ("fast", "balanced", "best")
 METHODS = ("none", "paper", "teacache", "ertacache")
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "sequential")
@@ -156,6 +157,7 @@ def _take_goal(settings: Settings) -> None:
 def check(settings: Settings) -> None:
     """Raise UsageError for values that cannot be, whatever the model."""
     _one_of(settings, "method", METHODS)
+    _one_of(settings, "effort", EFFORTS)
     _one_of(settings, "dtype", DTYPES)
     _one_of(settings, "offload", OFFLOADS)
     if hasattr(settings, "phi_over"):

@@ -29,7 +29,7 @@ RIDGE_FOLDS = 4
 FEWEST_PROMPTS = 4  # to choose a ridge by cross-validation
 NUDGED_OUTPUTS = 3  # the newest ones; the last gains nothing over the step-by-step fit
 RIDGE_TRIES = 4  # ridges that are tried on the run itself
-ROUNDS = 2  # Gauss-Newton steps, at most
+ROUNDS = 1  # Gauss-Newton steps, at most: prompts are worth more than a second one
 KEPT_PROMISE = 0.02  # a step that ends this near to its promise (log10 of the squared error, so 0.2 dB) is the last
 
 Place = tuple[int, int]  # a coefficient: its step, and the index of its output, or LATENTS
@@ -96,6 +96,13 @@ class LinearisedRun:
 def segment_ends(schedule: Sequence[int], num_steps: int) -> list[int]:
     """The last step of each segment, a computed step and the reused ones after it."""
     return [step - 1 for step in schedule[1:]] + [num_steps - 1]
+
+
+def prompts_within(evaluations: int, computed_steps: int) -> int:
+    """How many prompts `fit_end_to_end` may take for that many transformer evaluations over all of them."""
+    k = computed_steps
+    nudged = sum((min(s + 1, NUDGED_OUTPUTS) + 1) * (k - 1 - s) for s in range(k))
+    return max(0, evaluations // (ROUNDS * (k + nudged + RIDGE_TRIES * k)))
 
 
 def linearise(

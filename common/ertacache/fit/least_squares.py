@@ -10,7 +10,7 @@ from ertacache.fit.record import Array
 
 REWEIGHTINGS = 3  # rounds of least squares; the weights hardly move after the second
 ERROR_FLOOR = 0.1  # q: share of the median error below which a prompt gains no more weight
-DEFAULT_RIDGE = 1e-6
+RIDGE = 1e-2  # relative, on differences of outputs: four prompts are enough for six outputs with it
 
 
 def prompt_weights(errors: Array) -> Array:
@@ -31,21 +31,25 @@ def grams(tensors: Sequence[Tensor]) -> Array:
     return np.stack(products)
 
 
-def solve_towards_plain(matrix: Array, vector: Array, ridge: float = DEFAULT_RIDGE) -> list[float]:
+def solve_towards_plain(matrix: Array, vector: Array, ridge: float = RIDGE) -> list[float]:
     """Coefficients that solve the normal equations, ridge-shrunk towards the plain solution (1, 0, ...).
 
-    The ridge is relative to the diagonal, so that it means the same at every step and in every model; it also
-    keeps a singular matrix (two identical outputs) solvable.
+    The ridge acts on the newest output and on the differences between neighbouring ones, relative to the size of each:
+    the outputs themselves are so much alike that a ridge on them could not tell small from large. Relative, it means
+    the same at every step and in every model; it also keeps a singular matrix (two identical outputs) solvable.
     """
     plain = np.zeros(len(vector))
     plain[0] = 1.0
-    diagonal = np.diag(matrix).copy()
-    diagonal[diagonal <= 0] = 1.0
-    deviation = np.linalg.solve(matrix + ridge * np.diag(diagonal), vector - matrix @ plain)
-    return [float(a) for a in plain + deviation]
+    differences = np.eye(len(vector)) - np.eye(len(vector), k=1)  # rows: o_1 - o_2, o_2 - o_3, ..., the oldest
+    differences = np.vstack([plain, differences[:-1]])  # rows: o_1, o_1 - o_2, o_2 - o_3, ...
+    inner = differences @ matrix @ differences.T
+    size = np.diag(inner).copy()
+    size[size <= 0] = 1.0
+    deviation = np.linalg.solve(inner + ridge * np.diag(size), differences @ (vector - matrix @ plain))
+    return [float(a) for a in plain + differences.T @ deviation]
 
 
-def fit_combination(columns: Sequence[Tensor], target: Tensor, ridge: float = DEFAULT_RIDGE) -> list[float]:
+def fit_combination(columns: Sequence[Tensor], target: Tensor, ridge: float = RIDGE) -> list[float]:
     """Coefficients of `columns`, newest computed output first, for the output `target`; tensors are (P, ...).
 
     Quality is the mean over prompts of a logarithm (PSNR), which plain least squares serves badly: it follows the
@@ -56,7 +60,7 @@ def fit_combination(columns: Sequence[Tensor], target: Tensor, ridge: float = DE
     matrices, vectors, squares = products[:, :-1, :-1], products[:, :-1, -1], products[:, -1, -1]
     weights = np.ones(len(squares))
     for _ in range(REWEIGHTINGS if len(squares) > 1 else 1):
-        fitted = solve_towards_plain(np.tensordot(weights, matrices, 1), np.tensordot(weights, vectors, 1), ridge=ridge)
+        fitted = solve_towards_plain(np.tensordot(weights, matrices, 1), np.tensordot(weights, vectors, 1), ridge)
         a = np.asarray(fitted)
         errors = np.maximum(squares - 2 * vectors @ a + np.einsum("i,pij,j->p", a, matrices, a), 0)
         weights = prompt_weights(errors)

@@ -3,37 +3,30 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import date
 from typing import Any
 
 import torch
 
 from ertacache import provenance, solver
-from ertacache.cache import Cache
+from ertacache.cache import Cache, Coefficients
 from ertacache.calibration import Calibration, calibration_fields, check_computed_steps, computed_steps_for
 from ertacache.errors import CalibrationError
-from ertacache.fit.end_to_end import Refined, fit_end_to_end
-from ertacache.fit.forms import best_form, best_refined_form
-from ertacache.fit.predict import cross_validate, fold_count
+from ertacache.fit.end_to_end import Refined, fit_end_to_end, prompts_within
+from ertacache.fit.predict import FOLDS, cross_validate
 from ertacache.fit.published import fit_published
 from ertacache.fit.record import Record
-from ertacache.fit.runs import MICRO_BATCH, Runs, quiet, record_runs
-from ertacache.fit.schedule import CHOOSING_PROMPTS, GROWTH_PLACES, GROWTH_PROMPTS, choose_steps, error_growth
-from ertacache.fit.step_by_step import (
-    REFINED_FORM,
-    SAFE_FORM,
-    Form,
-    StepFit,
-    fit_last_step,
-    fit_step_by_step,
-)
+from ertacache.fit.runs import MICRO_BATCH, Runs, mean_log_error, quiet, record_runs
+from ertacache.fit.schedule import EARLY, choose_steps
+from ertacache.fit.step_by_step import StepFit, fit_last_step, fit_step_by_step
 from ertacache.fit.store import TrajectoryStore
 from ertacache.published import PHI_OVER
 from ertacache.replay import cache_of
 from ertacache.schema import CALIBRATED_METHODS
 
-GOALS = ("speedup", "computed_steps", "min_psnr", "threshold")
+EFFORTS = ("fast", "balanced", "best")
+BEST_RUNS = 100  # uncached runs that effort "best" may cost in all
 
 
 def calibrate(
@@ -45,11 +38,9 @@ def calibrate(
     computed_steps: int | None = None,
     min_psnr: float | None = None,
     threshold: float | None = None,
+    effort: str = "balanced",
     method: str = "ertacache",
     phi_over: str = PHI_OVER[0],
-    search_budget: int = 0,
-    refine: int = 0,
-    folds: int = 2,
     micro_batch: int = MICRO_BATCH,
     memory_limit: int | None = None,
     progress: bool = True,
@@ -60,18 +51,16 @@ def calibrate(
 
     Args:
         pipe: a diffusers pipeline with a transformer and a scheduler.
-        prompts: calibration prompts. Run i takes prompt i and seed i, the shorter list repeated.
+        prompts: calibration prompts; eight are enough. Run i takes prompt i and seed i, the shorter list repeated.
         seeds: of the noise of the runs, drawn on the CPU; one for all prompts by default.
         speedup: N / K; K = floor(N / speedup) steps are computed.
         computed_steps: K itself.
         min_psnr: dB to the uncached result; the smallest K whose predicted PSNR reaches it.
         threshold: the published method's lambda.
+        effort: "fast", "balanced" or "best"; for P prompts and K = N / 2 they cost 1.5 P, 3 P and at most 100 uncached
+            runs. "fast" predicts no quality; "best" fits end to end.
         method: "ertacache", or "paper" for the published one, which alone takes `threshold`.
         phi_over: of method "paper": what its timestep adjustment measures an error by, "output" or "change".
-        search_budget: how many schedules may be tried for real, 0 for none. With any, the growth of errors is
-            measured too, and what a step may combine is cross-validated.
-        refine: prompts, the first ones, for which the coefficients are fitted a second time, end to end. 0 for none.
-        folds: cross-validation folds of the quality prediction; 0 leaves it out.
         micro_batch: how many samples the transformer sees at a time, which bounds its peak memory.
         memory_limit: bytes of recorded trajectories that may stay in host memory; above it they go to files in the
             system's temporary folder, which are removed afterwards. None for no limit.
@@ -89,9 +78,9 @@ def calibrate(
         StateError: the pipeline's calls do not form runs that can be followed.
     """
     goal = _goal(method, speedup=speedup, computed_steps=computed_steps, min_psnr=min_psnr, threshold=threshold)
-    if phi_over not in PHI_OVER:
-        raise CalibrationError(f"phi_over is {phi_over!r}: it must be one of {', '.join(PHI_OVER)}")
-    effort = Effort(search_budget, refine, folds) if method == "ertacache" else Effort(folds=folds)
+    for name, value, allowed in (("phi_over", phi_over, PHI_OVER), ("effort", effort, EFFORTS)):
+        if value not in allowed:
+            raise CalibrationError(f"{name} is {value!r}: it must be one of {', '.join(allowed)}")
     cost = Cost(goal, effort)
     with quiet(pipe), torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
         runs = record_runs(
@@ -105,40 +94,29 @@ def calibrate(
             on_begin=cost.announce,
             on_first_step=cost.estimate,
         )
-        make = _published(runs, threshold, phi_over, folds) if method == "paper" else _ours(runs, effort)
+        if method == "paper":
+            make: Make = lambda k: fit_paper(runs, k, threshold, phi_over, effort)  # noqa: E731
+        else:
+            make = lambda k: fit(runs, k, effort)  # noqa: E731
         wanted = _computed_steps(goal, runs.record.num_steps)
-        made = make(wanted) if min_psnr is None else _smallest(runs, make, min_psnr, folds)
+        made = make(wanted) if min_psnr is None else _smallest(runs, make, min_psnr)
     cost.close(runs)
     asked = {"goal": goal[0], "goal_value": goal[1]}
     if goal[0] == "speedup":
-        asked = {"goal": "computed_steps", "goal_value": computed_steps_for(runs.record.num_steps, goal[1])}
-    said = {"search_budget": search_budget, "refine": refine} if method == "ertacache" else {"phi_over": phi_over}
+        asked = {"goal": "computed_steps", "goal_value": wanted}
+    said = {"effort": effort} if method == "ertacache" else {"phi_over": phi_over}
     return replace(made, **_provenance(runs, model_id, {**asked, **said}))
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much a calibration does beside one fit; see `calibrate`."""
+def most_evaluations(effort: str, prompts: int, steps: int, computed: int) -> int:
+    """An upper bound of the transformer evaluations over P prompts, for K of N steps: P (N + 4 K), or BEST_RUNS N.
 
-    search_budget: int = 0
-    refine: int = 0
-    folds: int = 0
-
-    def most_evaluations(self, prompts: int, steps: int, computed: int) -> int:
-        """An upper bound of the transformer evaluations, over all prompts, for K of N steps.
-
-        P (N + (1 + F) K), exact without tries S and refinement R. Tries add 6 N (4 prompts) for the growth of errors
-        and (S + 4 F) K P; refinement 4 K^2 + 8 K for each of R prompts, as much again where forms are tried, and 2 K P.
-        """
-        p, n, k, f = prompts, steps, computed, self.folds if prompts > 1 and self.folds > 1 else 0
-        total = p * (n + (1 + min(f, p)) * k)
-        if self.search_budget and k < n:
-            total += GROWTH_PLACES * n * min(GROWTH_PROMPTS, p)
-            total += (self.search_budget + 4 * f) * k * min(p, CHOOSING_PROMPTS)
-        if self.refine and k < n:
-            rounds = 2 if self.search_budget else 1
-            total += rounds * (4 * k * k + 8 * k) * min(self.refine, p) + 3 * k * p
-        return total
+    P (N + K) for "fast". The others try two schedules and cross-validate in two folds, K P evaluations each.
+    """
+    if effort == "fast":
+        return prompts * (steps + computed)
+    total = prompts * (steps + (len(EARLY) + FOLDS) * computed)
+    return max(total, BEST_RUNS * steps) if effort == "best" else total
 
 
 # -- the method --------------------------------------------------------------------------------------------
@@ -146,86 +124,85 @@ class Effort:
 Make = Callable[[int | None], Calibration]  # computed steps -> a calibration with its predicted quality
 
 
-def _ours(runs: Runs, effort: Effort) -> Make:
+def fit(runs: Runs, computed_steps: int | None, effort: str) -> Calibration:
     """Choose the steps, fit, predict."""
-    record, few = runs.record, runs.first(CHOOSING_PROMPTS)
-    growth = error_growth(runs) if effort.search_budget else None
-
-    def make(computed_steps: int | None) -> Calibration:
-        assert computed_steps is not None  # only the published threshold leaves it open
-        check_computed_steps(record.num_steps, computed_steps)
-        if computed_steps == record.num_steps:
-            return _all_computed(runs, effort.folds)
-        form = REFINED_FORM if effort.refine else SAFE_FORM
-        if growth is not None and fold_count(runs, effort.folds):
-            form = best_form(few, choose_steps(few, computed_steps), fold_count(runs, effort.folds))
-        schedule = choose_steps(few, computed_steps, effort.search_budget, growth, form)
-        refined: Refined | None = None
-        if effort.refine:
-            if effort.search_budget:
-                form = best_refined_form(runs.first(effort.refine), schedule, [REFINED_FORM, form])
-            start = fit_step_by_step(runs, schedule, form)
-            refined = fit_end_to_end(runs.first(effort.refine), schedule, start)
-            coefficients = refined.coefficients
-            if refined.ridge is not None:  # the last step leads to what the others aim at
-                coefficients = fit_last_step(runs, schedule, coefficients, form)
-        else:
-            coefficients = fit_step_by_step(runs, schedule, form)
-        predicted = cross_validate(runs, effort.folds, lambda rows: _fitted_to(runs, rows, schedule, form, refined))
-        return bare_calibration(
-            record, "ertacache", computed_steps=schedule, predicted=predicted, **calibration_fields(coefficients)
-        )
-
-    return make
+    assert computed_steps is not None  # only the published threshold leaves it open
+    record = runs.record
+    check_computed_steps(record.num_steps, computed_steps)
+    if computed_steps == record.num_steps:
+        return _all_computed(runs, effort)
+    schedule, coefficients = fit_best_schedule(runs, computed_steps, 1 if effort == "fast" else len(EARLY))
+    refined = _refined(runs, schedule, coefficients) if effort == "best" else None
+    if refined is not None:  # the last step leads to what the others aim at
+        coefficients = fit_last_step(runs, schedule, refined.coefficients)
+    predicted = None
+    if effort != "fast":
+        predicted = cross_validate(runs, lambda rows: _fitted_to(runs, rows, schedule, refined))
+    return bare_calibration(
+        record, "ertacache", computed_steps=schedule, predicted=predicted, **calibration_fields(coefficients)
+    )
 
 
-def _fitted_to(runs: Runs, rows: Sequence[int], schedule: list[int], form: Form, refined: Refined | None) -> Cache:
+def fit_best_schedule(runs: Runs, computed_steps: int, tries: int) -> tuple[list[int], Coefficients]:
+    """Choose the steps under a few weightings of early errors, fit each, and keep the one that ends nearest."""
+    schedules = [choose_steps(runs.record, computed_steps, early) for early in EARLY[:tries]]
+    found: list[tuple[float, list[int], Coefficients]] = []
+    for schedule in (s for i, s in enumerate(schedules) if s not in schedules[:i]):
+        coefficients, errors = fit_step_by_step(runs, schedule)
+        found.append((mean_log_error(errors), schedule, coefficients))
+    return min(found, key=lambda one: one[0])[1:]
+
+
+def _refined(runs: Runs, schedule: list[int], start: Coefficients) -> Refined | None:
+    """The fit end to end, on as many prompts as the cost allows; None where it comes no nearer."""
+    steps, computed = runs.record.num_steps, len(schedule)
+    spent = most_evaluations("balanced", len(runs), steps, computed) + computed * len(runs)  # and the last step's
+    prompts = min(len(runs), prompts_within(BEST_RUNS * steps - spent, computed))
+    refined = fit_end_to_end(runs.first(prompts), schedule, start) if prompts > 1 else None
+    return refined if refined is not None and refined.ridge is not None else None
+
+
+def _fitted_to(runs: Runs, rows: Sequence[int], schedule: list[int], refined: Refined | None) -> Cache:
     """The fit to some prompts, while all of them run."""
-    latents = runs.record.latents
-    if refined is None or refined.ridge is None:
-        return StepFit(schedule, latents, rows, form=form)
+    if refined is None:
+        return StepFit(schedule, runs.record.latents, rows)
     left_out = [row for row in range(len(runs)) if row not in rows]
-    given, last = refined.without(left_out), runs.record.num_steps - 1
-    return StepFit(schedule, latents, rows, form=form, given=given, first=last)
+    last = runs.record.num_steps - 1
+    return StepFit(schedule, runs.record.latents, rows, given=refined.without(left_out), first=last)
 
 
-def _all_computed(runs: Runs, folds: int) -> Calibration:
+def _all_computed(runs: Runs, effort: str) -> Calibration:
     n = runs.record.num_steps
     made = bare_calibration(runs.record, "ertacache", computed_steps=list(range(n)), coefficients=[[1.0]] * n)
-    return replace(made, predicted=cross_validate(runs, folds, lambda _: cache_of(made)))
+    return made if effort == "fast" else replace(made, predicted=cross_validate(runs, lambda _: cache_of(made)))
 
 
-def _published(runs: Runs, threshold: float | None, phi_over: str, folds: int) -> Make:
-    """The published method, by its threshold or by a number of computed steps."""
+def fit_paper(
+    runs: Runs, computed_steps: int | None, threshold: float | None, phi_over: str, effort: str
+) -> Calibration:
+    """Fit the published method, by its threshold or by a number of computed steps, and predict its quality."""
 
-    def fitted(record: Record, computed_steps: int | None) -> Calibration:
-        fit = fit_published(
-            record,
-            threshold=threshold,
-            computed_steps=None if threshold is not None else computed_steps,
-            phi_over=phi_over,
-        )
-        return bare_calibration(record, "paper", **asdict(fit))
+    def fitted(record: Record, count: int | None) -> Calibration:
+        count = None if threshold is not None else count
+        made = fit_published(record, threshold=threshold, computed_steps=count, phi_over=phi_over)
+        return bare_calibration(record, "paper", **asdict(made))
 
-    def make(computed_steps: int | None) -> Calibration:
-        if computed_steps is not None:
-            check_computed_steps(runs.record.num_steps, computed_steps)
-        made = fitted(runs.record, computed_steps)
-        count = len(made.computed_steps)
-        predicted = cross_validate(runs, folds, lambda rows: cache_of(fitted(runs.record.subset(rows), count)))
-        return replace(made, predicted=predicted)
-
-    return make
+    if computed_steps is not None:
+        check_computed_steps(runs.record.num_steps, computed_steps)
+    made = fitted(runs.record, computed_steps)
+    if effort == "fast":
+        return made
+    count = len(made.computed_steps)
+    predicted = cross_validate(runs, lambda rows: cache_of(fitted(runs.record.subset(rows), count)))
+    return replace(made, predicted=predicted)
 
 
-def _smallest(runs: Runs, make: Make, min_psnr: float, folds: int) -> Calibration:
+def _smallest(runs: Runs, make: Make, min_psnr: float) -> Calibration:
     """The calibration with the fewest computed steps whose predicted PSNR reaches `min_psnr`.
 
     Bisects, which takes the prediction to grow with the number of steps; where it ripples, the result still
     holds `min_psnr` but one with fewer steps may too.
     """
-    if fold_count(runs, folds) == 0:
-        raise CalibrationError("min_psnr needs two or more calibration prompts and folds of 2 or more")
     low, high = 1, runs.record.num_steps
     best = None
     while low < high:
@@ -291,7 +268,7 @@ def _computed_steps(goal: tuple[str, Any], steps: int) -> int | None:
 class Cost:
     """Say what a calibration costs: evaluations before the first one, time and memory after a step, and the truth."""
 
-    def __init__(self, goal: tuple[str, Any], effort: Effort):
+    def __init__(self, goal: tuple[str, Any], effort: str):
         self.goal, self.effort = goal, effort
         self.total = self.prompts = self.steps = 0
         self.started = 0.0
@@ -302,10 +279,12 @@ class Cost:
         computed = _computed_steps(self.goal, steps)
         if computed is not None:
             check_computed_steps(steps, computed)
-        self.total = self.effort.most_evaluations(prompts, steps, steps if computed is None else computed)
-        if self.goal[0] == "min_psnr":  # a calibration for every K that bisection tries
-            tries = steps.bit_length() + 1
-            self.total += tries * (self.effort.most_evaluations(prompts, steps, steps) - prompts * steps)
+        self.total = most_evaluations(self.effort, prompts, steps, steps if computed is None else computed)
+        if self.goal[0] == "min_psnr":
+            if self.effort == "fast" or prompts < FOLDS:
+                raise CalibrationError("min_psnr needs a prediction: two prompts or more, and more effort than fast")
+            # a calibration for every K that bisection tries
+            self.total = prompts * steps + (steps.bit_length() + 1) * (self.total - prompts * steps)
         bar.total = self.total
         known = f", {computed} computed" if computed is not None else ""
         self._print(bar, f"at most {self._in_runs(self.total)} ({prompts} prompts, {steps} steps{known})")

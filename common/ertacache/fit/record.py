@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ertacache.cache import Cache, Call, Coefficients
-from ertacache.channels import MAX_CHANNELS, PATCH, Layout
 from ertacache.fit.store import TrajectoryStore
 from ertacache.solver import StepCall, affine_step, host_grid, takes_timesteps
 
@@ -47,7 +46,6 @@ class Record:
         takes_timesteps: whether the grid can be changed in its timesteps.
         pixels: decoded results in [0, 1], (P, ...).
         memory_limit: bytes of trajectories that may stay in memory; None for no limit.
-        in_channels: of the transformer, where it says so.
     """
 
     latents: Sequence[Tensor]
@@ -58,7 +56,6 @@ class Record:
     takes_timesteps: bool
     pixels: Tensor
     memory_limit: int | None = None
-    in_channels: int | None = None
 
     def __len__(self) -> int:
         return len(self.latents[0])
@@ -66,11 +63,6 @@ class Record:
     @property
     def num_steps(self) -> int:
         return len(self.outputs)
-
-    @property
-    def layout(self) -> Layout | None:
-        """Where the channels of the latents are; None where that cannot be told."""
-        return layout_of(self.latents[0].shape, self.in_channels)
 
     def subset(self, rows: Sequence[int]) -> "Record":
         """The record of some prompts, with tensors of their own."""
@@ -135,7 +127,7 @@ class Recording(Cache):
         if step == 0:
             self.on_first_step(self.store)
 
-    def record(self, pixels: Tensor, in_channels: int | None) -> Record:
+    def record(self, pixels: Tensor) -> Record:
         """What was recorded."""
         return Record(
             self.latents,
@@ -146,7 +138,6 @@ class Recording(Cache):
             self.takes_timesteps,
             pixels,
             self.memory_limit,
-            in_channels,
         )
 
 
@@ -164,19 +155,3 @@ def gram_matrix(outputs: Sequence[Tensor]) -> Array:
         piece = torch.stack([values[start : start + width].double() for values in flat])  # (N, width)
         gram += piece @ piece.T
     return ((gram + gram.T) / (2 * size)).numpy()
-
-
-def layout_of(latents: Sequence[int], in_channels: int | None) -> Layout | None:
-    """The layout of latents of that shape, batch included; None where it cannot be told.
-
-    Packed tokens have three axes, as FLUX's; pictures have four; videos five, the channels before the frames or
-    after them (CogVideoX), which the number of channels that the transformer takes tells.
-    """
-    if len(latents) == 3:
-        layout, whole = Layout(-1), latents[-1] % PATCH == 0
-    elif len(latents) in (4, 5):
-        after_frames = len(latents) == 4 or in_channels == latents[-3] != latents[-4]
-        layout, whole = Layout(-3 if after_frames else -4), True
-    else:
-        return None
-    return layout if whole and layout.channels_of(latents) <= MAX_CHANNELS else None

@@ -72,13 +72,10 @@ class Runs:
 
     def _run(self, cache: Cache, decode: bool, stepped: Any = None) -> Tensor:
         last: list[Tensor] = []
-        calls = 0
 
         def keep(step: int, latents: Tensor) -> None:
-            nonlocal calls
             last[:] = [latents]
-            if attachment.computed_calls > calls:  # an evaluation of each prompt, whatever guidance makes of it
-                calls = attachment.computed_calls
+            if cache.computes(step):  # an evaluation of each prompt, whatever guidance makes of it
                 self.bar.update(len(self))
             if stepped is not None:
                 stepped(step, latents)
@@ -146,7 +143,7 @@ def record_runs(
         record=None,  # type: ignore[arg-type]  # set below, before anybody reads it
     )
     pixels = runs._run(recording, True, recording.stepped)
-    runs.record = recording.record(pixels, getattr(getattr(pipe.transformer, "config", None), "in_channels", None))
+    runs.record = recording.record(pixels)
     return runs
 
 

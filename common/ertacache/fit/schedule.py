@@ -6,142 +6,44 @@ what a segment costs is what that combination cannot reach, and it depends on th
 are kept to every step.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from ertacache.cache import Coefficients
 from ertacache.calibration import check_computed_steps
-from ertacache.fit.record import Array, gram_matrix
-from ertacache.fit.rerun import Rerun
-from ertacache.fit.runs import Runs, mean_log_error
-from ertacache.fit.step_by_step import SAFE_FORM, Form, StepFit
+from ertacache.fit.record import Array, Record, gram_matrix
+from ertacache.fit.step_by_step import OUTPUTS
 
 Steps = NDArray[np.int64]
 
 PATHS_KEPT = 4  # for each number of computed steps and last computed step
-GRAM_RIDGE = 1e-12  # of the Gram matrix of outputs at unit length: those of neighbouring steps nearly agree
+RIDGE = 1e-3  # relative to the size of each output, towards reusing the newest one
 BLOCK = 2**17  # numbers of one kind at a time in the search: what the processor's own memory holds
-GROWTH_PLACES = 6  # steps at which the growth of an error is measured, the first and the last but one among them
-GROWTH_PROMPTS = 4
-CHOOSING_PROMPTS = 64  # prompts, at most, that schedules and forms are chosen on
-OUTPUT_NUDGES = {torch.float32: 1e-2, torch.float16: 1e-2, torch.bfloat16: 1e-1}  # of an output, relative to its change
-WEIGHT_POWERS = (0.0, 1.0, 2.0)  # of the growth, in the weights of squared errors
+EARLY = (3.0, 2.0)  # how much more, as exponents, an early error weighs: tried in this order
 
 
-def choose_steps(
-    runs: Runs, computed_steps: int, budget: int = 0, growth: Array | None = None, form: Form = SAFE_FORM
-) -> list[int]:
-    """Choose the K computed steps.
+def choose_steps(record: Record, computed_steps: int, early: float = EARLY[0]) -> list[int]:
+    """Choose the K computed steps."""
+    weights = error_weights(record.num_steps, early)
+    return path_schedule(gram_matrix(record.outputs), np.asarray(record.gains), computed_steps, OUTPUTS, weights)
 
-    Args:
-        budget: schedules whose error may be measured.
-        growth: of `error_growth`; needed where there is a budget. With none, errors weigh the same wherever they arise.
-        form: what a step combines; a schedule is judged by the true error of the step-by-step fit of that form, which
-            takes K evaluations a prompt.
+
+def error_weights(num_steps: int, early: float) -> Array:
+    """How much a squared error after step k weighs in the end, (N,): exp(b (1 - k / N)^2 - 1), and 1 at the last step.
+
+    An error grows on the way, the more the earlier it was made; what later steps cannot mend is left.
     """
-    record = runs.record
-    gram, gains = gram_matrix(record.outputs), np.asarray(record.gains)
-    if budget == 0 or growth is None:
-        return path_schedule(gram, gains, computed_steps, form.outputs)
-    measured: dict[tuple[int, ...], float] = {}
-
-    def measure(schedule: list[int]) -> float:
-        key = tuple(schedule)
-        if key not in measured:
-            measured[key] = mean_log_error(runs.errors(StepFit(schedule, record.latents, form=form)))
-        return measured[key]
-
-    candidates = [path_schedule(gram, gains, computed_steps, form.outputs, growth**p) for p in WEIGHT_POWERS]
-    best = min(candidates[:budget], key=measure)
-    return swap_search(best, measure, record.num_steps, max(0, budget - len(measured)))
-
-
-def growth_places(num_steps: int) -> list[int]:
-    """The steps at which `error_growth` measures: evenly spread from the first to the last but one."""
-    return sorted({round(i * (num_steps - 2) / (GROWTH_PLACES - 1)) for i in range(GROWTH_PLACES)} - {num_steps - 1})
-
-
-def growth_evaluations(num_steps: int, prompts: int) -> int:
-    """Transformer evaluations that `error_growth` takes, over all prompts."""
-    return sum(num_steps - 1 - place for place in growth_places(num_steps)) * min(GROWTH_PROMPTS, prompts)
-
-
-def error_growth(runs: Runs) -> Array:
-    """How many times larger an error after step k is at the end, (N,): geometric mean over a few prompts.
-
-    Measured by pushing the output of step k along its change since the step before, the direction in which reuse
-    errs, and making the rest of the uncached run again; in between interpolated.
-    """
-    few = runs.first(GROWTH_PROMPTS)
-    record = few.record
-    steps = list(range(record.num_steps))
-    nudge = OUTPUT_NUDGES.get(record.latents[0].dtype, OUTPUT_NUDGES[torch.float32])
-    places, logs = growth_places(record.num_steps), []
-    for place in places:
-        output = record.outputs[place].float()
-        before = record.outputs[place - 1].float() if place else torch.zeros_like(output)
-        coefficients = [[1.0]] * record.num_steps
-        coefficients[place] = [1 + nudge, -nudge] if place else [1 + nudge]
-        moved = few.latents(Rerun(steps, Coefficients.of_outputs(coefficients), record.outputs[: place + 1]))
-        push = nudge * abs(record.gains[place]) * (output - before).flatten(1).norm(dim=1)
-        ratio = (moved - record.latents[-1].float()).flatten(1).norm(dim=1) / push.clamp_min(1e-12)
-        logs.append(float(ratio.clamp_min(1e-6).log().mean()))
-    return np.exp(np.interp(steps, places, logs))
-
-
-def swap_search(
-    schedule: list[int],
-    error_of: Callable[[list[int]], float],
-    num_steps: int,
-    budget: int,
-) -> list[int]:
-    """Move one computed step at a time to a neighbouring free place; keep a move that lowers the true error.
-
-    Args:
-        error_of: the final error of a schedule, measured on the calibration prompts.
-        budget: how many schedules may be tried, the first one not counted.
-    """
-    best, best_error = list(schedule), error_of(schedule)
-    tried = {tuple(schedule)}
-    distance, turn = 1, 0
-    while budget > 0:
-        improved = False
-        moves = neighbours(best, num_steps, distance)
-        # go on where the last move was kept: those before it were tried and are hardly better by now
-        for place in range(turn, turn + len(moves)):
-            candidate = moves[place % len(moves)]
-            if tuple(candidate) in tried or budget == 0:
-                continue
-            tried.add(tuple(candidate))
-            budget -= 1
-            error = error_of(candidate)
-            if error < best_error:
-                best, best_error, improved, turn = candidate, error, True, place
-                break
-        if not improved:
-            distance += 1
-            if distance >= num_steps:
-                break
-        else:
-            distance = 1
-    return best
-
-
-def neighbours(schedule: list[int], num_steps: int, distance: int) -> list[list[int]]:
-    """Schedules in which one computed step other than step 0 has moved by `distance` to a free place."""
-    found = []
-    for index in range(1, len(schedule)):
-        for moved in (schedule[index] - distance, schedule[index] + distance):
-            if 0 < moved < num_steps and moved not in schedule:
-                found.append(sorted([*schedule[:index], moved, *schedule[index + 1 :]]))
-    return found
+    weights = np.exp(early * (1 - np.arange(num_steps) / num_steps) ** 2 - 1)
+    weights[-1] = 1.0
+    return weights
 
 
 class SegmentCosts:
-    """Squared least-squares residual of a segment's summed increments sum_k c_k o_k on the last computed outputs.
+    """Squared residual of a segment's increments sum_k c_k o_k on the last computed outputs, with a ridge.
+
+    The ridge keeps coefficients near plain reuse of the newest output, as the fit's does: min over a of
+    |sum_k c_k o_k - sum_j a_j o_j|^2 + RIDGE sum_j |o_j|^2 (a_j - [j newest] sum_k c_k)^2.
 
     Args:
         gram: (N, N), G[i, j] = <o_i, o_j>, a mean over prompts and values (`record.gram_matrix`).
@@ -150,7 +52,7 @@ class SegmentCosts:
 
     def __init__(self, gram: Array, gains: Array):
         num_steps = len(gram)
-        self.gram = gram
+        self.gram, self.length = gram, np.concatenate([[0.0], np.cumsum(gains)])
         # onto[a, m] = <o_a, sum over k < m of c_k o_k>: rows are what is read
         self.onto = np.zeros((num_steps, num_steps + 1))
         np.cumsum(gains[None, :] * gram.T, axis=1, out=self.onto[:, 1:])
@@ -168,8 +70,8 @@ class SegmentCosts:
         size = np.sqrt(self.gram.diagonal())[paths]
         scale = 1 / np.where(size > 0, size, 1.0)
         anchors = self.gram[paths[:, :, None], paths[:, None, :]] * scale[:, :, None] * scale[:, None, :]
-        # a path with fewer steps than L repeats its oldest one, which the ridge keeps solvable
-        return _whitening(anchors + GRAM_RIDGE * np.eye(paths.shape[1])) * scale[:, None, :]
+        # a path with fewer steps than L repeats its oldest one, which costs a little less ridge
+        return _whitening(anchors + RIDGE * np.eye(paths.shape[1])) * scale[:, None, :]
 
     def __call__(self, paths: Steps, spans: Array | None = None, ends: tuple[int, int] | None = None) -> Array:
         """Costs (n, E) of the segments from the last step of each path up to step m, for m in a range of E steps.
@@ -184,12 +86,17 @@ class SegmentCosts:
         spans = self.spans(paths) if spans is None else spans
         reach = self.onto[:, first:last][paths]  # (n, L, E)
         reach -= self.onto[paths, newest[:, None]][:, :, None]
-        reach = spans @ reach
         steps = np.arange(first, last)
-        # squared length of the segment's increments, less that of what is spanned
+        # squared length of the segment's increments
         cost = -2 * self.between[newest, first:last]
         cost += self.between.diagonal()[first:last]
         cost += self.between[newest, newest][:, None]
+        # of what plain reuse leaves of them
+        plain = self.length[None, first:last] - self.length[newest][:, None]
+        cost -= plain * (2 * reach[:, 0] - plain * self.gram[newest, newest][:, None])
+        # less that of what the outputs span of the rest
+        reach -= self.gram[paths, newest[:, None]][:, :, None] * plain[:, None]
+        reach = spans @ reach
         cost -= np.einsum("nle,nle->ne", reach, reach)
         np.maximum(cost, 0, out=cost)
         cost[steps <= newest[:, None]] = np.inf
