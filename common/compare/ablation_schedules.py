@@ -1,4 +1,4 @@
-"""The schedules that the ablation has beside ours: uniform, and dynamic programming on the errors of plain reuse."""
+"""Schedules for the ablation: uniform, and dynamic programming on the errors of plain reuse."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ def reuse_errors(gram: Array, gains: Array) -> Array:
     """E[j, k] = |c_k| ||o_k - o_j||: what it costs to reuse the output of step j at step k.
 
     Args:
-        gram: (N, N), G[i, j] = <o_i, o_j>, a mean over prompts and values (`recording.gram_matrix`).
+        gram: (N, N), G[i, j] = <o_i, o_j>, a mean over prompts and values (`fit.record.gram_matrix`).
         gains: (N,), the c_k of solver.py.
     """
     squared_norms = np.diag(gram)
@@ -19,7 +19,7 @@ def reuse_errors(gram: Array, gains: Array) -> Array:
 
 
 def best_schedule(errors: Array, computed_steps: int) -> list[int]:
-    """The K computed steps, step 0 among them, that minimise the summed error of the reused ones.
+    """Choose K computed steps, step 0 among them, that minimise the summed error of the reused ones.
 
     Dynamic programming over (number of computed steps so far, last computed step): O(N^2 K).
 

@@ -1,4 +1,4 @@
-"""The method page's table: what each part of the method brings, at every measured cost.
+"""Fill the method page's table: what each part brings, at every measured cost.
 
 python -m compare.ablation_table RESULTS.json --into method.md           put it between the markers
 python -m compare.ablation_table RESULTS.json --into method.md --check   exit code 1 when the page says something else
@@ -18,7 +18,7 @@ SHOWN = ("psnr", "lpips")
 
 
 def ablation_markdown(rows: Sequence[Row]) -> str:
-    """Variants in the order of `ablation.ablations`, ours last; a column a metric and asked number of steps.
+    """One line per variant, ours last; one column per metric and number of computed steps.
 
     Raises:
         ResultsError: the rows are of several models, or hold no ablation.
@@ -45,12 +45,12 @@ def ablation_markdown(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0, 1 for a failure or a page that --check finds to differ, 2 for a flag."""
+    """Run the command. Returns its exit code: 0, 1 for a failure or a page that differs, 2 for a wrong flag."""
     return command.run(lambda: _main(arguments))
 
 
 def _main(arguments: Sequence[str] | None) -> None:
-    parser = command.Parser(prog="compare.ablation_table", description="The method page's table.")
+    parser = command.Parser(prog="compare.ablation_table", description="Fill the method page's table.")
     parser.add_argument("results", type=Path)
     parser.add_argument("--into", type=Path, metavar="method.md", required=True, help="file with the two markers")
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if the file would change")

@@ -1,4 +1,4 @@
-"""What the charts of plots.py (matplotlib) and report_svg.py (the report) share: series, colours, label places."""
+"""Shared by the charts of plots.py (matplotlib) and report_svg.py (the report): series, colours, label places."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,10 +21,7 @@ AXES = {"flops": "Speed-up by FLOPs counted (×)", "speedup": "Speed-up, measure
 
 @dataclass(frozen=True)
 class Series:
-    """One method's points, from the most asked steps to the fewest; `style` numbers rivals for colour and marker.
-
-    Style -1 is ours.
-    """
+    """One method's points, from most computed steps to fewest; `style` picks colour and marker, -1 is ours."""
 
     method: str
     style: int
@@ -36,7 +33,7 @@ class Series:
 
 
 def rival_styles(rows: Sequence[Row]) -> dict[str, int]:
-    """A style number for every method, the same in every chart of these rows: -1 ours, 0 the best rival and so on."""
+    """Style numbers by method, the same in every chart of these rows: -1 ours, 0 the best rival, and so on."""
     ours = {row.method for row in rows if row.role == "ours"}
     best: dict[str, float] = {}
     for row in rows:
@@ -47,9 +44,9 @@ def rival_styles(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def quality_series(rows: Sequence[Row], metric: str, axis: str = "flops") -> list[Series]:
-    """`metric` (a key of CHARTED) against speed-up, one series a method, ours last so that it is drawn on top.
+    """`metric` (a key of CHARTED) against speed-up, one series per method, ours last so it is drawn on top.
 
-    Points are joined in the order of asked steps: measured times may turn round where two costs are near.
+    Points are joined in the order of computed steps; measured times may cross if two costs are near.
     """
     series = []
     ordered = sorted(rows, key=lambda row: -(row.asked_steps or row.num_inference_steps))
@@ -65,7 +62,7 @@ def quality_series(rows: Sequence[Row], metric: str, axis: str = "flops") -> lis
 
 
 def curve_at(curves: Mapping[str, Curve | Sequence[Curve]], asked_steps: int | None) -> dict[str, Curve]:
-    """Each method's curve at one asked number of computed steps; a curve that names none belongs to all of them."""
+    """Each method's curve at one number of computed steps; a curve that names none belongs to all."""
     chosen: dict[str, Curve] = {}
     for method, several in curves.items():
         for curve in [several] if isinstance(several, Curve) else several:
@@ -75,9 +72,9 @@ def curve_at(curves: Mapping[str, Curve | Sequence[Curve]], asked_steps: int | N
 
 
 def spread_labels(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The nearest places, in least squares, that are `gap` apart (closer only when they cannot fit) in [low, high].
+    """Move label places at least `gap` apart within [low, high], least squares; closer only if they cannot fit.
 
-    With the gaps taken off, that is a monotone regression: runs of labels that touch are moved as one block.
+    Without the gaps this is a monotone regression: labels that touch move as one block.
     """
     order = sorted(range(len(places)), key=lambda index: places[index])
     gap = min(gap, (high - low) / max(len(places) - 1, 1))
@@ -105,21 +102,21 @@ def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def tick_texts(ticks: Sequence[float]) -> list[str]:
-    """The ticks with as many decimals as their distance needs."""
+    """Format ticks with as many decimals as their distance needs."""
     step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return [f"{tick:.{decimals}f}" for tick in ticks]
 
 
 def padded(values: Sequence[float], share: float = 0.06) -> tuple[float, float]:
-    """The range of the values, widened by `share` on both sides; never empty."""
+    """Range of the values, widened by `share` on both sides; never empty."""
     low, high = min(values), max(values)
     pad = (high - low) * share or max(abs(high) * share, 0.1)
     return low - pad, high + pad
 
 
 def log_range(curves: Mapping[str, Curve]) -> tuple[float, float]:
-    """Powers of ten around the curves' errors. Exact zeros (steps without any error) are left out."""
+    """Powers of ten around the curves' errors, without exact zeros."""
     errors = [error for curve in curves.values() for error in curve.error if error > 0] or [1.0]
     low, high = math.floor(math.log10(min(errors))), math.ceil(math.log10(max(errors)))
     # six decades tell the methods apart; rounding noise of the first steps below them would squeeze the rest

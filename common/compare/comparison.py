@@ -1,8 +1,8 @@
-"""Runs methods side by side on one pipeline and measures each against the uncached output.
+"""Run methods side by side on one pipeline and measure each against the uncached output.
 
-Every contender runs on the same prompts and seeds; what it costs is counted in FLOPs of the transformer and
-timed interleaved with the others. Finished pieces are kept in a ledger, so that a comparison resumes. Several
-processes share the batches of prompts out; each measures what it made, and only numbers and examples are gathered.
+Every contender runs on the same prompts and seeds. Its cost is counted in FLOPs of the transformer, and timed in turns
+with the others. Finished pieces go to a ledger, so a comparison resumes. Several processes share out the batches of
+prompts; each measures its own results, and only numbers and examples are gathered.
 """
 
 import time
@@ -34,8 +34,8 @@ class Contender:
 
     Attributes:
         attach: makes the pipeline run with it; yields pipeline arguments to override.
-        static: its decisions are known before the run, so that prompts may share a batch.
-        version: tells what runs from others of the same name, such as another calibration for as many steps.
+        static: its schedule is known before the run, so prompts may share a batch.
+        version: tells it from others of the same name, such as another calibration for as many steps.
     """
 
     method: str
@@ -51,12 +51,12 @@ class Contender:
 
     @property
     def key(self) -> str:
-        """Under which its results are kept."""
+        """The ledger's key of its results."""
         return f"{self.name} {self.version}".strip()
 
     @property
     def name(self) -> str:
-        """Names what is run; rows of different asked costs with the same setting share its results."""
+        """Name of what is run; rows of different asked costs with the same setting share its results."""
         return f"{self.method} {self.setting}"
 
 
@@ -86,7 +86,7 @@ class Comparison:
         self.flops: list[TransformerCost] = []
 
     def prepare(self) -> None:
-        """Make the uncached results, and count what they cost."""
+        """Make the uncached results and count their cost."""
         self.reference = self._pictures(Contender("none", "reference", None, "uncached", nullcontext, static=True))
         self.flops = self._costs(None)
         self.reference_latents = self._trajectory(nullcontext)
@@ -101,7 +101,7 @@ class Comparison:
         return torch.as_tensor(result[0]).float().cpu()
 
     def _pictures(self, contender: Contender) -> list[Tensor]:
-        """The results of this process's share, a tensor for each batch."""
+        """Results of this process's share, one tensor per batch."""
         made = []
         silent = not processes.is_main()
         with contender.attach() as overrides:
@@ -113,7 +113,7 @@ class Comparison:
     # -- measurements ------------------------------------------------------------------------------------
 
     def quality(self, contender: Contender) -> dict[str, Any]:
-        """Per-item metrics, and pictures of the first prompts kept for the report."""
+        """Measure per-item metrics; keep pictures of the first prompts for the report."""
 
         def measure() -> dict[str, Any]:
             made = self._pictures(contender)
@@ -141,11 +141,11 @@ class Comparison:
         return self.ledger.path("example " + contender.key, ".npy")
 
     def examples(self, contender: Contender) -> np.ndarray:
-        """uint8 pictures (n, H, W, 3) or videos (n, F, H, W, 3) of the first prompts."""
+        """Pictures (n, H, W, 3) or videos (n, F, H, W, 3) of the first prompts, uint8."""
         return np.load(self._example_path(contender))
 
     def _metrics(self, made: list[Tensor]) -> dict[str, Any]:
-        """Each metric of each item of this process's share; nothing where it has none."""
+        """Each metric of each item of this process's share; empty if it has none."""
         pairs = zip(made, self.reference, strict=True)
         return _joined([self._batch_metrics(pictures, reference) for pictures, reference in pairs])
 
@@ -160,7 +160,7 @@ class Comparison:
         return measured
 
     def fraction(self, contender: Contender) -> float:
-        """Counted FLOPs of the transformer as a fraction of the uncached run's, mean over a few prompts."""
+        """Count the transformer's FLOPs as a fraction of the uncached run's; mean over a few prompts."""
 
         def measure() -> float:
             with contender.attach() as overrides:
@@ -178,7 +178,7 @@ class Comparison:
         return costs
 
     def error_per_step(self, contender: Contender) -> list[float] | None:
-        """RMS distance of the latents after each step to the uncached ones; None where the steps differ."""
+        """RMS distance of the latents after each step to the uncached ones; None if the steps differ."""
 
         def measure() -> list[float] | None:
             trajectory = self._trajectory(contender.attach)
@@ -201,7 +201,7 @@ class Comparison:
         return latents
 
     def times(self, contenders: Sequence[Contender], repeats: int) -> dict[str, float]:
-        """Median seconds of the denoising loop, one prompt a run, all contenders in turn in each repeat."""
+        """Median seconds of the denoising loop; one prompt per run, all contenders in turn in each repeat."""
 
         def measure() -> dict[str, float]:
             seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
@@ -216,14 +216,14 @@ class Comparison:
         return self.ledger.get("times " + " | ".join(sorted({c.key for c in contenders})), measure, alone=True)
 
     def estimate(self, num_contenders: int) -> float:
-        """Rough seconds for that many contenders, from one uncached run."""
+        """Estimate the seconds for so many contenders from one uncached run."""
         start = time.perf_counter()
         self._call(self.pairs[:1], "pt", None)
         return 0.6 * (time.perf_counter() - start) * len(self.pairs) * num_contenders / processes.count()
 
 
 def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Metrics of several parts, in their order: lists one after the other, None where a metric was not measured."""
+    """Join the metrics of several parts in order; None for a metric that was not measured."""
     filled = [part for part in parts if part]
     if not filled:
         return {}

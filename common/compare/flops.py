@@ -1,11 +1,11 @@
-"""Counts what a run costs: FLOPs of the transformer, and calls of its blocks and of their attention.
+"""Count what a run costs: FLOPs of the transformer, and calls of its blocks and their attention.
 
     with TransformerCost(pipe.transformer) as cost:
         pipe(...)
     cost.flops, cost.block_calls
 
-Work counts only inside the transformer's forward, and only if it is done: a block that a cache skips costs
-nothing. Counting slows a run down, so it is a pass of its own and never part of a timing.
+Work counts only inside the transformer's forward, and only if done: a block that a cache skips costs nothing. Counting
+slows a run down, so it is never part of a timing.
 """
 
 import functools
@@ -19,18 +19,18 @@ from torch.utils.module_tracker import ModuleTracker
 
 
 def blocks_of(transformer: nn.Module) -> list[nn.Module]:
-    """The transformer's blocks: the members of the ModuleLists that it holds itself, in the order it declares."""
+    """The transformer's blocks: members of its own ModuleLists, in the order declared."""
     lists = [child for child in transformer.children() if isinstance(child, nn.ModuleList)]
     return [block for blocks in lists for block in blocks if any(True for _ in block.parameters())]
 
 
 def attention_of(blocks: list[nn.Module]) -> list[nn.Module]:
-    """The attention modules that the blocks hold themselves, by name (attn, attn1, attn2, self_attn, ...)."""
+    """The attention modules of the blocks, by name (attn, attn1, attn2, self_attn, ...)."""
     return [child for block in blocks for name, child in block.named_children() if "attn" in name]
 
 
 def _cpu_attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    """2 (b h s_q s_k d) for the scores and as much for the values; shapes are (b, h, s, d)."""
+    """FLOPs of attention: 2 b h s_q s_k d for the scores and as many for the values; shapes (b, h, s, d)."""
     return sdpa_flop_count(query, key, value)
 
 
@@ -52,10 +52,10 @@ class _OneModule:
 
 
 class CallCounter:
-    """Counts runs of a module's own forward, under whatever hooks wrap it, now or later.
+    """Count runs of a module's own forward, under whatever hooks wrap it, now or later.
 
-    diffusers' `HookRegistry` replaces `module.forward` and keeps the original in its innermost hook, which a
-    cache does not call when it skips the module. So the count has to sit there, and not around the module.
+    diffusers' `HookRegistry` replaces `module.forward` and keeps the original in its innermost hook, which a cache
+    does not call when it skips the module. So the count sits there.
     """
 
     def __init__(self, module: nn.Module):
@@ -75,7 +75,7 @@ class CallCounter:
         setattr(owner, attribute, counting)
 
     def _slot(self) -> tuple[Any, str]:
-        """Where the module's own forward is kept: in the innermost diffusers hook, or in the module."""
+        """Where the module's own forward is: in the innermost diffusers hook, or in the module."""
         registry = getattr(self.module, "_diffusers_hook", None)
         if registry is None or not registry._fn_refs:
             return self.module, "forward"
@@ -83,7 +83,7 @@ class CallCounter:
         return innermost, "forward" if innermost.original_forward is None else "original_forward"
 
     def remove(self) -> None:
-        """Put the original back; if it is wrapped by something not of diffusers, the wrapper stays, inert."""
+        """Put the original back; a wrapper that is not diffusers' stays, inert."""
         self._removed = True
         owner, attribute = self._slot()
         if getattr(owner, attribute) is not self._counting:
@@ -95,7 +95,7 @@ class CallCounter:
 
 
 class TransformerCost:
-    """Context manager: the cost of everything that `transformer` does inside it.
+    """Context manager that counts everything `transformer` does inside it.
 
     Attributes, final when the context is left:
         flops: floating point operations of matrix products, convolutions and attention (a product of m x k and

@@ -1,4 +1,4 @@
-"""Keeps finished pieces of long work on disk, so that an interrupted command goes on where it was."""
+"""Keep finished pieces of long work on disk, so an interrupted command goes on where it was."""
 
 import hashlib
 import json
@@ -12,9 +12,9 @@ from ertacache.files import write_atomically
 
 
 class Ledger:
-    """JSON results by name, valid for one `subject` (whatever the results depend on).
+    """JSON results by name, valid for one `subject`: everything that they depend on.
 
-    Another subject starts an empty ledger; results of the old one stay on disk beside it.
+    Another subject starts an empty ledger; the old results stay on disk beside it.
     """
 
     def __init__(self, folder: Path, subject: dict[str, Any]):
@@ -22,12 +22,12 @@ class Ledger:
         self.folder = folder / digest
 
     def get(self, name: str, make: Callable[[], Any], alone: bool = False) -> Any:
-        """The kept result `name`, or what `make` returns, which is then kept.
+        """Return the kept result `name`, or make it with `make` and keep it.
 
-        Several processes come here together. The main one alone reads and writes, and what it has is everybody's.
+        Several processes call this together; only the main one reads and writes, and all get its value.
 
         Args:
-            alone: only the main process makes it and the others wait, as where time is measured.
+            alone: only the main process makes it while the others wait, as when time is measured.
         """
         path, main = self.path(name, ".json"), processes.is_main()
         kept = processes.agreed(_read(path) if main else [])
@@ -43,7 +43,7 @@ class Ledger:
 
 
 def _read(path: Path) -> list[Any]:
-    """The result in a file, alone in a list; an empty list where there is none, or a damaged one."""
+    """The result in a file as a list of one; an empty list if it is missing or damaged."""
     if path.exists():
         try:
             return [json.loads(path.read_text(encoding="utf-8"))]

@@ -1,8 +1,8 @@
 """LPIPS v0.1 with the AlexNet trunk (Zhang et al., 2018, arXiv 1801.03924), without torchvision.
 
-d(a, b) = sum over layers of mean over pixels of w_l . (f_l(a) - f_l(b))^2, f_l the features after the l-th
-ReLU, of unit length across channels. The linear weights w_l ship with the library; the trunk's 10 MB come from
-the file named by ERTACACHE_LPIPS_TRUNK, or from torchvision, or not at all, and then `load_lpips` says why.
+d(a, b) = sum over layers of mean over pixels of w_l . (f_l(a) - f_l(b))^2, f_l the features after the l-th ReLU, of
+unit length across channels. The linear weights w_l ship here. The trunk (10 MB) comes from the file named by
+ERTACACHE_LPIPS_TRUNK or from torchvision; without both, `load_lpips` says so.
 """
 
 import os
@@ -30,11 +30,11 @@ LENGTH_EPSILON = 1e-10
 
 
 class LpipsUnavailableError(ERTACacheError):
-    """The trunk's weights are not here; the message is the reason that a table column can show."""
+    """The trunk's weights are missing; the message is short enough for a table."""
 
 
 def alexnet_features() -> nn.Sequential:
-    """AlexNet's convolutions up to the fifth ReLU; the keys of its state dict are torchvision's."""
+    """AlexNet's convolutions up to the fifth ReLU, with torchvision's state dict keys."""
     layers: list[nn.Module] = []
     while len(layers) < max(CONVOLUTIONS) + 2:
         position = len(layers)
@@ -47,7 +47,7 @@ def alexnet_features() -> nn.Sequential:
 
 
 class Lpips(nn.Module):
-    """The metric; `features` is the trunk, `linear` the weights w_l as buffers of shape (1, channels, 1, 1)."""
+    """LPIPS: `features` is the trunk, `linear` the weights w_l, buffers of shape (1, channels, 1, 1)."""
 
     shift: Tensor  # (1, 3, 1, 1), like scale
     scale: Tensor
@@ -64,14 +64,14 @@ class Lpips(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor, reference: Tensor) -> Tensor:
-        """Distance of pictures or videos.
+        """Distance between pictures or videos.
 
         Args:
-            image: (n, 3, H, W) or (n, F, 3, H, W) in [0, 1]; H and W of 35 and more.
+            image: (n, 3, H, W) or (n, F, 3, H, W) in [0, 1]; H and W at least 35.
             reference: the same shape.
 
         Returns:
-            (n,) float32, 0 for identical items; of a video the mean over its frames.
+            (n,) float32, 0 for identical items; for a video the mean over its frames.
 
         Raises:
             ValueError: the shapes differ.
@@ -88,7 +88,7 @@ class Lpips(nn.Module):
         return distance
 
     def _unit_features(self, image: Tensor) -> list[Tensor]:
-        """The five ReLUs' outputs, each (n, channels, h, w) of unit length across channels."""
+        """Outputs of the five ReLUs, each (n, channels, h, w), of unit length across channels."""
         values = (2 * image.float() - 1 - self.shift) / self.scale
         taps = []
         for layer in self.features:
@@ -100,7 +100,7 @@ class Lpips(nn.Module):
 
 
 def load_lpips(trunk: Path | str | None = None) -> Lpips:
-    """The metric, with the trunk from `trunk`, else from ERTACACHE_LPIPS_TRUNK, else from torchvision.
+    """Load the metric, with the trunk from `trunk`, else ERTACACHE_LPIPS_TRUNK, else torchvision.
 
     Raises:
         LpipsUnavailableError: no trunk, or a file that holds none; the message says which and what to do.
@@ -114,7 +114,7 @@ def load_lpips(trunk: Path | str | None = None) -> Lpips:
 
 
 def _trunk_from_file(path: Path) -> dict[str, Tensor]:
-    """The `features.*` tensors of a safetensors or a torch file (tensors only, no pickled code)."""
+    """Read the `features.*` tensors of a safetensors or torch file (tensors only, no pickled code)."""
     try:
         weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     except Exception as error:  # safetensors and torch have no common base class for an unreadable file

@@ -1,4 +1,4 @@
-"""Pages that are generated in part: what stands between two markers is put there, or compared with what should."""
+"""Fill the generated parts of pages, between two markers, or check them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,18 +7,18 @@ from ertacache.errors import ResultsError
 
 
 def grid(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; the first `left` columns are text, the others numbers."""
+    """Write a Markdown table; the first `left` columns are text, the others numbers."""
     rule = ["---" if index < left else "---:" for index in range(len(header))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
 
 
 def markers(name: str) -> tuple[str, str]:
-    """The two comments that what is generated stands between."""
+    """The two comments around a generated part."""
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
 def replace_between(text: str, content: str, name: str) -> str:
-    """`text` with `content` between its two markers; ValueError when they are not there once and in order."""
+    """Return `text` with `content` between its two markers; ValueError unless they are there once and in order."""
     begin, end = markers(name)
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"expected the markers {begin} and {end}, once each")

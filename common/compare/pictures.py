@@ -1,4 +1,4 @@
-"""What comparisons do with pictures and videos beside writing them: differences, frames that stand for a video, names.
+"""Pictures and videos of a comparison: differences, example frames, VBench names.
 
 F: frames; H, W: height and width in pixels. Pixels are float in [0, 1] everywhere.
 """
@@ -18,16 +18,16 @@ def difference(picture: Tensor, reference: Tensor) -> Tensor:
 
 
 def pick_frames(num_frames: int, count: int) -> list[int]:
-    """`count` frame indices spread evenly from the first to the last one; all of them where there are fewer."""
+    """`count` frame indices spread evenly from first to last; all of them if there are fewer."""
     if count >= num_frames:
         return list(range(num_frames))
     return np.linspace(0, num_frames - 1, count).round().astype(int).tolist()
 
 
 def vbench_name(prompt: str, index: int) -> str:
-    """<prompt>-<index>.mp4, the name under which VBench's evaluator looks for a video.
+    """The name that VBench looks for, <prompt>-<index>.mp4.
 
-    Path separators, which no file name can hold, become underscores; a prompt too long for a file name is cut.
+    Path separators become underscores; a prompt too long for a file name is cut.
     """
     tail = f"-{index}.mp4"
     name = prompt.translate(SEPARATORS).encode()[: MAX_NAME_BYTES - len(tail)].decode(errors="ignore")

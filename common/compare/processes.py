@@ -1,8 +1,8 @@
-"""Several processes at one comparison: what can be shared out is, and the main process alone keeps results.
+"""Share a comparison out over several processes; only the main one keeps results.
 
     accelerate launch --num_processes 4 reproduce.py       four GPUs, or four processes on a CPU
 
-Started without a launcher there is one process, and all of this does nothing.
+Without a launcher there is one process, and all of this does nothing.
 """
 
 import os
@@ -19,19 +19,19 @@ PATIENCE = timedelta(days=7)  # others wait while the main process measures time
 
 
 def start() -> None:
-    """Join the processes that a launcher started, each on a device of its own; before a model is loaded."""
+    """Join the processes of a launcher, each on a device of its own; call it before loading a model."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def stop() -> None:
-    """Leave them again, when all work is done."""
+    """Leave the process group, when all work is done."""
     if count() > 1:
         PartialState().destroy_process_group()
 
 
 def count() -> int:
-    """How many there are."""
+    """Number of processes."""
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if together else 1
 
@@ -41,7 +41,7 @@ def is_main() -> bool:
 
 
 def shared_out(items: Sequence[Item]) -> list[Item]:
-    """This process's share: neighbours, in their order, the first processes having the first ones."""
+    """This process's share: neighbouring items, the first processes taking the first ones."""
     if count() == 1:
         return list(items)
     with PartialState().split_between_processes(list(items)) as mine:
@@ -49,7 +49,7 @@ def shared_out(items: Sequence[Item]) -> list[Item]:
 
 
 def gathered(mine: list[Item]) -> list[Item]:
-    """The shares of all processes, put together again; in every process."""
+    """Put the shares of all processes together, in every process."""
     return mine if count() == 1 else gather_object(mine)
 
 

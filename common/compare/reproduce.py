@@ -1,4 +1,4 @@
-"""What reproduce.sh does in every model folder: the paper's table on the model that runs, with all rivals.
+"""Run reproduce.sh of a model folder: the paper's table on the model that runs, with all rivals.
 
 Ours and the rivals are calibrated and tuned on the calibration prompts, and measured on held-out ones.
 """
@@ -55,12 +55,12 @@ REFUSED = {  # the study sets methods and costs itself
 
 
 def parse(folder: Path, argv: Sequence[str] | None) -> Settings:
-    """Settings of a comparison. Raises UsageError for a flag of run.sh that would do nothing here."""
+    """Parse the settings of a comparison; UsageError for a flag of run.sh that would do nothing here."""
     return settings.parse(folder, argv, "Compare ERTACache with its rivals on this model.", FLAGS, REFUSED)
 
 
 def main(folder: Path, load: Callable[[Settings], Any], model: ModelFolder, argv: Sequence[str] | None = None) -> Path:
-    """Compare on the folder's model and write results.json, table.md and report.html; returns the output folder."""
+    """Compare on the folder's model and write results.json, table.md and report.html; return the output folder."""
     chosen = parse(folder, argv)
     counts, chosen.computed_steps = chosen.computed_steps, None
     chosen.method = "none"

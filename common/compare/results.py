@@ -1,7 +1,6 @@
 """One row of results.json: what was run, what it cost, how near it came to the uncached output.
 
-results.json is a plain list of rows. What else is worth keeping (title, command, date) lies beside it in
-results.meta.json, so that a reader of the rows needs to know nothing but the fields of `Row`.
+results.json is a plain list of rows; title, command and date lie beside it in results.meta.json.
 """
 
 import json
@@ -21,7 +20,7 @@ COMPARABLE_BAND = 0.05
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is shown; `unit` is empty for a plain number."""
+    """How to show a metric; `unit` is empty for a plain number."""
 
     label: str
     unit: str
@@ -33,7 +32,7 @@ class Metric:
         return "↑" if self.higher_is_better else "↓"
 
     def show(self, value: float, sign: bool = False) -> str:
-        """The value with the metric's decimals, without its unit; what they cannot tell from nothing is `<0.0001`."""
+        """Format a value with the metric's decimals, without unit; what would round to zero is `<0.0001`."""
         least = 10.0**-self.decimals
         if 0 < value < least / 2 and not sign:
             return f"<{least:.{self.decimals}f}"
@@ -113,25 +112,25 @@ class Curve:
 
 
 def is_comparable(cost: float, our_cost: float) -> bool:
-    """Whether a rival's cost lies in [ours, ours + 0.05], rounding of the counted FLOPs allowed for."""
+    """Whether a rival's cost lies in [ours, ours + 0.05], but for rounding of the counted FLOPs."""
     return -1e-6 <= cost - our_cost <= COMPARABLE_BAND + 1e-6
 
 
 def best_rival(rows: Sequence[Row], name: str) -> Row | None:
-    """The comparable rival that is best in the row field `name` (psnr, lpips_p10, ...); None if there is none."""
+    """The comparable rival with the best `name` (a row field: psnr, lpips_p10, ...); None if there is none."""
     rivals = [r for r in rows if r.role == "rival" and r.comparable and getattr(r, name) is not None]
     higher = METRICS[name.removesuffix("_p10")].higher_is_better
     return (max if higher else min)(rivals, key=lambda r: getattr(r, name), default=None)
 
 
 def metric_text(row: Row | None, name: str) -> str:
-    """A metric of a row with its decimals, and in words where it, or the row, is not there."""
+    """Format a metric of a row; "not measured" if it, or the row, is not there."""
     value = getattr(row, name, None)
     return "not measured" if value is None else METRICS[name].show(value)
 
 
 def write_results(path: str | Path, rows: Sequence[Row], meta: Mapping[str, Any] | None = None) -> None:
-    """Write the rows as JSON, and `meta` beside them as <stem>.meta.json; each file appears whole or not at all."""
+    """Write the rows as JSON, and `meta` beside them as <stem>.meta.json, atomically."""
     path = Path(path)
     _write_json(path, [asdict(row) for row in rows])
     if meta is not None:
@@ -139,7 +138,7 @@ def write_results(path: str | Path, rows: Sequence[Row], meta: Mapping[str, Any]
 
 
 def read_results(path: str | Path) -> tuple[list[Row], dict[str, Any]]:
-    """The rows of a results file and its meta (empty where there is none).
+    """Read the rows of a results file and its meta (empty if there is none).
 
     Raises ResultsError of one line that names the file, the row and the field; OSError when the file cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Tables from results.json: table.md, the tables of report.html, and what stands between the markers of a README.
+"""Make tables from results.json: table.md, those of report.html, and those between the markers of a README.
 
 python -m compare.table RESULTS.json                          print them
 python -m compare.table RESULTS.json --into README.md         put them between the markers
@@ -22,7 +22,7 @@ _NONE = "\N{EN DASH}"
 
 @dataclass
 class Table:
-    """A table as plain text cells. `ours`: indices of the lines to emphasise; `remarks` and `notes` go underneath."""
+    """A table of text cells; `ours` are the lines to emphasise, `remarks` and `notes` go underneath."""
 
     title: str
     header: list[str]
@@ -37,19 +37,19 @@ class Table:
         self.lines.append(cells)
 
     def note(self, text: str) -> str:
-        """The mark of a note, the same one for the same text."""
+        """Return the mark of a note, the same for the same text."""
         if text not in self.notes:
             self.notes.append(text)
         return f"[{self.notes.index(text) + 1}]"
 
 
 def load_published() -> dict[str, Any]:
-    """The paper's rows with their source and hardware."""
+    """Load the paper's rows with their source and hardware."""
     return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 
 
 def all_tables(rows: Sequence[Row], published: Mapping[str, Any] | None) -> list[Table]:
-    """Per model: one comparison and one ablation for each asked number of computed steps, then the paper's rows."""
+    """Per model: a comparison and an ablation for each number of computed steps, then the paper's rows."""
     tables = []
     for model in dict.fromkeys(row.model for row in rows):
         mine = [row for row in rows if row.model == model]
@@ -64,7 +64,7 @@ def all_tables(rows: Sequence[Row], published: Mapping[str, Any] | None) -> list
 
 
 def table_markdown(rows: Sequence[Row], published: Mapping[str, Any] | None = None, command: str | None = None) -> str:
-    """table.md of `rows`.
+    """Write `rows` as table.md.
 
     Args:
         published: what `load_published` returns; None leaves the paper's rows out.
@@ -103,7 +103,7 @@ def margins(section: Sequence[Row]) -> list[tuple[str, str, str]]:
 
 
 def margin_text(section: Sequence[Row]) -> str:
-    """One line: the margin in every metric over whichever comparable rival is best in it."""
+    """One line with the margin in every metric over the best comparable rival in it."""
     found = margins(section)
     if not found:
         return "Margin: no rival reached a comparable cost."
@@ -141,7 +141,7 @@ def _ablation(section: Sequence[Row]) -> Table:
 
 
 def published_rows(rows: Sequence[Row], published: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The paper's rows of the model of `rows`; of all models when none matches."""
+    """The paper's rows for the model of `rows`, or for all models if none matches."""
     name = "".join(c for c in rows[0].model.lower() if c.isalnum())
     return [p for p in published["rows"] if any(word in name for word in p["match"])] or published["rows"]
 
@@ -219,7 +219,7 @@ def _escape(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0, 1 for a failure or a README that --check finds to differ, 2 for a flag."""
+    """Run the command. Returns its exit code: 0, 1 for a failure or a README that differs, 2 for a wrong flag."""
     return command.run(lambda: _main(arguments))
 
 

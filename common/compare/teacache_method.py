@@ -1,4 +1,4 @@
-"""`run.sh --method teacache`: generate with TeaCache, fitted and tuned on the calibration prompts."""
+"""Generate with TeaCache (`run.sh --method teacache`), fitted and tuned on the calibration prompts."""
 
 import sys
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from ertacache.errors import UsageError
 
 
 def attached(pipe: Any, settings: Settings, model: ModelFolder) -> Any:
-    """A context in which the pipeline runs with TeaCache, at the settings' threshold or number of computed steps."""
+    """Run the pipeline with TeaCache inside a context, at the settings' threshold or number of computed steps."""
     if model.teacache_signal is None:
         raise UsageError(f"--method teacache is not available for {model.name}")
     rival = TeaCache(model.teacache_signal)
@@ -37,7 +37,7 @@ def attached(pipe: Any, settings: Settings, model: ModelFolder) -> Any:
 
 
 def latents_run(pipe: Any, prompt: str, seed: int, arguments: dict[str, Any]) -> Callable[..., Tensor]:
-    """A function that runs the pipeline on one prompt and seed and returns the final latents."""
+    """Return a function that runs the pipeline on one prompt and seed and returns the final latents."""
 
     def run(**overrides: Any) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(seed)

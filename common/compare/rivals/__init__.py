@@ -1,4 +1,4 @@
-"""The rivals: every cache that ERTACache is compared with, one class each, all of one shape (`base.Rival`).
+"""Rivals: every cache that ERTACache is compared with, one class each (`base.Rival`).
 
     rivals = all_rivals(modulated_input)
     tuner = Tuner(pipe, runs, num_steps=28)
@@ -6,8 +6,8 @@
     with rivals[0].attach(pipe, tuned.setting) as overrides:
         pipe(prompt, **{"num_inference_steps": 28, **overrides})
 
-A rival that works on no such pipeline raises `NotApplicable`, at the latest in its first run. Caches decide for
-a whole batch at once, so compare them with one prompt a call.
+A rival that does not work on a pipeline raises `NotApplicable`, at the latest in its first run. Caches decide for a
+whole batch at once, so compare them with one prompt per call.
 """
 
 from compare.rivals.base import NotApplicable, Rival, Run, Setting
@@ -44,7 +44,7 @@ __all__ = [
 
 
 def all_rivals(modulated_input: ModulatedInput | None = None) -> list[Rival]:
-    """One fresh rival of each kind; `modulated_input` is the model's signal for TeaCache, which needs it."""
+    """Make one rival of each kind; `modulated_input` is the model's signal for TeaCache."""
     return [
         FewerSteps(),
         Multistep(),

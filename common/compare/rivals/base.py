@@ -1,4 +1,4 @@
-"""What all rivals have in common, and what they need to know about a run: its step, its length, its branch."""
+"""What rivals share: their interface, and what they need to know of a run (step, length, branch)."""
 
 import functools
 import inspect
@@ -27,30 +27,30 @@ class Run(Protocol):
 
 
 class Rival:
-    """One cache that others ship. `knob` names the entry of a setting that sets its cost."""
+    """A cache that others ship; `knob` names the entry of a setting that sets its cost."""
 
     name = ""
     knob = ""
 
     def prepare(self, pipe: Any, runs: Sequence[Run], num_steps: int) -> None:
-        """Calibrate on uncached runs of `num_steps` steps; most rivals need none."""
+        """Calibrate on uncached runs of `num_steps` steps; most rivals need not."""
 
     def settings(self, num_steps: int) -> list[Setting]:
         """Settings to try, from the cheapest run to the most expensive one."""
         raise NotImplementedError
 
     def sweeps(self, num_steps: int) -> list[list[Setting]]:
-        """Several such lists, where parameters beside the knob matter too; the tuner takes the best of them."""
+        """Several such lists, if other parameters matter too; the tuner takes the best."""
         return [self.settings(num_steps)]
 
     def attach(self, pipe: Any, setting: Setting) -> AbstractContextManager[dict[str, Any]]:
-        """The pipeline runs with this cache inside the context, and as before after it, exceptions or not.
+        """Run the pipeline with this cache inside a context, and as before after it, exceptions or not.
 
         Yields:
             Arguments of the pipeline's call to override, such as num_inference_steps.
 
         Raises:
-            NotApplicable: here, or in the first run where only that shows it.
+            NotApplicable: here, or in the first run.
         """
         raise NotImplementedError
 
@@ -62,7 +62,7 @@ def geometric(cheapest: float, dearest: float, count: int = 192) -> list[float]:
 
 @contextmanager
 def replaced(owner: Any, attribute: str, value: Any) -> Iterator[None]:
-    """`owner.attribute` is `value` inside the context; on the instance only, whatever its class says."""
+    """Set `owner.attribute` to `value` inside a context, on the instance only."""
     before = vars(owner).get(attribute)
     in_instance = attribute in vars(owner)
     setattr(owner, attribute, value)
@@ -76,18 +76,18 @@ def replaced(owner: Any, attribute: str, value: Any) -> Iterator[None]:
 
 
 def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Name -> value of a call of the module's own forward; its class knows the names, whatever wraps it."""
+    """Name -> value of a call of the module's own forward, whatever wraps it."""
     return inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
 
 
 def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The latents of a transformer's call: the first argument of its own forward, whatever the model calls it."""
+    """The latents of a transformer's call: the first argument of its own forward."""
     return next(value for name, value in bound_arguments(module, args, kwargs).items() if name != "self")
 
 
 @dataclass
 class Clock:
-    """Where a run is. All of it is host state; no device tensor is read."""
+    """Where a run is: host state, no device tensor is read."""
 
     step: int = 0
     num_steps: int = 0
@@ -106,8 +106,8 @@ def watch(
 ) -> Iterator[Clock]:
     """Follow the pipeline's runs through its scheduler and its transformer's calls.
 
-    A run starts when the timesteps are set, so nothing of a run that raised or was interrupted reaches the
-    next one. `on_start` is called then, `on_call` before every call of the transformer.
+    A run starts when the timesteps are set, so an interrupted run leaves nothing. `on_start` is called then, `on_call`
+    before every call of the transformer.
     """
     clock = Clock()
     scheduler, transformer = pipe.scheduler, pipe.transformer
@@ -147,7 +147,7 @@ def watch(
 
 @contextmanager
 def _context_names(transformer: nn.Module, names: list[str]) -> Iterator[None]:
-    """Keep the names of the cache contexts that the pipeline has entered, the present one last."""
+    """Keep the names of the cache contexts that the pipeline has entered, the current one last."""
     enter = getattr(transformer, "cache_context", None)
     if enter is None:
         yield
@@ -167,6 +167,6 @@ def _context_names(transformer: nn.Module, names: list[str]) -> Iterator[None]:
 
 
 def _conditioning(arguments: dict[str, Any]) -> str:
-    """Branches of a pipeline without cache contexts: told apart by the tensor that conditions the call."""
+    """Tell the branches of a pipeline without cache contexts apart, by the tensor that conditions the call."""
     states = arguments.get("encoder_hidden_states")
     return f"conditioned-on-{states.data_ptr()}" if isinstance(states, Tensor) else "only"

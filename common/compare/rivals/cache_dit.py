@@ -1,7 +1,7 @@
-"""cache-dit (vipshop), from its package where that is installed: DBCache, with and without its TaylorSeer.
+"""cache-dit (vipshop) from its own package, if installed: DBCache, with and without its TaylorSeer.
 
-The package changes the transformer's instance and the pipeline's class, and its own `disable_cache` leaves its
-rewritten forward behind; so what it touches is noted before and put back after.
+The package changes the transformer's instance and the pipeline's class, and its `disable_cache` leaves its forward
+behind, so what it touches is noted before and put back after.
 """
 
 import importlib
@@ -16,7 +16,7 @@ EXTRA = "cache-dit"
 
 
 class CacheDit(Rival):
-    """Computes the first block, and the others when its residual has changed by more than the threshold."""
+    """Compute the first block, and the others if its residual changed by more than the threshold."""
 
     name = "cache-dit"
     knob = "residual_diff_threshold"
@@ -75,10 +75,10 @@ def _package() -> Any:
 
 @contextmanager
 def _unchanged(pipe: Any) -> Iterator[None]:
-    """The instance attributes of the pipeline and of its transformer's modules are afterwards what they were.
+    """Restore the instance attributes of the pipeline and of its transformer's modules afterwards.
 
-    Children too, and their order: cache-dit takes the lists of blocks out in every call and puts them back at the
-    end, and from then on whoever walks the children would take the single blocks for the first ones.
+    Children too, in their order: cache-dit takes the lists of blocks out in every call and puts them back at the end,
+    so the single blocks would come first.
     """
     modules = list(pipe.transformer.modules())
     spaces = [vars(owner) for owner in (pipe, *modules)] + [module._modules for module in modules]
@@ -93,7 +93,7 @@ def _unchanged(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def _unchanged_class(owner: type) -> Iterator[None]:
-    """The attributes of a class are afterwards what they were: cache-dit replaces the pipeline's `__call__`."""
+    """Restore the attributes of a class afterwards: cache-dit replaces the pipeline's `__call__`."""
     before = dict(vars(owner))
     try:
         yield
@@ -107,7 +107,7 @@ def _unchanged_class(owner: type) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the package's messages, several a run."""
+    """Silence the package, which prints several messages per run."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,7 +1,7 @@
-"""Caches that diffusers ships and that skip most of the transformer: FirstBlockCache, MagCache, SeaCache.
+"""Caches of diffusers that skip most of the transformer: FirstBlockCache, MagCache, SeaCache.
 
-What they trip over is handled here: counters that go on counting after a run that raised (reset at the start of
-every run), hooks that match no module (refused), states per guidance branch.
+Handles what they trip over: counters that go on after a run that raised (reset at every start), hooks that match no
+module (refused), states per guidance branch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +33,7 @@ def _nothing(clock: Clock) -> None:
 
 @contextmanager
 def enabled(pipe: Any, config: Any, on_call: Callable[[Clock], None] = _nothing) -> Iterator[Clock]:
-    """`pipe.transformer` runs with diffusers' cache `config`; `on_call` sees every call of the transformer.
+    """Run `pipe.transformer` with diffusers' cache `config`; `on_call` sees every call of the transformer.
 
     Raises:
         NotApplicable: the transformer takes no cache, has one, or none of its modules was hooked.
@@ -72,7 +72,7 @@ def _enabled(pipe: Any, config: Any) -> Iterator[dict[str, Any]]:
 
 
 class FirstBlockCache(Rival):
-    """Reuses the residual of all blocks after the first while the first one's residual changes little."""
+    """Reuse the residual of all blocks after the first while the first one's residual changes little."""
 
     name = "first-block-cache"
     knob = "threshold"
@@ -105,10 +105,10 @@ class _MagnitudeRecorder:
 
 
 class MagCache(Rival):
-    """Reuses the stack's residual while the product of its calibrated magnitude ratios stays near 1.
+    """Reuse the stack's residual while the product of its calibrated magnitude ratios stays near 1.
 
-    diffusers' own calibration prints the ratios of one prompt and forgets them; here they are measured with
-    hooks of ours and averaged over the calibration prompts and over guidance branches (it has one list).
+    diffusers' own calibration prints the ratios of one prompt; here they are averaged over the calibration prompts and
+    the guidance branches.
     """
 
     name = "magcache"
@@ -152,7 +152,7 @@ class MagCache(Rival):
 
 
 class SeaCache(Rival):
-    """Reuses or extrapolates the stack's residual while the spectrally filtered latents change little."""
+    """Reuse or extrapolate the stack's residual while the spectrally filtered latents change little."""
 
     name = "seacache"
     knob = "threshold"
@@ -176,7 +176,7 @@ class SeaCache(Rival):
 
 @contextmanager
 def _located_context(pipe: Any) -> Iterator[None]:
-    """Cache contexts say step and noise level, which SeaCache reads and only Wan's pipeline tells it."""
+    """Tell SeaCache step and noise level through cache contexts, as only Wan's pipeline does itself."""
     enter = pipe.transformer.cache_context
     with watch(pipe) as clock:
 
@@ -189,7 +189,7 @@ def _located_context(pipe: Any) -> Iterator[None]:
 
 
 def _sigma(pipe: Any, clock: Clock) -> float:
-    """Noise level in [0, 1] at the present step: flow matching's sigma, else sqrt(1 - alpha_bar)."""
+    """Noise level in [0, 1] at the current step: flow matching's sigma, else sqrt(1 - alpha_bar)."""
     scheduler = pipe.scheduler
     if hasattr(scheduler, "sigmas") and float(scheduler.sigmas.max()) <= 1:
         return float(scheduler.sigmas[clock.step])
@@ -197,7 +197,7 @@ def _sigma(pipe: Any, clock: Clock) -> float:
 
 
 def visual_latents(transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The latents of a transformer call, each (C, T, H, W), out of a video's or out of FLUX's 2x2-packed tokens."""
+    """The latents of a transformer call, each (C, T, H, W), of a video or unpacked from FLUX's 2x2 tokens."""
     arguments = bound_arguments(transformer, args, kwargs)
     hidden = first_input(transformer, args, kwargs)
     if hidden.ndim == 5:  # (n, C, T, H, W), or with frames first as CogVideoX has them

@@ -1,4 +1,4 @@
-"""Caches that diffusers ships and that work module by module: TaylorSeer, PyramidAttentionBroadcast, FasterCache."""
+"""Caches of diffusers that work module by module: TaylorSeer, PyramidAttentionBroadcast, FasterCache."""
 
 import logging
 import re
@@ -19,12 +19,12 @@ ALL_TIMESTEPS = (-1, 1001)
 
 
 class TaylorSeer(Rival):
-    """Extrapolates module outputs over the steps between two computed ones, `max_order` terms of a Taylor series.
+    """Extrapolate module outputs between two computed steps, with `max_order` terms of a Taylor series.
 
-    lite: only the transformer's output projection is extrapolated and all blocks are skipped, as diffusers'
-    lite mode does; that looks for a `proj_out`, and would put out zeros of models that call theirs otherwise, so for
-    these the modules are named here. Otherwise attention and feed-forward of each block, as the authors do; diffusers'
-    default patterns would leave the feed-forward computed on FLUX and match nothing on Wan and CogVideoX.
+    lite: extrapolate only the transformer's output projection and skip all blocks, as diffusers' lite mode does.
+    That mode looks for a `proj_out`; for models that name it otherwise the modules are named here. Without lite:
+    attention and feed-forward of each block, as the authors do; diffusers' default patterns leave the feed-forward
+    computed on FLUX and match nothing on Wan and CogVideoX.
     """
 
     knob = "cache_interval"
@@ -84,7 +84,7 @@ def _all_modules(transformer: nn.Module) -> dict[str, Any]:
 
 
 class PyramidAttentionBroadcast(Rival):
-    """Computes attention every `skip_range`-th step; everything else always runs, so it saves little."""
+    """Compute attention every `skip_range`-th step; everything else always runs, so it saves little."""
 
     name = "pyramid-attention-broadcast"
     knob = "skip_range"
@@ -115,7 +115,7 @@ class PyramidAttentionBroadcast(Rival):
 
 
 class FasterCache(Rival):
-    """Extrapolates attention outputs, and the unconditional half of a batched call from the conditional one."""
+    """Extrapolate attention outputs, and the unconditional half of a batched call from the conditional one."""
 
     name = "fastercache"
     knob = "skip_range"
@@ -157,14 +157,14 @@ class FasterCache(Rival):
 
 
 def _check_attention(transformer: nn.Module, name: str) -> None:
-    """Raise NotApplicable for models with attention of their own: diffusers' caches would find none of it."""
+    """Raise NotApplicable for models with attention of their own, which diffusers' caches do not find."""
     if not any(isinstance(module, _ATTENTION_CLASSES) for module in transformer.modules()):
         kind = type(transformer).__name__
         raise NotApplicable(f"{name} caches the outputs of diffusers' attention classes, and {kind} has none of them")
 
 
 def _one_branch_only(clock: Clock) -> None:
-    """These two have one state a module, which two calls in a step would mix up."""
+    """Raise NotApplicable for two calls per step: these caches hold one state per module."""
     if clock.calls > 1:
         raise NotApplicable("its state does not tell guidance branches apart, and this pipeline calls twice a step")
 

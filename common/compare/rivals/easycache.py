@@ -1,4 +1,4 @@
-"""EasyCache (Zhou et al., 2025, arXiv 2507.02860), own implementation: no calibration, output-level reuse.
+"""EasyCache (Zhou et al., 2025, arXiv 2507.02860), own implementation: output-level reuse without calibration.
 
 d = v - x is the residual of the whole transformer, k = |v - v'| / |x - x'| its rate of change between the last
 two computed steps. A reused step returns x + d. Steps are reused while the predicted relative change

@@ -1,4 +1,4 @@
-"""The plainest rival: the pipeline's own scheduler with fewer steps."""
+"""Fewer steps of the pipeline's own scheduler, the plainest rival."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from compare.rivals.base import Rival, Setting
 
 
 class FewerSteps(Rival):
-    """K steps of the pipeline's own scheduler, on the grid that it makes for K; `num_steps` is K."""
+    """Run K steps of the pipeline's own scheduler, on the grid it makes for K; `num_steps` is K."""
 
     name = "fewer-steps"
     knob = "num_steps"

@@ -1,12 +1,11 @@
 """A second-order multistep solver with fewer steps, on the grid of the pipeline's own scheduler.
 
-The pipeline keeps its first-order scheduler, which makes the grid of K steps as ever, shift and transform and all;
-only its `step` is taken over: by a multistep solver of diffusers put on that same grid, or, for flow matching, by
-the Adams-Bashforth rule. With `order` 1 the result is that of the pipeline's own scheduler, which is how the test
-knows that grid and conventions agree.
+The pipeline keeps its first-order scheduler, which makes the grid of K steps, shift and all. Only its `step` is
+replaced: by a multistep solver of diffusers on that grid or, for flow matching, by the Adams-Bashforth rule. With
+`order` 1 the result is that of the pipeline's own scheduler, which a test checks.
 
-Flow matching comes with two signs: FLUX and Wan predict noise - data, Open-Sora predicts data - noise. Which one
-it is shows in the scheduler's own step.
+Flow matching comes with two signs: FLUX and Wan predict noise - data, Open-Sora data - noise. The scheduler's own step
+shows which.
 """
 
 import functools
@@ -29,7 +28,7 @@ SIGN_TOLERANCE = 1e-3  # of a step's increment against the difference of its sig
 
 
 class Multistep(Rival):
-    """K steps of a multistep solver on the scheduler's own grid; `num_steps` is K, `solver` is tried for each.
+    """Run K steps of a multistep solver on the scheduler's own grid; `num_steps` is K, each `solver` is tried.
 
     Args:
         order: of the solvers; 1 is for tests, which compare it with the scheduler that it replaces.
@@ -43,7 +42,7 @@ class Multistep(Rival):
         self.solvers: Sequence[str] = tuple(SOLVERS)
 
     def prepare(self, pipe: Any, runs: Sequence[Run], num_steps: int) -> None:
-        """Nothing to calibrate; with flow matching there is one more solver to try."""
+        """Calibrate nothing; with flow matching there is one more solver to try."""
         self.solvers = (*SOLVERS, ADAMS_BASHFORTH) if is_flow(pipe.scheduler) else tuple(SOLVERS)
 
     def settings(self, num_steps: int) -> list[Setting]:
@@ -91,15 +90,15 @@ class AdamsBashforth:
         self.set_begin_index(0)
 
     def set_timesteps(self, num_inference_steps: int) -> None:
-        """The grid is put in place from outside."""
+        """Do nothing: the grid is put in place from outside."""
 
     def set_begin_index(self, index: int) -> None:
-        """Begin a run at that step of the grid, with no output before it."""
+        """Begin a run at a step of the grid, with no output before it."""
         self.index = index
         self.last: Tensor | None = None
 
     def step(self, velocity: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True) -> tuple[Tensor]:
-        """The next latents, of the sample's shape and dtype; `timestep` is not read."""
+        """Return the next latents, of the sample's shape and dtype; `timestep` is not read."""
         i = self.index
         increment = float(self.sigmas[i + 1] - self.sigmas[i])
         slope = velocity.float()
@@ -111,7 +110,7 @@ class AdamsBashforth:
 
 
 def make_solver(scheduler: Any, name: str, order: int) -> Any:
-    """The multistep solver `name` for models that `scheduler` samples.
+    """Make the multistep solver `name` for models that `scheduler` samples.
 
     Raises:
         NotApplicable: `scheduler` is a multistep solver itself, stochastic, or of an unknown kind.
@@ -132,16 +131,16 @@ def make_solver(scheduler: Any, name: str, order: int) -> Any:
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether it may step along straight paths: of first order, with sigmas and without alpha-bars.
+    """Whether a scheduler may step along straight paths: first order, sigmas, no alpha-bars.
 
-    `velocity_sign` makes sure of it once a run has a grid.
+    `velocity_sign` makes sure once a run has a grid.
     """
     first_order = getattr(scheduler, "order", None) == 1 and not hasattr(scheduler, "model_outputs")
     return first_order and hasattr(scheduler, "sigmas") and not hasattr(scheduler, "alphas_cumprod")
 
 
 def velocity_sign(scheduler: Any) -> float:
-    """1 where the scheduler takes noise - data, -1 where it takes data - noise; its grid is set.
+    """1 if the scheduler takes noise - data, -1 if data - noise; its grid must be set.
 
     Its step is x' = x + s (sigma' - sigma) v; a copy steps once, and s is its increment over that difference.
 
@@ -160,7 +159,7 @@ def velocity_sign(scheduler: Any) -> float:
 
 
 def put_on_grid(solver: Any, scheduler: Any) -> None:
-    """Make `solver` ready for a run on the grid that `scheduler` has now; its history is empty again."""
+    """Put `solver` on the current grid of `scheduler`, with an empty history."""
     solver.set_timesteps(len(scheduler.timesteps))
     sigmas = noise_levels(scheduler)
     if isinstance(solver, UniPCMultistepScheduler) and solver.config.use_flow_sigmas:

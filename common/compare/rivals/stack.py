@@ -1,7 +1,7 @@
-"""The blocks of a transformer as one stack that can be skipped: hidden states in, hidden states out.
+"""Skip the blocks of a transformer as one stack: hidden states in, hidden states out.
 
-Uses what diffusers knows of each block class (`TransformerBlockMetadata`: which argument and which returned
-value are the hidden states), so no model is named here.
+Uses diffusers' `TransformerBlockMetadata` (which argument and which returned value are the hidden states), so no model
+is named here.
 """
 
 from collections.abc import Iterator
@@ -20,17 +20,17 @@ HOOK_NAME = "ertacache_rival_stack"
 
 
 class StackObserver(Protocol):
-    """Decides at the first block, and sees the result at the last."""
+    """Observer that decides at the first block and sees the result at the last."""
 
     def enter(self, arguments: dict[str, Any]) -> Tensor | None:
-        """What the stack shall return for the first block's `arguments`; None to compute it."""
+        """Return what the stack returns for the first block's `arguments`; None to compute it."""
 
     def leave(self, hidden_in: Tensor, hidden_out: Tensor) -> None:
-        """The stack was computed: hidden states (n, tokens, channels) before and after it."""
+        """See hidden states (n, tokens, channels) before and after a computed stack."""
 
 
 class _Shared:
-    """What the hooks of one stack share during one call of the transformer."""
+    """State that the hooks of one stack share during one call of the transformer."""
 
     def __init__(self, observer: StackObserver):
         self.observer = observer
@@ -39,7 +39,7 @@ class _Shared:
 
 
 class _BlockHook(ModelHook):
-    """Registered as diffusers' own caches are, so that whoever counts blocks sees which ones were skipped."""
+    """Hook registered like those of diffusers' own caches, so counting blocks sees which were skipped."""
 
     def __init__(self, shared: _Shared, metadata: TransformerBlockMetadata, is_first: bool, is_last: bool):
         super().__init__()
@@ -63,7 +63,7 @@ class _BlockHook(ModelHook):
         return output
 
     def _pass_through(self, hidden: Tensor, arguments: dict[str, Any]) -> Any:
-        """The hidden states where the block would return them, the text's as they came in."""
+        """Return the hidden states where the block would, the text's as they came in."""
         text_index = self.metadata.return_encoder_hidden_states_index
         if text_index is None:
             return hidden
@@ -75,7 +75,7 @@ class _BlockHook(ModelHook):
 
 @contextmanager
 def intercepted(transformer: nn.Module, observer: StackObserver) -> Iterator[None]:
-    """`observer` decides, call by call, whether the transformer's block stack runs.
+    """Let `observer` decide, call by call, whether the transformer's block stack runs.
 
     Raises:
         NotApplicable: diffusers does not know a block's class.

@@ -1,9 +1,9 @@
 """TeaCache (Liu et al., 2024, arXiv 2411.19108), own implementation on any stack of blocks.
 
-The input of the first block, modulated by the timestep, tells how much the output will change: the relative L1
-distance between successive steps, rescaled by a polynomial of degree 4 fitted on calibration prompts, is summed
-until it reaches the threshold. Until then the stack's residual h_out - h_in of the last computed step is
-added again. The first and the last step are computed, and each guidance branch has a state of its own.
+The timestep-modulated input of the first block tells how much the output will change. Its relative L1 distance between
+successive steps, rescaled by a polynomial of degree 4 fitted on calibration prompts, is summed; below the threshold
+the stack's residual h_out - h_in of the last computed step is added again. The first and the last step are computed.
+Each guidance branch has its own state.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +40,7 @@ class _Branch:
 
 
 class _Recorder:
-    """Pairs (distance of the inputs, distance of the outputs) of successive steps of an uncached run."""
+    """Record pairs (distance of inputs, distance of outputs) of successive steps of an uncached run."""
 
     def __init__(self, transformer: nn.Module, modulated_input: ModulatedInput):
         self.transformer, self.modulated_input = transformer, modulated_input
@@ -60,7 +60,7 @@ class _Recorder:
 
 
 class _Gate:
-    """Reuses while the accumulated distance stays below the threshold."""
+    """Reuse while the accumulated distance stays below the threshold."""
 
     def __init__(
         self, transformer: nn.Module, modulated_input: ModulatedInput, coefficients: list[float], threshold: float
@@ -102,7 +102,7 @@ class TeaCache(Rival):
         self.coefficients = coefficients
 
     def prepare(self, pipe: Any, runs: Sequence[Run], num_steps: int) -> None:
-        """Least squares, all steps of all prompts and branches pooled, as the authors fit theirs."""
+        """Fit by least squares, pooling all steps of all prompts and branches, as the authors do."""
         if self.modulated_input is None:
             raise NotApplicable("TeaCache needs the model's own signal: a function modulated_input")
         recorder = _Recorder(pipe.transformer, self.modulated_input)

@@ -1,8 +1,7 @@
-"""Tunes a rival's knob so that the counted cost of its runs is the asked fraction of an uncached run.
+"""Tune a rival's knob so its counted cost is the asked fraction of an uncached run.
 
-Costs and errors are measured on calibration prompts, never on the held-out ones that are compared. Where a
-rival has parameters beside its knob, each variant is tuned and the one nearest to the uncached results wins,
-so that no rival suffers from a choice of ours.
+Costs and errors are measured on calibration prompts, never on the held-out ones. If a rival has other parameters, each
+variant is tuned and the one nearest to the uncached results wins, so no rival suffers from a choice of ours.
 """
 
 import json
@@ -34,7 +33,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The outcome for one rival and one cost.
+    """Outcome for one rival and one cost.
 
     Attributes:
         setting: what to attach.
@@ -50,7 +49,7 @@ class Tuned:
 
 
 class Tuner:
-    """Tunes any number of rivals to any number of costs on one pipeline; every setting is measured once.
+    """Tune any number of rivals to any number of costs on one pipeline; every setting is measured once.
 
     Args:
         pipe: the pipeline, nothing attached.
@@ -66,7 +65,7 @@ class Tuner:
         self._prepared: set[str] = set()
 
     def prepare(self, rival: Rival, runs: Sequence[Run] | None = None) -> None:
-        """Calibrate `rival` once, on `runs` where more of them are at hand than are tuned on."""
+        """Calibrate `rival` once, on `runs` if given, else on the tuning runs."""
         if rival.name not in self._prepared:
             rival.prepare(self.pipe, self.runs if runs is None else runs, self.num_steps)
             self._prepared.add(rival.name)
@@ -93,11 +92,10 @@ class Tuner:
         return self._measured[key]
 
     def tune(self, rival: Rival, wanted_fraction: float) -> Tuned:
-        """The setting whose cost is nearest to `wanted_fraction` from above, where it is comparable.
+        """Find the comparable setting whose cost is nearest to `wanted_fraction` from above.
 
-        Of several variants that get there the one with the smallest error is taken. Where none does, the
-        cheapest setting that costs no less than asked, marked as not comparable; where all cost less, the
-        dearest.
+        Of several variants, the one with the smallest error. If none is comparable: the cheapest that costs no less
+        than asked, marked as not comparable; if all cost less, the dearest.
 
         Raises:
             NotApplicable: the rival cannot work on this pipeline.
