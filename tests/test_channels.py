@@ -1,215 +1,177 @@
-"""Coefficients of channels: the sum, the fit, the file, and what they bring on data they are made for."""
+"""Matrices of channels: their sum, the copy to the device before the loop, a run with them, and the file."""
 
 import functools
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from test_attach import run
-from toys import ToyPipeline
+from toys import ToyPipeline, curved
 
 import ertacache
-from ertacache import channels
+from ertacache.cache import Coefficients, Row, combine
 from ertacache.calibration import Calibration
-from ertacache.channels import ChannelMatrices, Layout, PlacedMatrices, layout_of, placed
+from ertacache.channels import ChannelMatrices, Layout, StepChannels
 from ertacache.errors import CalibrationError, MismatchError
-from ertacache.fit.channels import fit_channels
-from ertacache.fit.runs import recorded_runs
-from ertacache.fit.step_by_step import Fitter, Form
-from ertacache.rectification import Coefficients, combine
 
-STEPS, SCHEDULE = 12, [0, 1, 3, 6, 9]
-PROMPTS = [f"prompt {i}" for i in range(6)]
-# of the directions, on the left and on the right: six of them, more than outputs that are combined
-POWERS = torch.tensor([4.0, 1.0, 0.05]).view(3, 1, 1) * torch.tensor([1.0, 1.0, 0.3, 0.3])
-TURN = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0))).Q  # of channels to directions
-SHAPES = {-1: (2, 6, 12), -3: (2, 3, 4, 6), -4: (2, 3, 5, 4, 6)}
+pytestmark = pytest.mark.core
+STEPS = 12
+CPU = torch.device("cpu")
+SHAPES = {-1: (2, 6, 12), -3: (2, 3, 4, 6), -4: (2, 3, 5, 4, 6)}  # by the axis of the channels
+SUMS = {-1: "cd,btcp->btdp", -3: "cd,bchw->bdhw", -4: "cd,bcfhw->bdfhw"}
 
 
-def gaussian(latents, sigma):
-    """The velocity of Gaussian data whose directions in channel space have powers of their own, on each half one."""
-    turned = torch.einsum("dc,nchw->ndhw", TURN, latents)
-    velocity = turned * (sigma - (1 - sigma) * POWERS) / (sigma**2 + (1 - sigma) ** 2 * POWERS)
-    return torch.einsum("dc,ndhw->nchw", TURN, velocity)
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def calibrate(pipe=None, **kwargs):
-    made_of = {"num_inference_steps": STEPS, "seeds": range(6), "progress": False, "computed_steps": 5}
-    kwargs = {**made_of, "search_budget": 1, **kwargs}
-    return ertacache.calibrate(pipe or ToyPipeline(gaussian), PROMPTS, **kwargs)
+def turned(axis: int, matrix: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """M^T o, channel by channel; the four values of a channel in a packed token are turned alike."""
+    packed = axis == -1
+    made = torch.einsum(SUMS[axis], matrix, output.unflatten(-1, (-1, 4)) if packed else output)
+    return made.flatten(-2) if packed else made
+
+
+def combined(outputs, shares, matrices, axis, latents=None, b=0.0) -> torch.Tensor:
+    row = Row(shares, b, StepChannels(matrices, Layout(axis)))
+    return combine(outputs, row, outputs[0] if latents is None else latents)
 
 
 # -- the sum -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("shape", "in_channels", "axis"),
-    [
-        ((1, 4096, 64), 64, -1),
-        ((1, 4, 8, 8), 4, -3),
-        ((1, 16, 21, 60, 104), 16, -4),
-        ((1, 13, 16, 60, 90), 16, -3),  # CogVideoX: frames first
-        ((1, 4, 15, 60, 106), None, -4),
-    ],
-)
-def test_the_channels_of_the_four_models_are_found(shape, in_channels, axis):
-    assert layout_of(shape, in_channels) == Layout(axis)
+@pytest.mark.parametrize("axis", list(SHAPES))
+def test_channels_of_the_outputs_and_the_latents_are_added_to_the_shared_sum(axis):
+    outputs, latents = [random(*SHAPES[axis], seed=i) for i in range(2)], random(*SHAPES[axis], seed=9)
+    matrices = random(2, 3, 3, seed=5)
+    before = [output.clone() for output in outputs]
+    made = combined(outputs, [0.5, 0.25], matrices, axis, latents, 0.1)
+    wanted = 0.5 * outputs[0] + 0.25 * outputs[1] + 0.1 * latents
+    wanted = wanted + turned(axis, matrices[0], outputs[0]) + turned(axis, matrices[1], outputs[1])
+    torch.testing.assert_close(made, wanted)
+    assert all(torch.equal(one, other) for one, other in zip(outputs, before, strict=True))
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (1, 10, 5), (1, 1000, 4, 4), (1, 2, 3, 4, 5, 6)])
-def test_other_latents_have_shared_coefficients(shape):
-    assert layout_of(shape, None) is None
+@pytest.mark.parametrize(("shares", "count"), [([0.5], 2), ([0.5, 0.25], 1)])
+def test_a_step_may_have_more_matrices_than_shares_or_fewer(shares, count):
+    outputs, matrices = [random(*SHAPES[-3], seed=i) for i in range(2)], random(count, 3, 3)
+    wanted = sum(share * output for share, output in zip(shares, outputs, strict=False))
+    wanted = wanted + sum(turned(-3, m, o) for m, o in zip(matrices, outputs, strict=False))
+    torch.testing.assert_close(combined(outputs, shares, matrices, -3), wanted)
 
 
 @pytest.mark.parametrize("axis", list(SHAPES))
-def test_channels_of_the_outputs_are_added_to_those_of_the_sum(axis):
-    layout, rng = Layout(axis), torch.Generator().manual_seed(0)
-    outputs = [torch.randn(SHAPES[axis], generator=rng) for _ in range(2)]
-    terms = torch.randn(2, 3, 3, generator=rng)
-    made = combine(outputs, [0.5, 0.25], matrices=placed(terms.tolist(), layout, torch.device("cpu")))
-    wanted = sum(
-        layout.rows(output) @ (share * torch.eye(3) + matrix)
-        for share, output, matrix in zip((0.5, 0.25), outputs, terms, strict=True)
-    )
-    torch.testing.assert_close(layout.rows(made), wanted)
+def test_outputs_that_are_not_there_yet_are_left_out(axis):
+    output, matrices = random(*SHAPES[axis]), random(2, 3, 3)
+    wanted = 0.5 * output + turned(axis, matrices[0], output)
+    torch.testing.assert_close(combined([output], [0.5, 0.25], matrices, axis), wanted)
 
 
 def test_channels_that_only_the_output_has_keep_the_shared_coefficients():
     """As the variances of a bare model whose pipeline drops them."""
-    output = torch.randn(1, 6, 4, 4)
-    half = 0.5 * torch.eye(3)
-    made = combine([output], [1.0], matrices=PlacedMatrices(half[None], Layout(-3)))
+    output = random(1, 6, 4, 4)
+    made = combined([output], [1.0], 0.5 * torch.eye(3)[None], -3)
     torch.testing.assert_close(made[:, :3], 1.5 * output[:, :3])
     assert torch.equal(made[:, 3:], output[:, 3:])
 
 
 @pytest.mark.parametrize("axis", list(SHAPES))
 def test_half_precision_is_summed_in_single(axis):
-    layout, rng = Layout(axis), torch.Generator().manual_seed(0)
-    outputs = [torch.randn(SHAPES[axis], generator=rng).bfloat16() for _ in range(2)]
-    matrices = placed(torch.randn(2, 3, 3, generator=rng).tolist(), layout, torch.device("cpu"))
-    made = combine(outputs, [1.0, -0.5], matrices=matrices)
-    exact = combine([o.float() for o in outputs], [1.0, -0.5], matrices=matrices)
+    outputs, matrices = [random(*SHAPES[axis], seed=i).bfloat16() for i in range(2)], random(2, 3, 3)
+    made = combined(outputs, [1.0, -0.5], matrices, axis)
+    exact = combined([o.float() for o in outputs], [1.0, -0.5], matrices, axis)
     assert made.dtype == torch.bfloat16
     torch.testing.assert_close(made, exact.bfloat16())
 
 
 @pytest.mark.parametrize("axis", list(SHAPES))
 def test_sums_in_any_order_of_memory(axis):
-    layout, rng = Layout(axis), torch.Generator().manual_seed(0)
-    outputs = [torch.randn(SHAPES[axis], generator=rng) for _ in range(2)]
-    matrices = placed(torch.randn(2, 3, 3, generator=rng).tolist(), layout, torch.device("cpu"))
-    wanted = combine(outputs, [0.5, 0.25], matrices=matrices)
-    turned = [output.transpose(0, 1).contiguous().transpose(0, 1) for output in outputs]
-    assert not turned[0].is_contiguous()
-    torch.testing.assert_close(combine(turned, [0.5, 0.25], matrices=matrices), wanted)
+    outputs, matrices = [random(*SHAPES[axis], seed=i) for i in range(2)], random(2, 3, 3)
+    wanted = combined(outputs, [0.5, 0.25], matrices, axis)
+    strange = [output.transpose(0, 1).contiguous().transpose(0, 1) for output in outputs]
+    assert not strange[0].is_contiguous()
+    torch.testing.assert_close(combined(strange, [0.5, 0.25], matrices, axis), wanted)
 
 
 def test_latents_without_a_batch():
-    output, terms = torch.randn(3, 4, 6), torch.randn(1, 3, 3)
-    made = combine([output], [0.5], matrices=PlacedMatrices(terms, Layout(-3)))
-    torch.testing.assert_close(made, 0.5 * output + torch.einsum("cd,chw->dhw", terms[0], output))
+    output, matrices = random(3, 4, 6), random(1, 3, 3)
+    wanted = 0.5 * output + torch.einsum("cd,chw->dhw", matrices[0], output)
+    torch.testing.assert_close(combined([output], [0.5], matrices, -3), wanted)
 
 
-@pytest.mark.parametrize("rows", [[[1.0], [0.5, 2.0]], [[1.0], [0.5]]])  # the second: another number of outputs
-def test_small_matrices_of_tokens_hold_the_shared_coefficients(monkeypatch, rows):
-    rng = torch.Generator().manual_seed(0)
-    steps, outputs = [[], torch.randn(2, 3, 3, generator=rng).tolist()], list(torch.randn(2, 2, 6, 12, generator=rng))
-    given = rows, [0.0, 0.0], ChannelMatrices(Layout(-1), steps)
-    made_anew = combine(outputs, rows[1], matrices=placed(steps[1], Layout(-1), outputs[0].device))
-    kept = Coefficients(*given)
-    *_, matrices = kept.at(1, outputs[0])
-    assert (matrices.of_tokens is not None) == (len(rows[1]) == 2)
-    torch.testing.assert_close(combine(outputs, *kept.at(1, outputs[0])), made_anew)
-    torch.testing.assert_close(
-        combine(outputs[:1], *kept.at(1, outputs[0])),
-        combine(outputs[:1], rows[1], None, 0, placed(steps[1], Layout(-1), outputs[0].device)),
+# -- on the device -----------------------------------------------------------------------------------------
+
+
+def test_every_step_has_its_own_matrices_or_none():
+    steps = [[], [[[1, 2], [3, 4]]], [[[5.0, 6.0], [7.0, 8.0]], [[9.0, 10.0], [11.0, 12.0]]]]
+    none, *placed = Coefficients([[1.0]] * 3, [0.0] * 3, ChannelMatrices(Layout(-3), steps)).rows(CPU)
+    assert none == Row([1.0])
+    for row, step in zip(placed, steps[1:], strict=True):
+        assert row.channels.matrices.tolist() == step and row.channels.matrices.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [int, float])
+def test_matrices_are_float32_whatever_the_file_writes(kind):
+    whole = [[[[kind(row == column) for column in range(3)] for row in range(3)]]]
+    (placed,) = ChannelMatrices(Layout(-3), whole).on(CPU)
+    output = random(1, 3, 2, 2)
+    torch.testing.assert_close(combine([output], Row([1.0], 0.0, placed), output), 2 * output)
+
+
+def with_channels(pipe) -> Calibration:
+    """A calibration of a toy pipeline with matrices that nobody fitted; step 0 has none."""
+    made = ertacache.calibrate(
+        pipe, ["p", "q"], seeds=(0, 1), computed_steps=5, num_inference_steps=STEPS, progress=False
     )
-    # other coefficients beside the same matrices
-    other = kept.changed([(1, 0)], [1.0])
-    torch.testing.assert_close(combine(outputs, *other.at(1, outputs[0])), made_anew + outputs[0])
-    monkeypatch.setattr(channels, "KEPT_BYTES", 2 * 4 * 9 * 16 - 1)
-    *_, matrices = Coefficients(*given).at(1, outputs[0])
-    assert matrices.of_tokens is None
+    counts = [len(row) for row in made.coefficients]
+    steps = [(0.1 * random(count, 3, 3, seed=step)).tolist() for step, count in enumerate(counts)]
+    return replace(made, channel_coefficients=[[], *steps[1:]], channel_axis=-3)
+
+
+def run(pipe, latents=None):
+    generator = torch.Generator().manual_seed(7)
+    return pipe("p", generator=generator, num_inference_steps=STEPS, output_type="latent", latents=latents)[0]
+
+
+def test_a_run_is_the_loop_of_the_method():
+    """Written out: the same combination at every step, around the same model and scheduler."""
+    pipe = ToyPipeline(curved)
+    made, start = with_channels(pipe), random(1, 3, 4, 4, seed=3)
+    with ertacache.apply(pipe, made):
+        cached = run(pipe, start)
+    plain, x, history = ToyPipeline(curved), start, []
+    plain.scheduler.set_timesteps(STEPS)
+    for i, t in enumerate(plain.scheduler.timesteps):
+        if i in made.computed_steps:
+            history.insert(0, plain.transformer(x, t.expand(1))[0])
+        v = sum(a * o for a, o in zip(made.coefficients[i], history, strict=False))
+        for matrix, output in zip(made.channel_coefficients[i], history, strict=False):
+            v = v + turned(-3, torch.tensor(matrix), output)
+        x = plain.scheduler.step(v, t, x, return_dict=False)[0]
+    torch.testing.assert_close(cached, x)
+    assert not torch.allclose(cached, run(plain, start), atol=1e-3)
 
 
 def test_nothing_is_copied_to_the_device_inside_the_loop(monkeypatch):
-    pipe, made = ToyPipeline(gaussian), calibrate()
-    seen = []
-    copied, step = ChannelMatrices._copied, pipe.scheduler.step
-    monkeypatch.setattr(ChannelMatrices, "_copied", lambda *given: seen.append("copied") or copied(*given))
+    pipe = ToyPipeline(curved)
+    made, seen = with_channels(pipe), []
+    copied, step = ChannelMatrices.on, pipe.scheduler.step
+    monkeypatch.setattr(ChannelMatrices, "on", lambda *given: seen.append("copied") or copied(*given))
     counted = functools.wraps(step)(lambda *a, **k: seen.append("step") or step(*a, **k))
     monkeypatch.setattr(pipe.scheduler, "step", counted)
     with ertacache.apply(pipe, made):
-        run(pipe, STEPS)
+        run(pipe)
     assert seen == ["copied", *["step"] * STEPS]
-
-
-# -- the fit -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("axis", list(SHAPES))
-def test_the_fit_finds_the_coefficients_of_channels(axis):
-    layout, rng = Layout(axis), torch.Generator().manual_seed(0)
-    shape = (4, *SHAPES[axis][1:])
-    columns = [torch.randn(shape, generator=rng) for _ in range(2)]
-    true = 0.2 * torch.randn(2, 3, 3, generator=rng)
-    target = combine(columns, [1.0, -0.5], matrices=placed(true.tolist(), layout, torch.device("cpu")))
-    found = fit_channels(columns, target, [1.0, -0.5], layout)
-    assert found == pytest.approx(true.numpy(), abs=2e-2)
-    assert np.array_equal(found, np.round(found, 5))
-
-
-def test_terms_serve_every_step_and_none_where_there_are_none():
-    steps = [[], [[[1.0, 2.0], [3.0, 4.0]]], [[[5.0, 6.0], [7.0, 8.0]], [[9.0, 10.0], [11.0, 12.0]]]]
-    terms = ChannelMatrices(Layout(-3), steps)
-    assert terms.on(torch.device("cpu"))[0] is None
-    for step in (1, 2):
-        assert terms.on(torch.device("cpu"))[step].matrices.tolist() == steps[step]
-    coefficients = Coefficients([[1.0]] * 3, [0.0] * 3, terms)
-    assert coefficients.plain(0) and not coefficients.plain(1)
-
-
-def test_gaussian_data_is_predicted_far_better_than_with_shared_coefficients():
-    runs = recorded_runs(ToyPipeline(gaussian), PROMPTS, seeds=range(6), num_inference_steps=STEPS)
-    shared, grouped = (
-        runs.final_error(Fitter(SCHEDULE, runs.recorded.latents, form=Form(3, layout)))
-        for layout in (None, runs.layout)
-    )
-    assert grouped < shared - 3  # decades of the squared error: 30 dB
-
-
-def test_unseen_prompts_and_the_prediction_gain_too():
-    pipe = ToyPipeline(gaussian)
-    made = calibrate(pipe)
-    reference = run(pipe, STEPS, prompts=tuple("abcd"))
-    with ertacache.apply(pipe, made):
-        error = (run(pipe, STEPS, prompts=tuple("abcd")) - reference).square().mean()
-    shared = replace(made, channel_coefficients=None, channel_axis=None)
-    with ertacache.apply(pipe, shared):
-        without = (run(pipe, STEPS, prompts=tuple("abcd")) - reference).square().mean()
-    assert error < 0.01 * without
-    assert made.predicted["psnr"] > 50
-
-
-def test_given_steps_are_taken_as_they_are():
-    runs = recorded_runs(ToyPipeline(gaussian), PROMPTS, seeds=range(6), num_inference_steps=STEPS)
-    first = Fitter(SCHEDULE, runs.recorded.latents, form=Form(3, runs.layout))
-    runs.run(first)
-    moved = first.fitted().changed([(4, 0)], [0.01])
-    last = Fitter(SCHEDULE, runs.recorded.latents, form=Form(3, runs.layout), given=moved, start=STEPS - 1)
-    runs.run(last)
-    made = last.fitted()
-    assert made.outputs[:-1] == moved.outputs[:-1] and made.matrices.steps[:-1] == moved.matrices.steps[:-1]
-    assert made.outputs[-1] != moved.outputs[-1]
 
 
 # -- the file ----------------------------------------------------------------------------------------------
 
 
-def test_the_file_keeps_them(tmp_path):
-    made = calibrate()
+@pytest.fixture(scope="module")
+def made() -> Calibration:
+    return with_channels(ToyPipeline(curved))
+
+
+def test_the_file_keeps_them(made, tmp_path):
     assert made.channel_axis == -3 and made.channel_coefficients[0] == []
     assert Calibration.load(made.save(tmp_path / "c.json")) == made
 
@@ -229,15 +191,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", list(WRONG))
-def test_damaged_files_are_refused(name):
-    data = calibrate().to_dict()
+def test_damaged_files_are_refused(made, name):
+    data = made.to_dict()
     with pytest.raises(CalibrationError, match=r"'channel_(coefficients|axis)'"):
         Calibration.from_dict({**data, **WRONG[name](data)})
 
 
-def test_latents_with_other_channels_are_refused():
-    made = calibrate()
+def test_latents_with_other_channels_are_refused(made):
     odd = replace(made, latent_shape=[2, 4, 4], channel_coefficients=[[]] * STEPS)
-    pipe = ToyPipeline(gaussian)
+    pipe = ToyPipeline(curved)
     with ertacache.apply(pipe, odd), pytest.raises(MismatchError, match="2 channels of"):
-        run(pipe, STEPS)
+        run(pipe)

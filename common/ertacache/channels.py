@@ -32,12 +32,6 @@ class Layout:
         """How many there are in latents of that shape, with a batch or without."""
         return shape[-1] // PATCH if self.packed else shape[self.axis]
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """The values of a tensor as (places, channels)."""
-        if self.packed:
-            return tensor.unflatten(-1, (-1, PATCH)).transpose(-1, -2).flatten(0, -2)
-        return tensor.movedim(self.axis, -1).flatten(0, -2)
-
 
 class StepChannels(NamedTuple):
     """The matrices of one step on a device, (outputs, channels from, channels to), float32."""
@@ -55,7 +49,8 @@ class ChannelMatrices:
 
     def on(self, device: torch.device) -> list[StepChannels | None]:
         """Those of each step on a device, in one copy; None for a step without any."""
-        flat = torch.tensor([v for step in self.steps for matrix in step for row in matrix for v in row])
+        values = [v for step in self.steps for matrix in step for row in matrix for v in row]
+        flat = torch.tensor(values, dtype=torch.float32)  # a file may hold whole numbers
         if device.type == "cuda":  # a copy from pageable memory would wait for the device
             flat = flat.pin_memory()
         sizes = [len(step) * len(step[0]) * len(step[0][0]) if step else 0 for step in self.steps]
