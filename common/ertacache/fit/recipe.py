@@ -1,7 +1,6 @@
 """Calibrate a pipeline: record the uncached runs, choose the steps, fit, predict the quality."""
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import date
@@ -20,7 +19,6 @@ from ertacache.fit.record import Record
 from ertacache.fit.runs import MICRO_BATCH, Runs, mean_log_error, quiet, record_runs
 from ertacache.fit.schedule import EARLY, choose_steps
 from ertacache.fit.step_by_step import StepFit, fit_last_step, fit_step_by_step
-from ertacache.fit.store import TrajectoryStore
 from ertacache.published import PHI_OVER
 from ertacache.replay import cache_of
 from ertacache.schema import CALIBRATED_METHODS
@@ -92,7 +90,6 @@ def calibrate(
             progress=progress,
             memory_limit=memory_limit,
             on_begin=cost.announce,
-            on_first_step=cost.estimate,
         )
         if method == "paper":
             make: Make = lambda k: fit_paper(runs, k, threshold, phi_over, effort)  # noqa: E731
@@ -266,37 +263,24 @@ def _computed_steps(goal: tuple[str, Any], steps: int) -> int | None:
 
 
 class Cost:
-    """Say what a calibration costs: evaluations before the first one, time and memory after a step, and the truth."""
+    """Print what a calibration costs before its first evaluation, and what it took."""
 
     def __init__(self, goal: tuple[str, Any], effort: str):
-        self.goal, self.effort = goal, effort
-        self.total = self.prompts = self.steps = 0
-        self.started = 0.0
+        self.goal, self.effort, self.steps = goal, effort, 0
 
     def announce(self, bar: Any, prompts: int, steps: int) -> None:
         """Print the most that it takes; raises CalibrationError for a K that cannot be."""
-        self.started, self.prompts, self.steps = time.perf_counter(), prompts, steps
-        computed = _computed_steps(self.goal, steps)
+        self.steps, computed = steps, _computed_steps(self.goal, steps)
         if computed is not None:
             check_computed_steps(steps, computed)
-        self.total = most_evaluations(self.effort, prompts, steps, steps if computed is None else computed)
+        bar.total = most_evaluations(self.effort, prompts, steps, steps if computed is None else computed)
         if self.goal[0] == "min_psnr":
             if self.effort == "fast" or prompts < FOLDS:
                 raise CalibrationError("min_psnr needs a prediction: two prompts or more, and more effort than fast")
             # a calibration for every K that bisection tries
-            self.total = prompts * steps + (steps.bit_length() + 1) * (self.total - prompts * steps)
-        bar.total = self.total
+            bar.total = prompts * steps + (steps.bit_length() + 1) * (bar.total - prompts * steps)
         known = f", {computed} computed" if computed is not None else ""
-        self._print(bar, f"at most {self._in_runs(self.total)} ({prompts} prompts, {steps} steps{known})")
-
-    def estimate(self, bar: Any, store: TrajectoryStore) -> None:
-        """Print the time, once a step of all prompts was made, and what the trajectories take."""
-        seconds = time.perf_counter() - self.started
-        self._print(
-            bar,
-            f"about {shown_time(seconds * self.total / self.prompts)} at {seconds:.2g} s a step; "
-            f"trajectories: {stored(store)}",
-        )
+        self._print(bar, f"at most {self._in_runs(bar.total)} for {prompts} prompts of {steps} steps{known}")
 
     def close(self, runs: Runs) -> None:
         """Print what it took."""
@@ -309,28 +293,6 @@ class Cost:
     def _print(self, bar: Any, text: str) -> None:
         if not bar.disable:
             bar.write(f"calibration: {text}", file=sys.stderr)
-
-
-def stored(store: TrajectoryStore) -> str:
-    """How much the trajectories take, and where they are."""
-    place = f"in files in {store.place}" if store.on_disk else "in memory"
-    limit = "" if store.limit is None else f" (limit {shown_size(store.limit)})"
-    return f"{shown_size(store.planned)} {place}{limit}"
-
-
-def shown_size(count: int) -> str:
-    """Bytes in the largest unit that leaves a number of 1 or more."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
-
-
-def shown_time(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever is read most easily."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _provenance(runs: Runs, model_id: str | None, effort: dict[str, Any]) -> dict[str, Any]:

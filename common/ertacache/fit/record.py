@@ -85,17 +85,11 @@ class Recording(Cache):
         memory_limit: bytes of latents and outputs, 2 N + 1 tensors, that may stay in memory; above it all of them go
             to files in the system's temporary folder. None for no limit.
         on_begin: told the number of steps, before anything is computed.
-        on_first_step: told the store, once a step was made.
     """
 
-    def __init__(
-        self,
-        memory_limit: int | None = None,
-        on_begin: Callable[[int], None] = lambda _: None,
-        on_first_step: Callable[[TrajectoryStore], None] = lambda _: None,
-    ) -> None:
+    def __init__(self, memory_limit: int | None = None, on_begin: Callable[[int], None] = lambda _: None) -> None:
         super().__init__((), Coefficients.of_outputs([]))
-        self.memory_limit, self.on_begin, self.on_first_step = memory_limit, on_begin, on_first_step
+        self.memory_limit, self.on_begin = memory_limit, on_begin
 
     def begin(self, scheduler: Any) -> Cache:
         """Forget what was recorded, and begin anew."""
@@ -124,8 +118,6 @@ class Recording(Cache):
     def stepped(self, step: int, latents: Tensor) -> None:
         """Keep the latents after a step."""
         self.latents.append(self.store.keep(latents))
-        if step == 0:
-            self.on_first_step(self.store)
 
     def record(self, pixels: Tensor) -> Record:
         """What was recorded."""

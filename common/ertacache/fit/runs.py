@@ -14,7 +14,6 @@ from ertacache.attach import Structure, attached
 from ertacache.cache import Cache
 from ertacache.errors import CalibrationError
 from ertacache.fit.record import Record, Recording
-from ertacache.fit.store import TrajectoryStore
 from ertacache.intercept import Interception, uncompiled
 from ertacache.solver import first_output
 
@@ -114,12 +113,11 @@ def record_runs(
     progress: bool = False,
     memory_limit: int | None = None,
     on_begin: Callable[[Any, int, int], None] = lambda bar, prompts, steps: None,
-    on_first_step: Callable[[Any, TrajectoryStore], None] = lambda bar, store: None,
 ) -> Runs:
     """Record the uncached runs; prompt i with seed i, the shorter list repeated.
 
     Args:
-        on_begin, on_first_step: told what is known then, with the progress bar; see recipe.py.
+        on_begin: told the progress bar, the prompts and the steps before anything is computed.
 
     Raises:
         CalibrationError: there is no prompt or no seed.
@@ -130,9 +128,7 @@ def record_runs(
         raise CalibrationError("calibration needs at least one prompt and one seed")
     count = max(len(prompts), len(seeds))
     bar = tqdm(total=None, desc="calibrate", unit="call", disable=not progress, leave=False)
-    recording = Recording(
-        memory_limit, lambda steps: on_begin(bar, count, steps), lambda store: on_first_step(bar, store)
-    )
+    recording = Recording(memory_limit, lambda steps: on_begin(bar, count, steps))
     runs = Runs(
         pipe,
         [prompts[i % len(prompts)] for i in range(count)],
