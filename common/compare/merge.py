@@ -1,0 +1,57 @@
+"""Put rows of a later comparison into an earlier one's results: other methods stay as they were measured.
+
+python -m compare.merge RESULTS.json NEWER.json      replaces rows of the methods that NEWER.json has, in RESULTS.json
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compare.results import Row, read_results, write_results
+from ertacache.cli import command
+from ertacache.errors import ResultsError
+
+SAME = ("model", "num_inference_steps", "n", "prompts_sha256", "seeds", "device", "dtype")
+
+
+def merged(rows: Sequence[Row], newer: Sequence[Row]) -> list[Row]:
+    """The rows, with those of the newer ones' methods in place of their own; the uncached row stays.
+
+    Raises:
+        ResultsError: they were not measured on the same model, prompts and seeds.
+    """
+    first = rows[0]
+    for row in newer:
+        other = next((name for name in SAME if getattr(row, name) != getattr(first, name)), None)
+        if other:
+            raise ResultsError(
+                f"{row.method}: {other} is {getattr(row, other)!r:.60}, not {getattr(first, other)!r:.60}"
+            )
+    replaced = {row.method for row in newer if row.role != "reference"}
+    kept = [row for row in rows if row.method not in replaced]
+    reference = [row for row in kept if row.role == "reference"]
+    return [*reference, *(row for row in newer if row.role != "reference"), *(r for r in kept if r.role != "reference")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. Returns its exit code: 0, 1 for results that do not belong together, 2 for a wrong flag."""
+    return command.run(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> None:
+    parser = command.Parser(prog="compare.merge", description="Put rows of a later comparison into results.")
+    parser.add_argument("results", type=Path)
+    parser.add_argument("newer", type=Path)
+    options = parser.parse_args(arguments)
+    (rows, meta), (newer, newer_meta) = read_results(options.results), read_results(options.newer)
+    both: dict[str, Any] = {
+        **meta,
+        **{key: newer_meta[key] for key in ("predicted", "calibration") if key in newer_meta},
+    }
+    both["merged"] = f"{', '.join(sorted({row.method for row in newer}))} of {newer_meta.get('date', 'a later day')}"
+    write_results(options.results, merged(rows, newer), both)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
