@@ -70,6 +70,9 @@ def check_script(folder: Path, name: str, argv: list[str]) -> None:
     assert (folder / name).is_file(), f"{name} is not in {folder.name}"
     if Path(name).name == "test.sh":
         assert "sh test.sh" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+        if argv[:1] == ["-m"]:
+            assert f'"{argv[1]}: ' in (ROOT / "pyproject.toml").read_text(encoding="utf-8"), f"no marker {argv[1]}"
+            argv = argv[2:]
         assert all((ROOT / word).exists() for word in argv)
         return
     # UsageError for an unknown flag or a value of the wrong type

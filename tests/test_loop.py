@@ -28,7 +28,13 @@ def embedded():
     return tiny_pipeline("flux")
 
 
-@pytest.mark.parametrize("path", sorted((FIRST_FOLDER / "calibration").glob("tiny-*.json")), ids=lambda p: p.stem)
+FILES = [
+    *(FIRST_FOLDER / "calibration").glob("tiny-*.json"),
+    *(ROOT / "tests" / "golden").rglob("tiny-64x64-n28-*.json"),
+]
+
+
+@pytest.mark.parametrize("path", sorted(FILES), ids=lambda p: p.stem)
 def test_the_loop_makes_the_latents_of_apply(path, embedded):
     calibration = ertacache.Calibration.load(path)
     if calibration.channel_coefficients is not None:
