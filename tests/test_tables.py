@@ -35,6 +35,13 @@ def test_how_far_predictions_were_off_is_said_where_a_comparison_kept_them():
     assert "the 1 rows that kept a prediction: \N{MINUS SIGN}0.50 to" in made and "Predicted" not in bare
 
 
+def test_the_front_page_has_a_column_for_each_effort_where_both_were_measured():
+    one, both = [row()], [row(), row("ertacache-best", psnr=65.0)]
+    assert "| ERTACache, dB |" in overview_markdown([one], [{}])
+    page = overview_markdown([both], [{}])
+    assert "| Default, dB | Best effort, dB |" in page and "| **62.00** | 65.00 |" in page
+
+
 def test_the_front_page_counts_the_speed_up():
     """Seconds of a busy machine, as in the folders' tables, can lie beyond N / K."""
     made = [row(compute_fraction=0.5, speedup=9.0), row("magcache", "rival", compute_fraction=0.52, speedup=9.0)]

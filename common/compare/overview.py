@@ -14,8 +14,8 @@ from compare.results import COMPARABLE_BAND, METRICS, Row, best_rival, metric_te
 from ertacache.cli import command
 
 MARKER, STRIP_MARKER = "overview", "schedule"
-OURS = ("ertacache", "ertacache-best")
-HEADER = ["Model", "Computed", "Speed-up", "Default, dB", "Best effort, dB", "Best rival", "its dB"]
+OURS = {"ertacache": "Default, dB", "ertacache-best": "Best effort, dB"}  # methods and their columns
+DEFAULT = "ertacache"
 
 
 def overview_markdown(results: Sequence[Sequence[Row]], metas: Sequence[Mapping[str, Any]]) -> str:
@@ -23,14 +23,15 @@ def overview_markdown(results: Sequence[Sequence[Row]], metas: Sequence[Mapping[
 
     Args:
         results: the rows of each model.
-        metas: what lies beside each of the results; `predicted` is the PSNR in dB by method and computed steps.
+        metas: what lies beside each of the results; `predicted` is the PSNR in dB by method and computed steps, or by
+            computed steps alone in older ones.
     """
     devices = sorted({row.device for rows in results for row in rows})
     pairs = sorted({row.n for rows in results for row in rows if row.role == "ours"})
     parts = [
         f"PSNR to the uncached result of the same prompt and seed: {' or '.join(map(str, pairs))} held-out pairs, on "
         f"{', '.join(devices)}.",
-        grid(HEADER, [_line(section) for rows in results for section in _sections(rows)], left=2),
+        _table(results),
         "Speed-up is counted: transformer FLOPs of the uncached run over those of the method. Every rival is tuned to "
         f"cost as much as ours, or up to {COMPARABLE_BAND:g} of an uncached run more.",
         _predictions(results, metas),
@@ -52,16 +53,24 @@ def _sections(rows: Sequence[Row]) -> list[list[Row]]:
     return [[row for row in rows if row.asked_steps == steps] for steps in asked]
 
 
-def _ours(section: Sequence[Row], method: str = OURS[0]) -> Row | None:
+def _ours(section: Sequence[Row], method: str = DEFAULT) -> Row | None:
     return next((row for row in section if row.role == "ours" and row.method == method), None)
 
 
-def _line(section: Sequence[Row]) -> list[str]:
-    default, rival = _ours(section), best_rival(section, "psnr")
-    ours = default or next(row for row in section if row.role == "ours")
+def _table(results: Sequence[Sequence[Row]]) -> str:
+    """Both efforts in columns of their own where both were measured; results of one alone do not say which it was."""
+    measured = {row.method for rows in results for row in rows}
+    methods = OURS if measured >= OURS.keys() else {DEFAULT: "ERTACache, dB"}
+    header = ["Model", "Computed", "Speed-up", *methods.values(), "Best rival", "its dB"]
+    return grid(header, [_line(section, list(methods)) for rows in results for section in _sections(rows)], left=2)
+
+
+def _line(section: Sequence[Row], methods: Sequence[str]) -> list[str]:
+    rival, ours = best_rival(section, "psnr"), next(row for row in section if row.role == "ours")
     cells = [ours.model, f"{ours.asked_steps} of {ours.num_inference_steps}", f"{1 / ours.compute_fraction:.2f}x"]
+    first, *others = (metric_text(_ours(section, method), "psnr") for method in methods)
     beside = [rival.method, metric_text(rival, "psnr")] if rival else ["none", ""]
-    return [*cells, f"**{metric_text(default, 'psnr')}**", metric_text(_ours(section, OURS[1]), "psnr"), *beside]
+    return [*cells, f"**{first}**", *others, *beside]
 
 
 def _predictions(results: Sequence[Sequence[Row]], metas: Sequence[Mapping[str, Any]]) -> str:
@@ -70,7 +79,8 @@ def _predictions(results: Sequence[Sequence[Row]], metas: Sequence[Mapping[str, 
     for rows, meta in zip(results, metas, strict=True):
         for section in _sections(rows):
             for ours in (row for row in section if row.role == "ours" and row.psnr is not None):
-                predicted = (meta.get("predicted") or {}).get(f"{ours.method} {ours.asked_steps}")
+                known = meta.get("predicted") or {}
+                predicted = known.get(f"{ours.method} {ours.asked_steps}", known.get(str(ours.asked_steps)))
                 if predicted is not None:
                     errors.append(predicted - ours.psnr)
     if not errors:
