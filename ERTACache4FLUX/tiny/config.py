@@ -1,4 +1,4 @@
-"""What the embedded tiny pipeline overrides in ../config.py."""
+"""Overrides of ../config.py for the embedded tiny pipeline."""
 
 DTYPE = "float32"
 PROMPTS = "prompts/tiny_examples.txt"

@@ -1,4 +1,4 @@
-"""What the embedded tiny pipeline overrides in ../config.py."""
+"""Overrides of ../config.py for the embedded tiny pipeline."""
 
 DTYPE = "float32"
 PROMPTS = "prompts/tiny_examples.txt"
@@ -7,5 +7,5 @@ WIDTH = 64
 RESOLUTION = None
 ASPECT_RATIO = None
 NUM_FRAMES = 17
-AESTHETIC_SCORE = None  # its captions have no scores: the words would be unknown ones
+AESTHETIC_SCORE = None  # its captions have no scores
 MICRO_BATCH = 16
