@@ -20,12 +20,12 @@ GUIDANCE_SCALE = 3.5  # an embedding of the distilled model: one call per step
 MAX_SEQUENCE_LENGTH = 512  # text tokens
 
 # how to accelerate: set exactly one of the four goals, leave the others None
-METHOD = "ertacache"  # none, paper, teacache or ertacache
+METHOD = "ertacache"  # none, ertacache, paper (the published method) or teacache
 SPEEDUP: float | None = 2.0  # N / K: steps per computed step
 COMPUTED_STEPS: int | None = None  # K: steps at which the transformer runs
 MIN_PSNR: float | None = None  # dB to the uncached picture, as predicted
-THRESHOLD: float | None = None  # lambda of the published method (the paper: 0.6 for FLUX), or TeaCache's; not for ertacache
-PHI_OVER = "output"  # published method: phi divides the error of reuse by |o_i| (output) or |o_i - o_(i+1)| (change)
+THRESHOLD: float | None = None  # lambda of paper (0.6 published for FLUX) or teacache; not for ertacache
+PHI_OVER = "output"  # paper: phi divides the error of reuse by |o_i| (output) or |o_i - o_(i+1)| (change)
 
 # calibration
 CALIBRATION: str | None = None  # a calibration file; None: the one in CALIBRATION_FOLDER, made if missing
@@ -33,7 +33,7 @@ CALIBRATION_FOLDER = "calibration"
 CALIBRATION_PROMPTS = "prompts/calibration.txt"  # one prompt per line; never used to measure quality
 NUM_CALIBRATION_PROMPTS = 8  # the first ones of that file
 MICRO_BATCH = 1  # samples per transformer call in calibration and comparison
-MEMORY_LIMIT_GIB: float | None = None  # recorded trajectories in host memory; the rest goes to files under TMPDIR
+MEMORY_LIMIT_GIB: float | None = None  # recorded trajectories in host memory; above it, all go to files under TMPDIR
 EFFORT = "balanced"  # fast, balanced or best: 1.5 P, 3 P or 100 uncached runs of calibration at 2x, for P prompts
 
 # where results go

@@ -29,12 +29,12 @@ MOTION_SCORE: float | None = None  # the same
 CAMERA_MOTION: str | None = None  # the same: "pan right", "zoom in", ...
 
 # how to accelerate: set exactly one of the four goals, leave the others None
-METHOD = "ertacache"  # none, paper, teacache or ertacache
+METHOD = "ertacache"  # none, ertacache, paper (the published method) or teacache
 SPEEDUP: float | None = 2.0  # N / K: steps per computed step
 COMPUTED_STEPS: int | None = None  # K: steps at which the transformer runs
 MIN_PSNR: float | None = None  # dB to the uncached video, as predicted
-THRESHOLD: str | float | None = None  # lambda of the published method: "slow" (0.1), "fast" (0.18) or a number; or TeaCache's
-PHI_OVER = "output"  # published method: phi divides the error of reuse by |o_i| (output) or |o_i - o_(i+1)| (change)
+THRESHOLD: str | float | None = None  # lambda of paper: slow (0.1), fast (0.18) or a number; or of teacache
+PHI_OVER = "output"  # paper: phi divides the error of reuse by |o_i| (output) or |o_i - o_(i+1)| (change)
 
 # calibration
 CALIBRATION: str | None = None  # a calibration file; None: the one in CALIBRATION_FOLDER, made if missing
@@ -42,7 +42,7 @@ CALIBRATION_FOLDER = "calibration"
 CALIBRATION_PROMPTS = "prompts/calibration.txt"  # one prompt per line; never used to measure quality
 NUM_CALIBRATION_PROMPTS = 8  # the first ones of that file
 MICRO_BATCH = 2  # samples per transformer call in calibration and comparison; with guidance a prompt is two
-MEMORY_LIMIT_GIB: float | None = None  # recorded trajectories in host memory; the rest goes to files under TMPDIR
+MEMORY_LIMIT_GIB: float | None = None  # recorded trajectories in host memory; above it, all go to files under TMPDIR
 EFFORT = "balanced"  # fast, balanced or best: 1.5 P, 3 P or 100 uncached runs of calibration at 2x, for P prompts
 
 # where results go
