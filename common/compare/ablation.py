@@ -1,4 +1,4 @@
-"""The parts of the method as calibrations, one a row; a row that begins with + adds one thing to the row before."""
+"""Make the rows of the ablation, one calibration each; a row that begins with + adds one thing to the row before."""
 
 from dataclasses import asdict
 from typing import Any
@@ -16,12 +16,12 @@ from ertacache.published import PHI_OVER
 
 
 def ablations(runs: Runs, ours: list[int], phi_over: str = PHI_OVER[0]) -> dict[str, Calibration]:
-    """Name -> calibration, in the order of the table.
+    """Return name -> calibration, in the order of the table.
 
     Args:
         runs: recorded calibration runs.
         ours: our schedule.
-        phi_over: which of its definitions the timestep adjustment takes.
+        phi_over: definition of the timestep adjustment.
     """
     record, computed_steps = runs.record, len(ours)
     uniform = uniform_schedule(record.num_steps, computed_steps)
@@ -52,7 +52,7 @@ def residual_reuse(runs: Runs, schedule: list[int]) -> Calibration:
 
 
 def linear_extrapolation(runs: Runs, schedule: list[int]) -> Calibration:
-    """The line through the last two computed outputs, over sigma (or timestep where there are no sigmas)."""
+    """Extrapolate the last two computed outputs linearly, over sigma (or timestep without sigmas)."""
     record = runs.record
     axis = record.sigmas or record.timesteps
     rows: list[list[float]] = []

@@ -1,4 +1,4 @@
-"""One comparison from calibration to report: who competes, at which setting, and in which order things are done.
+"""Run one comparison from calibration to report: who competes, at which setting, in which order.
 
 Ours and the rivals are calibrated and tuned on the calibration prompts, and measured on held-out ones.
 """
@@ -86,7 +86,7 @@ class Study:
         }
 
     def run(self) -> Path:
-        """All of it; a run that was interrupted goes on from what is in the ledger."""
+        """Run all of it; an interrupted run goes on from the ledger."""
         comparison = Comparison(
             self.pipe,
             self.arguments,
@@ -113,7 +113,7 @@ class Study:
         return self.out
 
     def _save_for_vbench(self, contender: Contender, prompt: str, seed: int, result: Tensor) -> None:
-        """vbench/<method>/<prompt>-<index>, the index counting the seeds from 0, as VBench counts its samples."""
+        """Save to vbench/<method>/<prompt>-<index>, the index counting the seeds from 0."""
         name = vbench_name(prompt, self.chosen.seeds.index(seed)).removesuffix(".mp4")
         folder = self.out / "vbench" / slug(contender.name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +157,7 @@ class Study:
         )
 
     def calibration(self, method: str, count: int) -> Calibration:
-        """That of a method with so many computed steps: ours as the folder keeps it where it does, or made anew."""
+        """The calibration of a method with so many computed steps: a kept one, or a new one."""
         asking = self._asking(method, count)
         kept = kept_calibration(self.pipe, asking, self.model) if method in OURS else None
         if kept is not None:
@@ -169,7 +169,7 @@ class Study:
         return Calibration.from_dict(self.ledger.get(f"calibration {method} {count}", make))
 
     def _asking(self, method: str, count: int) -> Settings:
-        """The settings of a run.sh that asks for so many computed steps of a method."""
+        """Settings of a run.sh that asks for so many computed steps of a method."""
         goals = dict.fromkeys(settings.GOALS)
         asking = {**vars(self.chosen), **goals, "method": method, "computed_steps": count}
         if method in OURS:
@@ -227,7 +227,7 @@ class Study:
 
 
 def _version(calibration: Calibration) -> str:
-    """Tells one calibration from another of the same method and number of computed steps."""
+    """Tell a calibration from another of the same method and number of computed steps."""
     return hashlib.sha256(json.dumps(calibration.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 

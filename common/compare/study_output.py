@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: its rows, results.json, table.md and report.html."""
+"""Write what a comparison leaves: results.json, table.md and report.html."""
 
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def row_of(study: "Study", contender: Contender, comparison: Comparison, times: dict[str, float]) -> Row:
-    """The row of results.json for one contender; `times` holds seconds by contender name."""
+    """Make a row of results.json for one contender; `times` holds seconds by contender name."""
     measured = comparison.quality(contender)
     seconds, uncached = times[contender.name], times["none uncached"]
     values: dict[str, Any] = {}
@@ -57,7 +57,7 @@ def row_of(study: "Study", contender: Contender, comparison: Comparison, times: 
 def write_outcome(
     study: "Study", rows: list[Row], contenders: list[Contender], reference: Contender, comparison: Comparison
 ) -> None:
-    """Write results.json, table.md and report.html into the study's folder; several processes, the main one."""
+    """Write results.json, table.md and report.html into the study's folder, in the main process."""
     shown = [c for c in contenders if c.role != "ablation"]
     curves = _curves(shown, comparison)
     if not processes.is_main():
@@ -87,13 +87,13 @@ def _ours(study: "Study", rows: list[Row]) -> dict[str, Calibration]:
 
 
 def _predictions(study: "Study", rows: list[Row]) -> dict[str, float]:
-    """The PSNR in dB that ours promised, before it was measured, by method and asked number of computed steps."""
+    """Predicted PSNR of ours in dB, by method and asked number of computed steps."""
     made = _ours(study, rows).items()
     return {name: calibration.predicted["psnr"] for name, calibration in made if calibration.predicted}
 
 
 def _curves(contenders: list[Contender], comparison: Comparison) -> dict[str, list[Curve]]:
-    """Method -> error per step at each cost, where its steps are the reference's."""
+    """Method -> error per step at each cost, if its steps are the reference's."""
     curves: dict[str, list[Curve]] = {}
     for contender in contenders:
         error = comparison.error_per_step(contender)

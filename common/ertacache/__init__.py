@@ -5,10 +5,10 @@
     with ertacache.apply(pipe, calibration):      # attaches at once; leaving the block removes it
         image = pipe(prompt, num_inference_steps=28).images[0]
 
-`calibrate` makes a `Calibration` for a pipeline, which is one JSON file. `apply` attaches it to any diffusers pipeline
-that has a transformer and a scheduler, or to a transformer alone; `remove` takes it off. A wrong result raises one of
-the errors below; what costs quality only is a `MismatchWarning`. `ertacache.metrics` measures the distance to uncached
-results, and the command `ertacache` looks into calibration files.
+`calibrate` makes a `Calibration`, one JSON file. `apply` attaches it to a diffusers pipeline with a transformer and a
+scheduler, or to a bare transformer; `remove` takes it off. What would give a wrong result raises one of the errors
+below; what only costs quality is a `MismatchWarning`. `ertacache.metrics` measures the distance to uncached results.
+The command `ertacache` inspects calibration files.
 
 The method is derived from arXiv 2508.21091; see docs/method.md, and docs/calibration-file.md for the file.
 """

@@ -1,4 +1,4 @@
-"""Attach a calibration to a pipeline, or to a transformer alone, and take it off again."""
+"""Apply a calibration to a pipeline or a bare transformer, and remove it."""
 
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Applied:
-    """A calibration attached to a pipeline or a transformer by `apply`; leaving it as a context manager removes it.
+    """What `apply` returns: an attached calibration. As a context manager it is removed at the end.
 
     Attributes:
         pipe: what it is attached to.
@@ -32,12 +32,12 @@ class Applied:
 
     @property
     def computed_calls(self) -> int:
-        """Transformer calls that ran since the calibration was applied."""
+        """Transformer calls that ran since `apply`."""
         return self._attachment.computed_calls
 
     @property
     def reused_calls(self) -> int:
-        """Transformer calls of reused steps, which did not run, since the calibration was applied."""
+        """Transformer calls of reused steps, which did not run, since `apply`."""
         return self._attachment.reused_calls
 
     def __enter__(self) -> "Applied":
@@ -52,25 +52,24 @@ class Applied:
 def apply(
     pipe: Any, calibration: Calibration | str | Path, *, converted: bool = False, check_finite: bool = True
 ) -> Applied:
-    """Attach `calibration` (or the file of that name) to a pipeline that has a transformer and a scheduler.
+    """Attach a calibration, or the file of that name, to a pipeline with a transformer and a scheduler.
 
-    Works at once; `remove(pipe)`, or leaving a `with` block, takes it off. A calibration that is already
-    attached is replaced.
+    Works at once, until `remove(pipe)` or the end of a `with` block. Replaces a calibration that is attached already.
 
     Args:
-        pipe: the pipeline; or a transformer alone, for a sampling loop whose scheduler is out of reach, as in the
-            official packages. Then the guidance scale cannot be compared with the calibrated one.
-        converted: for a transformer alone: it holds the calibrated weights in the class of another package, so that
-            class, configuration and weights are not compared.
-        check_finite: at the end of a run, raise NumericsError naming the step whose output held NaN or Inf; reads
-            one number per step (and branch, for a transformer alone) from the device, all of them at the last step.
+        pipe: the pipeline; or a bare transformer, if the scheduler is out of reach, as in the official packages. Then
+            nothing can compare the guidance scale.
+        converted: the bare transformer holds the calibrated weights in another package's class: do not compare class,
+            configuration and weights.
+        check_finite: raise NumericsError at the end of a run that held NaN or Inf, naming the step; reads one number
+            per step (and branch, of a bare transformer) from the device, all at the last step.
 
     Raises:
         CalibrationError: the file is not a valid calibration.
-        MismatchError: the calibration is for another model or scheduler. A run raises it too, where its number of
-            steps, its noise grid or the channels of its latents are others than calibrated.
-        StateError: the transformer is attached already through something else. A run raises it too, where its calls
-            cannot be followed: no set_timesteps before it, another start than step 0, a scheduler that was replaced.
+        MismatchError: the calibration is for another model or scheduler; in a run, for another number of steps, noise
+            grid or number of channels.
+        StateError: the transformer is attached elsewhere; in a run, its calls cannot be followed: no set_timesteps
+            before it, a start after step 0, a replaced scheduler.
         NumericsError: in a run, see `check_finite`.
     Warns:
         MismatchWarning: other weights or dtype than calibrated; in a run another guidance scale or latent shape, or
@@ -101,7 +100,7 @@ def _check_parts(pipe: Any) -> None:
 
 
 def remove(pipe: Any) -> None:
-    """Take ERTACache off a pipeline or transformer, which is then as before; does nothing where none is attached."""
+    """Remove ERTACache from a pipeline or transformer, which is then as before; do nothing if none is attached."""
     attachment = attachment_of(pipe)
     if attachment is not None:
         attachment.detach()

@@ -1,4 +1,4 @@
-"""Reads and checks calibration files: from anybody, so nothing in one is believed before it is checked."""
+"""Read and check calibration files. They may come from anybody, so nothing in one is trusted before it is checked."""
 
 import json
 import math
@@ -31,7 +31,7 @@ SHOWN_CHARACTERS = 80  # of what a file holds, in a message
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in a regular file. Raises CalibrationError, in bounded time and memory, for anything else."""
+    """Read a JSON value from a regular file; CalibrationError for anything else, in bounded time and memory."""
     try:
         # not blocking, so that a pipe under that name is seen to be one and not waited for
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -64,20 +64,20 @@ def _finite(text: str) -> float:
 
 
 def printable(value: object) -> str:
-    """A text of a file for a terminal: shortened, without control characters and what cannot be encoded."""
+    """Make a text from a file safe for a terminal: short, without control characters."""
     text = str(value)
     shown = text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
 
 def _end_of(path: Path) -> str:
-    """A path for a terminal: of a long one its end, which names the file."""
+    """Make a path safe for a terminal: a long one by its end, which names the file."""
     text = str(path)
     return printable(text) if len(text) <= SHOWN_CHARACTERS else "..." + printable(text[3 - SHOWN_CHARACTERS :])
 
 
 def shown(value: object) -> str:
-    """A JSON value for a message: as Python writes it, shortened."""
+    """Show a JSON value in a message: its repr, shortened."""
     return printable(repr(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__)
 
 
@@ -134,7 +134,7 @@ Require = Callable[[bool, str, str], None]
 
 
 def _validate_method(c: "Calibration", require: Require) -> None:
-    """The fields of the file's method, and that it has none of the other method's: what is there would be applied."""
+    """Check the fields of the file's method, and that those of the other method are null."""
     for method, names in METHOD_FIELDS.items():
         for name in names:
             require(c.method == method or getattr(c, name) is None, name, f"null for method {c.method}")
@@ -193,7 +193,7 @@ def _validate_channels(c: "Calibration", require: Require) -> None:
 
 
 def _has_sizes(value: Any, sizes: list[int]) -> bool:
-    """Whether a value is nested lists of numbers of those lengths."""
+    """Whether a value is nested lists of numbers with these lengths."""
     if not sizes:
         return is_number(value)
     return isinstance(value, list) and len(value) == sizes[0] and all(_has_sizes(item, sizes[1:]) for item in value)

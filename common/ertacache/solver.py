@@ -75,8 +75,7 @@ class StepCall:
     def trial(self, model_output: Tensor) -> "StepCall":
         """The same call in float32 with cloned random generators, for a copy of the scheduler.
 
-        A step that takes a generator keeps the dtype of its sample: noise is drawn in it, and another dtype draws
-        other numbers.
+        A step that takes a generator keeps its sample's dtype, since another dtype draws other noise.
         """
         cloned = {name: _clone_generators(value) for name, value in self.arguments.items()}
         if "generator" not in cloned:
@@ -95,7 +94,7 @@ def _clone_generators(value: Any) -> Any:
 
 
 def bare_copy(scheduler: Any) -> Any:
-    """A deep copy of a scheduler in its present state that nothing is attached to."""
+    """Deep copy of a scheduler in its current state, with nothing attached."""
     duplicate = copy.deepcopy(scheduler)
     for name in FOLLOWED_METHODS:
         duplicate.__dict__.pop(name, None)
@@ -103,10 +102,10 @@ def bare_copy(scheduler: Any) -> Any:
 
 
 def affine_step(scheduler: Any, call: StepCall) -> tuple[Tensor, float]:
-    """F (shape of the sample, float32) and c of the step that `call` is about to make: x' = F + c o.
+    """Return F (the sample's shape, float32) and c of the step that `call` is about to make: x' = F + c o.
 
-    Both come from copies of the scheduler, which is left as it is; random generators are cloned and the global
-    ones put back, so that a stochastic solver draws the same noise in both copies and in the step itself.
+    Both come from copies of the scheduler. Random generators are cloned and the global ones put back, so a stochastic
+    solver draws the same noise in both copies and in the step itself.
     """
     zero = torch.zeros_like(call.sample, dtype=torch.float32)
     at_zero = _step_of_copy(scheduler, call.trial(zero))
@@ -123,12 +122,12 @@ def _step_of_copy(scheduler: Any, call: StepCall) -> Tensor:
 
 
 def first_output(result: Any) -> Tensor:
-    """The tensor that a model or scheduler call returns first, from a tuple or an output object."""
+    """First tensor that a model or scheduler call returns, from a tuple or an output object."""
     return result[0]
 
 
 def host_grid(scheduler: Any) -> tuple[list[float], list[float]]:
-    """Timesteps (N) and sigmas (N + 1; empty where the scheduler has none) as host numbers.
+    """Timesteps (N) and sigmas (N + 1; empty if the scheduler has none) as host numbers.
 
     Reads device tensors, so it belongs before the sampling loop.
     """
@@ -141,19 +140,19 @@ def host_grid(scheduler: Any) -> tuple[list[float], list[float]]:
 
 
 def takes_timesteps(scheduler: Any) -> bool:
-    """Whether the grid of the scheduler can be changed in its timesteps: alpha-bars, no sigmas, any timesteps."""
+    """Whether a scheduler runs on any timesteps: alpha-bars, no sigmas, `timesteps` in `set_timesteps`."""
     takes = "timesteps" in inspect.signature(scheduler.set_timesteps).parameters
     return takes and hasattr(scheduler, "alphas_cumprod") and getattr(scheduler, "sigmas", None) is None
 
 
 def put_on_timesteps(scheduler: Any, timesteps: Sequence[float]) -> None:
-    """Begin the scheduler's run on other timesteps; past what is attached to `set_timesteps`, which follows runs."""
+    """Begin the scheduler's run on other timesteps, without the attached `set_timesteps`, which follows runs."""
     device = torch.as_tensor(scheduler.timesteps).device
     type(scheduler).set_timesteps(scheduler, device=device, timesteps=list(timesteps))
 
 
 def identity(scheduler: Any) -> dict[str, Any]:
-    """Class name and configuration of a scheduler, plain JSON values only; numbers JSON has not (-inf) as text."""
+    """Class name and configuration of a scheduler, plain JSON values only; infinities as text."""
     config = {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in dict(scheduler.config).items()

@@ -1,4 +1,4 @@
-"""The calibrations that a model folder keeps: which one fits a run, and when a new one is made.
+"""Find the kept calibration that fits a run, or make a new one.
 
 What a file holds decides; its name is for people.
 """
@@ -21,20 +21,20 @@ PLAIN = (int, float, str, bool)
 
 
 def computed_steps(settings: Settings) -> int:
-    """K of the settings' goal, where it says one."""
+    """K of the settings' goal, if it names one."""
     name, value = settings.goal()
     return value if name == "computed_steps" else computed_steps_for(settings.num_inference_steps, value)
 
 
 def phi_over(settings: Settings) -> str:
-    """What the published adjustment measures an error by, where the folder's config.py offers it."""
+    """`phi_over` of the settings, or its default."""
     return getattr(settings, "phi_over", PHI_OVER[0])
 
 
 def obtain_calibration(
     pipe: Any, settings: Settings, model: ModelFolder, progress: bool = True
 ) -> tuple[Calibration, Path]:
-    """The calibration for the settings: the named file, one that is kept, or a new one, which is then kept."""
+    """Return the calibration for the settings: the named file, a kept one, or a new one, which is then kept."""
     if settings.calibration is not None:
         path = settings.path("calibration")
         calibration = Calibration.load(path)
@@ -54,7 +54,7 @@ def obtain_calibration(
 
 
 def new_calibration(pipe: Any, settings: Settings, model: ModelFolder, progress: bool = True) -> Calibration:
-    """A calibration made for the settings, on their calibration prompts."""
+    """Calibrate for the settings, on their calibration prompts."""
     from ertacache.fit.recipe import calibrate  # not needed to generate from a file that is there
 
     prompts = calibration_prompts(settings)
@@ -75,10 +75,10 @@ def new_calibration(pipe: Any, settings: Settings, model: ModelFolder, progress:
 
 
 def kept_path(pipe: Any, settings: Settings, model: ModelFolder, exact: bool = False) -> Path | None:
-    """The kept file that fits the settings and that most effort went into; None where there is none.
+    """Find the kept file that fits the settings and took most effort; None if there is none.
 
     Args:
-        exact: of the asked effort, and no more.
+        exact: of just the asked effort.
     """
     fitting: dict[Path, int] = {}
     for path in sorted(settings.path("calibration_folder").glob("*.json")):
@@ -94,7 +94,7 @@ def kept_path(pipe: Any, settings: Settings, model: ModelFolder, exact: bool = F
 
 
 def kept_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> Calibration | None:
-    """The kept calibration of just the settings' effort, on the prompts of their file; None where there is none."""
+    """Find the kept calibration of just the settings' effort, on the prompts of their file; None if none."""
     path = kept_path(pipe, settings, model, exact=True)
     if path is None:
         return None
@@ -107,7 +107,7 @@ def kept_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> Calib
 
 
 def fits(calibration: Calibration, pipe: Any, settings: Settings, model: ModelFolder) -> bool:
-    """Whether a calibration is for this model, scheduler, call and goal, with no less effort than asked."""
+    """Whether a calibration is for this model, scheduler, call and goal, at no less effort than asked."""
     arguments = {k: v for k, v in model.arguments(settings).items() if isinstance(v, PLAIN)}
     beside = {k: v for k, v in calibration.settings.items() if k not in ASKED}
     return (
@@ -138,12 +138,12 @@ def _same_model(known: dict[str, Any], transformer: Any) -> bool:
 
 
 def _effort(settings: dict[str, Any]) -> int:
-    """The rank of a calibration's effort; older files fitted end to end or not."""
+    """Rank of a calibration's effort; older files were fitted end to end (best) or not (fast)."""
     return EFFORTS.get(settings.get("effort", "best" if settings.get("refine") else "fast"), 0)
 
 
 def _free(path: Path) -> Path:
-    """The path, or one with a number, where another calibration has that name."""
+    """The path, with a number if another calibration has that name."""
     number, free = 2, path
     while free.exists():
         free, number = path.with_stem(f"{path.stem}-{number}"), number + 1
@@ -151,12 +151,12 @@ def _free(path: Path) -> Path:
 
 
 def calibration_prompts(settings: Settings) -> list[str]:
-    """The prompts that the settings calibrate on."""
+    """Calibration prompts of the settings."""
     return calibration_file_prompts(settings)[: settings.num_calibration_prompts]
 
 
 def calibration_file_prompts(settings: Settings) -> list[str]:
-    """All prompts of their file, the first of which they calibrate on."""
+    """All prompts of the settings' calibration file."""
     return read_prompts(settings.path("calibration_prompts"))
 
 

@@ -1,4 +1,4 @@
-"""What run.sh does in every model folder: calibrate if needed, generate with the cache, save, report."""
+"""Run `run.sh` of a model folder: calibrate if needed, generate with the cache, save, report."""
 
 import hashlib
 import importlib
@@ -29,7 +29,7 @@ COMPARE_FLAG = (
 
 
 def main(folder: Path, load: Callable[[Settings], Any], model: ModelFolder, argv: Sequence[str] | None = None) -> Path:
-    """Generate as the folder's config files and the command line say; returns the output folder."""
+    """Generate as config files and command line say; return the output folder."""
     chosen = parse(folder, argv, f"Generate with {model.name} and ERTACache.", [COMPARE_FLAG])
     prompts_of(chosen)  # a missing prompt file is said before a model loads
     return generate(load(chosen), chosen, model)
@@ -61,7 +61,7 @@ def generate(pipe: Any, settings: Settings, model: ModelFolder) -> Path:
 
 
 def _sample(pipe: Any, prompts: list[str], seed: int, arguments: dict[str, Any]) -> tuple[list[Tensor], list[float]]:
-    """Pixels (3, H, W) or (F, 3, H, W) in [0, 1] of each prompt, and the seconds of each denoising loop."""
+    """Sample every prompt: pixels (3, H, W) or (F, 3, H, W) in [0, 1], and seconds of each denoising loop."""
     pictures = []
     with timing.DenoiseTimer(pipe) as timer:
         for prompt in prompts:
@@ -75,7 +75,7 @@ def _sample(pipe: Any, prompts: list[str], seed: int, arguments: dict[str, Any])
 def method_attached(
     pipe: Any, settings: Settings, model: ModelFolder, calibration: Calibration | None
 ) -> Iterator[None]:
-    """Attach the method of `settings` for the length of a block."""
+    """Attach the method of `settings` inside a context."""
     if calibration is not None:
         with apply(pipe, calibration):
             yield
@@ -128,7 +128,7 @@ def _record(
 
 
 def _compare(results: list[Tensor], references: list[Tensor]) -> dict[str, Any]:
-    """Each metric, a number for each result: pictures (3, H, W) or videos (F, 3, H, W) against the uncached ones."""
+    """Measure results, (3, H, W) or (F, 3, H, W), against the uncached ones: one number each per metric."""
     from ertacache.metrics import psnr, ssim, temporal_error
 
     named: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}

@@ -1,6 +1,6 @@
-"""Settings of a model folder: the constants of config.py, what the tiny pipeline overrides, and flags.
+"""Settings of a model folder: constants of config.py, overrides for the tiny pipeline, and flags.
 
-Precedence: flag, then `tiny/config.py` where the tiny pipeline runs, then `config.py`.
+Precedence: flag, then `tiny/config.py` if the tiny pipeline runs, then `config.py`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ Flag = tuple[str, dict[str, Any]]  # its name, and the arguments of add_argument
 
 
 class Settings(argparse.Namespace):
-    """One attribute a constant, in lower case, with `folder`, `prompt` and what the command adds."""
+    """One attribute per constant, in lower case, with `folder`, `prompt` and what the command adds."""
 
     def goal(self) -> tuple[str, Any]:
         """The one goal that is set: ("speedup", 2.0), ("computed_steps", 14), ..."""
@@ -37,12 +37,12 @@ class Settings(argparse.Namespace):
         return named[0]
 
     def memory_limit(self) -> int | None:
-        """Bytes of recorded trajectories that may stay in memory; None for no limit."""
+        """Bytes of recorded trajectories that may stay in memory; None: no limit."""
         limit = getattr(self, "memory_limit_gib", None)
         return None if limit is None else int(limit * 2**30)
 
     def path(self, name: str) -> Path:
-        """A path relative to the model folder where a config file says it, to where the command is given as a flag."""
+        """Resolve a path: relative to the model folder if from a config file, to the working folder if a flag."""
         path = Path(getattr(self, name))
         return path if name in getattr(self, "given", ()) else self.folder / path
 
@@ -78,7 +78,7 @@ def _converter(kinds: tuple[type, ...]) -> Any:
 
 
 class _Refused(argparse.Action):
-    """A flag of other commands that would do nothing in this one; `const` says what does."""
+    """Refuse a flag of other commands that does nothing in this one; `const` says what does."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
         raise UsageError(f"{option_string} has no part in this command: {self.const}")
@@ -91,7 +91,7 @@ def parse(
     extra: Sequence[Flag] = (),
     refused: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Settings:
-    """Settings of a model folder from its config files and the command line.
+    """Parse the settings of a model folder from its config files and the command line.
 
     Args:
         extra: further flags of the command, as (name, arguments of add_argument); they go before constants of
@@ -132,19 +132,19 @@ def _attribute(flag: str) -> str:
 
 
 def _arguments(value: Any, kinds: tuple[type, ...]) -> dict[str, Any]:
-    """Those of add_argument for a constant."""
+    """Arguments of add_argument for a constant."""
     return {"type": _converter(kinds), "metavar": kinds[0].__name__.upper(), "help": f"default: {value}"}
 
 
 def apply_overrides(settings: Settings, path: Path) -> None:
-    """Override constants with those of `path`, except where a flag was given or is the command's own."""
+    """Override constants with those of `path`, except given flags and the command's own."""
     for name, (value, _) in read_constants(path).items():
         if name not in settings.given | settings.of_command:
             setattr(settings, name, value)
 
 
 def _take_goal(settings: Settings) -> None:
-    """A flag for one goal clears the configured choice of another."""
+    """Let a flag for one goal clear the configured one."""
     chosen = [name for name in GOALS if name in settings.given]
     if len(chosen) > 1:
         raise UsageError(f"give one of {', '.join(map(_flag, GOALS))}, not {len(chosen)}")
@@ -155,7 +155,7 @@ def _take_goal(settings: Settings) -> None:
 
 
 def check(settings: Settings) -> None:
-    """Raise UsageError for values that cannot be, whatever the model."""
+    """Raise UsageError for impossible values, whatever the model."""
     _one_of(settings, "method", METHODS)
     _one_of(settings, "effort", EFFORTS)
     _one_of(settings, "dtype", DTYPES)
@@ -187,7 +187,7 @@ def check(settings: Settings) -> None:
 
 
 def check_multiple(settings: Settings, names: Sequence[str], multiple: int) -> None:
-    """Raise UsageError for one of the numbers that is no multiple: a pipeline would round it in silence."""
+    """Raise UsageError for a number that is no multiple: a pipeline would round it in silence."""
     for name in names:
         if getattr(settings, name) % multiple:
             raise UsageError(f"{_flag(name)} must be a multiple of {multiple}, not {getattr(settings, name)}")
@@ -199,7 +199,7 @@ def _one_of(settings: Settings, name: str, allowed: Sequence[str]) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The non-empty lines of a prompt file."""
+    """Read the non-empty lines of a prompt file."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
