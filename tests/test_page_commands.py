@@ -54,8 +54,8 @@ def names(lines: list[tuple[Path, list[str]]]) -> list[str]:
 
 def fewest(folder: Path) -> list[str]:
     """Flags of a run with as little to do as there can be."""
-    made = ["--num-inference-steps", str(STEPS), "--num-calibration-prompts", "2", "--search-budget", "0"]
-    made += ["--refine", "0", "--descent", "0", "--height", "32", "--width", "32"]
+    made = ["--num-inference-steps", str(STEPS), "--num-calibration-prompts", "2", "--effort", "balanced"]
+    made += ["--height", "32", "--width", "32"]
     if isinstance(read_constants(folder / "config.py").get("num_frames", [None])[0], int):
         made += ["--num-frames", "17" if "OpenSora" in folder.name else "9"]  # the fewest of each model
     return made

@@ -25,7 +25,7 @@ class Calibration:
         num_inference_steps: N, the number of scheduler steps of a run.
         computed_steps: indices of the steps at which the transformer runs, increasing, from 0.
         timesteps, sigmas: the grid that was calibrated on, N and N + 1 values (no sigmas: empty).
-        coefficients: for each step those of the last computed outputs, newest first (ertacache).
+        coefficients: for each step those of the computed outputs, newest first (ertacache).
         sample_coefficients: for each step that of the latents it starts from (ertacache); None for none.
         channel_coefficients: for each step the matrices of channels, which add to the shared coefficients, (outputs,
             channels from, channels to); empty where the step has none (ertacache); None for none at all.
@@ -36,10 +36,9 @@ class Calibration:
         guidance_scale, latent_shape, dtype: of the calibrated runs; latent_shape without the batch.
         model, scheduler: what identifies them; see provenance.py and solver.py.
         prompts: sha256 and count of the calibration prompts and seeds.
-        settings: plain arguments that the pipeline was called with, and the effort: search_budget, refine, descent.
+        settings: plain arguments of the pipeline, the goal and the effort.
         predicted: quality on prompts not fitted to: psnr and psnr_p10 (worst decile) in dB to the uncached result, and
-            folds of the cross-validation, or 1 and left_out, how many prompts were left out; None where it could not
-            be measured.
+            folds of the cross-validation (older files: 1, and left_out prompts); None if not predicted.
         versions, date: of the software and the day it was made.
     """
 
