@@ -1,5 +1,7 @@
 """Calibration end to end on toy pipelines whose answers are known, for both methods."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,18 @@ from test_attach import run
 from toys import ToyPipeline, curved, linear_in_sigma
 
 import ertacache
+from ertacache.attach import attached
+from ertacache.cache import Cache, Coefficients
 from ertacache.errors import CalibrationError
-from ertacache.fit.published import residual_distances
+from ertacache.fit import recipe
 from ertacache.fit.recipe import recorded_runs
 from ertacache.fit.record import gram_matrix
-from ertacache.fit.step_by_step import StepFit
+from ertacache.fit.rerun import Rerun
+from ertacache.fit.runs import mean_log_error
+from ertacache.fit.schedule import EARLY
+from ertacache.fit.step_by_step import fit_step_by_step
 from ertacache.published import PHI_OVER
+from ertacache.replay import cache_of
 
 PROMPTS = [f"prompt {i}" for i in range(6)]
 
@@ -94,15 +102,89 @@ def test_speedup_and_min_psnr_choose_the_number_of_steps():
     assert fewer.predicted["psnr"] < 60.0
 
 
-def test_swap_search_ends_better_than_it_started():
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_several_schedules_the_one_that_ends_nearest_is_kept(order, monkeypatch):
+    """With its own coefficients, whatever the order in which they are tried."""
+    good, bad = [0, 1, 3, 6, 9], [0, 1, 2, 3, 4]
+    found = dict(zip(EARLY, [good, bad][::order], strict=True))
+    monkeypatch.setattr(recipe, "choose_steps", lambda record, count, early: found[early])
+    made = calibrate(ToyPipeline(curved), computed_steps=5)
+    runs = recorded_runs(ToyPipeline(curved), PROMPTS, seeds=range(6), num_inference_steps=12)
+    coefficients, errors = fit_step_by_step(runs, good)
+    assert made.computed_steps == good and made.coefficients == coefficients.outputs
+    assert mean_log_error(errors) < mean_log_error(fit_step_by_step(runs, bad)[1])
+    assert calibrate(ToyPipeline(curved), computed_steps=5, effort="fast").computed_steps == found[EARLY[0]]
+
+
+def test_the_errors_of_a_fit_are_those_of_its_coefficients():
+    runs = recorded_runs(ToyPipeline(curved), PROMPTS, seeds=range(6), num_inference_steps=12)
+    coefficients, errors = fit_step_by_step(runs, [0, 2, 5])
+    torch.testing.assert_close(runs.errors(Rerun([0, 2, 5], coefficients)), errors)
+
+
+def test_more_effort_brings_more_and_the_least_predicts_nothing():
     pipe = ToyPipeline(curved)
-    runs = recorded_runs(pipe, PROMPTS, seeds=range(6), num_inference_steps=12)
+    fast, balanced, best = (calibrate(pipe, computed_steps=5, effort=effort) for effort in recipe.EFFORTS)
+    assert fast.predicted is None and balanced.predicted["psnr"] + 1 < best.predicted["psnr"]
+    assert [made.settings["effort"] for made in (fast, balanced, best)] == ["fast", "balanced", "best"]
+    assert error(pipe, best) < 0.9 * error(pipe, balanced)
 
-    def error_of(made):
-        return float(runs.errors(StepFit(made.computed_steps, runs.record.latents)).mean())
 
-    plain, searched = calibrate(pipe, computed_steps=4), calibrate(pipe, computed_steps=4, search_budget=20)
-    assert error_of(searched) < error_of(plain)
+@pytest.mark.parametrize("method", ["ertacache", "paper"])
+def test_the_predicted_quality_is_that_of_prompts_left_out(method):
+    """By hand: each half is calibrated on alone, and the other half generated with that."""
+    made = calibrate(ToyPipeline(curved), computed_steps=4, method=method)
+    psnrs = []
+    for fold in range(2):
+        rest, left_out = (list(range(start, 6, 2)) for start in (1 - fold, fold))
+        pipe = ToyPipeline(curved)
+        runs = recorded_runs(pipe, [PROMPTS[i] for i in rest], seeds=rest, num_inference_steps=12)
+        if method == "ertacache":
+            coefficients = fit_step_by_step(runs, made.computed_steps)[0]
+            fit = replace(made, coefficients=coefficients.outputs)
+        else:
+            fit = recipe.fit_paper(runs, len(made.computed_steps), None, PHI_OVER[0], "fast")
+        pixels = []
+        for cache in (Cache(range(12), Coefficients.of_outputs([[1.0]] * 12)), cache_of(fit)):
+            generators = [torch.Generator().manual_seed(i) for i in left_out]
+            with attached(pipe, cache.begin):
+                pixels.append(pipe([PROMPTS[i] for i in left_out], generator=generators, num_inference_steps=12)[0])
+        psnrs += (-10 * (pixels[0] - pixels[1]).square().flatten(1).mean(1).log10()).tolist()
+    assert made.predicted["psnr"] == pytest.approx(np.mean(psnrs), abs=0.02) and made.predicted["folds"] == 2
+    assert made.predicted["psnr_p10"] < made.predicted["psnr"]
+
+
+def state(pipe) -> tuple:
+    """What a calibration could have changed."""
+    parts = [pipe, pipe.transformer, pipe.scheduler]
+    values = [p.tolist() for p in pipe.transformer.parameters()]
+    return [type(part) for part in parts], [sorted(vars(part)) for part in parts[:2]], values
+
+
+@pytest.mark.parametrize("effort", recipe.EFFORTS)
+def test_the_pipeline_is_as_it_was(effort):
+    pipe = ToyPipeline(curved)
+    before, was = run(pipe, 12), state(pipe)
+    scheduler = sorted(vars(pipe.scheduler))
+    calibrate(pipe, computed_steps=5, effort=effort)
+    assert state(pipe) == was and sorted(vars(pipe.scheduler)) == scheduler
+    assert torch.equal(run(pipe, 12), before)
+
+
+def test_an_interrupted_calibration_leaves_the_pipeline_as_it_was():
+    pipe = ToyPipeline(curved)
+    before, was = run(pipe, 12), state(pipe)
+    pipe.interrupt_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(pipe, computed_steps=5)
+    pipe.interrupt_at = None
+    assert state(pipe) == was and torch.equal(run(pipe, 12), before)
+
+
+def test_a_caller_in_inference_mode_changes_nothing():
+    wanted = calibrate(ToyPipeline(curved), computed_steps=5)
+    with torch.inference_mode():
+        assert calibrate(ToyPipeline(curved), computed_steps=5) == wanted
 
 
 def test_calibration_is_deterministic():
@@ -123,9 +205,10 @@ def test_one_prompt_has_no_prediction_and_still_calibrates():
     assert made.predicted is None and made.prompts["count"] == 1
 
 
-def test_one_computed_step_is_possible():
+def test_one_computed_step_is_still_better_than_its_plain_reuse():
     pipe = ToyPipeline(curved)
-    assert np.isfinite(error(pipe, calibrate(pipe, computed_steps=1)))
+    made = calibrate(pipe, computed_steps=1)
+    assert error(pipe, made) < 0.9 * error(pipe, replace(made, coefficients=[[1.0]] * 12))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +219,8 @@ def test_one_computed_step_is_possible():
         ({"threshold": 0.1}, "belongs to method='paper'"),
         ({"computed_steps": 13}, "between 1 and 12"),
         ({"computed_steps": 3, "method": "magic"}, "'magic'"),
+        ({"computed_steps": 3, "effort": "most"}, "effort is 'most': it must be one of fast, balanced, best"),
+        ({"min_psnr": 30.0, "effort": "fast"}, "min_psnr needs a prediction"),
     ],
 )
 def test_impossible_requests_are_refused(request_, message):
@@ -145,8 +230,6 @@ def test_impossible_requests_are_refused(request_, message):
     assert "_ertacache" not in pipe.__dict__
 
 
-def test_recorded_matrices_by_hand():
+def test_the_gram_matrix_by_hand():
     outputs = [torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]])]
     assert gram_matrix(outputs).tolist() == [[0.5, 0.5], [0.5, 2.5]]
-    distances = residual_distances(outputs)
-    assert distances[0, 1] == pytest.approx(2 / 3) and distances[1, 0] == pytest.approx(2.0)

@@ -111,7 +111,7 @@ def test_foreign_files_are_refused(tmp_path, made):
         Calibration.load(tmp_path / "missing.json")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_random_damage_gives_the_documented_error_or_a_valid_calibration(made, data):
     plain = json.loads(json.dumps({"schema": SCHEMA, **asdict(made)}))

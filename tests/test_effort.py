@@ -14,7 +14,8 @@ from ertacache.cli import kept, settings
 from ertacache.cli.folder import ModelFolder
 from ertacache.errors import CalibrationError, UsageError
 from ertacache.fit import recipe
-from ertacache.fit.recipe import Effort, shown_size, shown_time
+from ertacache.fit.end_to_end import fit_end_to_end
+from ertacache.fit.recipe import most_evaluations
 from ertacache.fit.store import TrajectoryStore
 
 ROOT = Path(__file__).parents[1]
@@ -38,35 +39,33 @@ def evaluations(text: str, kind: str) -> int:
 
 
 def test_the_bound_by_hand():
-    """P (N + (1 + F) K) without tries and refinement."""
-    assert Effort(folds=2).most_evaluations(prompts=8, steps=28, computed=14) == (28 + 3 * 14) * 8
-    assert Effort(folds=0).most_evaluations(8, 28, 14) == Effort(folds=1).most_evaluations(8, 28, 14) == (28 + 14) * 8
-    assert Effort(folds=2).most_evaluations(1, 28, 14) == 28 + 14  # nothing to leave out
-    assert Effort(folds=9).most_evaluations(3, 28, 14) == (28 + 4 * 14) * 3  # no more folds than prompts
-    assert Effort(5, 8, 2).most_evaluations(8, 28, 28) == (28 + 3 * 28) * 8  # nothing to fit
+    """P (N + K), P (N + 4 K) with two schedules and two folds, and 100 N where these leave some of it."""
+    assert most_evaluations("fast", prompts=8, steps=28, computed=14) == (28 + 14) * 8
+    assert most_evaluations("balanced", 8, 28, 14) == (28 + 4 * 14) * 8
+    assert most_evaluations("best", 8, 28, 14) == 100 * 28
+    assert most_evaluations("best", 64, 28, 14) == (28 + 4 * 14) * 64
 
 
-@pytest.mark.parametrize("folds", [0, 2, 4])
-@pytest.mark.parametrize("asked", [{"speedup": 2.0}, {"computed_steps": 11}])
-def test_without_tries_and_refinement_the_announced_number_is_spent(asked, folds, capsys):
+@pytest.mark.parametrize("computed", [2, 6, 11])
+def test_what_fast_announces_is_spent(computed, capsys):
     pipe = ToyPipeline(curved)
-    calibrate(pipe, folds=folds, **asked)
+    calibrate(pipe, effort="fast", computed_steps=computed)
     said = capsys.readouterr().err
-    assert pipe.transformer.calls == evaluations(said, "at most") == evaluations(said, "took")
+    assert pipe.transformer.calls == evaluations(said, "at most") == evaluations(said, "took") == 4 * (STEPS + computed)
 
 
 @pytest.mark.parametrize(
     "asked",
     [
-        {"computed_steps": 5, "search_budget": 1},
-        {"computed_steps": 5, "search_budget": 6},
-        {"computed_steps": 5, "refine": 4},
-        {"computed_steps": 5, "refine": 2, "search_budget": 3},
-        {"computed_steps": 12, "refine": 2, "search_budget": 3},
+        {"computed_steps": 5},
+        {"speedup": 2.0},
+        {"computed_steps": 12},
+        {"computed_steps": 1},
+        {"computed_steps": 5, "effort": "best"},
         {"computed_steps": 6, "method": "paper"},
         {"threshold": 0.05, "method": "paper"},
         {"min_psnr": 60.0},
-        {"min_psnr": 119.0},
+        {"min_psnr": 119.0, "effort": "best"},
     ],
     ids=str,
 )
@@ -76,7 +75,19 @@ def test_what_it_takes_is_counted_and_below_what_was_announced(asked, capsys):
     said = capsys.readouterr().err
     most = evaluations(said, "at most")
     assert evaluations(said, "took") == pipe.transformer.calls
-    assert 0.25 * most < pipe.transformer.calls <= most
+    assert 0.1 * most < pipe.transformer.calls <= most
+
+
+def test_best_takes_fewer_prompts_where_the_cost_would_be_exceeded(capsys, monkeypatch):
+    """A tenth of an uncached run a prompt buys no fit end to end; what it buys is spent on one."""
+    seen = []
+    monkeypatch.setattr(recipe, "fit_end_to_end", lambda runs, *_: seen.append(len(runs)) or fit_end_to_end(runs, *_))
+    for runs in (100, 14, 9):
+        monkeypatch.setattr(recipe, "BEST_RUNS", runs)
+        pipe = ToyPipeline(curved)
+        calibrate(pipe, effort="best", computed_steps=5)
+        assert pipe.transformer.calls <= evaluations(capsys.readouterr().err, "at most") <= max(runs * STEPS, 32 * 4)
+    assert seen == [4]
 
 
 def test_guidance_in_two_calls_counts_as_one_evaluation(capsys):
@@ -86,24 +97,14 @@ def test_guidance_in_two_calls_counts_as_one_evaluation(capsys):
     assert 2 * evaluations(said, "took") == pipe.transformer.calls
 
 
-def test_it_is_said_before_the_first_evaluation_and_the_time_after_the_first_step(capsys):
+def test_it_is_said_before_the_first_evaluation(capsys):
     pipe = ToyPipeline(curved)
     said = []
     original = pipe.transformer.velocity
     pipe.transformer.velocity = lambda x, s: (said.append(capsys.readouterr().err), original(x, s))[1]
     calibrate(pipe, computed_steps=5)
-    assert evaluations(said[0], "at most") == (STEPS + 3 * 5) * 4
+    assert evaluations(said[0], "at most") == (STEPS + 4 * 5) * 4
     assert not any("transformer evaluations" in text for text in said[1:])
-    second_step = said[len(PROMPTS)]
-    assert re.search(r"calibration: about \d+ s at \S+ s a step; trajectories: .* in memory", second_step)
-
-
-def test_the_announced_time_is_that_of_all_evaluations(capsys, monkeypatch):
-    """Three seconds a step of four prompts, at 27 steps of them in all."""
-    clock = iter([100.0, 103.0])
-    monkeypatch.setattr(recipe, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    calibrate(ToyPipeline(curved), computed_steps=5)
-    assert "about 81 s at 3 s a step" in capsys.readouterr().err
 
 
 def test_no_evaluation_is_spent_on_a_request_that_cannot_be():
@@ -118,22 +119,24 @@ def test_without_progress_nothing_is_said(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_sizes_and_times_are_readable():
-    assert [shown_size(n) for n in (12, 2048, 3 * 2**20, 5 * 2**30)] == ["12 bytes", "2.0 KiB", "3.0 MiB", "5.0 GiB"]
-    assert [shown_time(s) for s in (3.4, 600, 36000)] == ["3 s", "10 min", "10.0 h"]
-
-
 # -- memory ------------------------------------------------------------------------------------------------
 
 
-def test_a_calibration_from_files_is_the_same(tmp_path, monkeypatch, capsys):
+def test_a_calibration_from_files_is_the_same_and_leaves_none(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    inside = calibrate(ToyPipeline(curved), computed_steps=5, memory_limit=TRAJECTORIES)
-    assert "trajectories: 18.8 KiB in memory (limit 18.8 KiB)" in capsys.readouterr().err
-    outside = calibrate(ToyPipeline(curved), computed_steps=5, memory_limit=TRAJECTORIES - 1)
-    assert f"18.8 KiB in files in {tmp_path}" in capsys.readouterr().err
-    assert inside == outside
-    assert list(tmp_path.iterdir()) == []
+    written, keep = [], TrajectoryStore.keep
+
+    def watched(*args):
+        kept = keep(*args)
+        written.append(len(list(tmp_path.iterdir())))
+        return kept
+
+    monkeypatch.setattr(TrajectoryStore, "keep", watched)
+    made = []
+    for limit in (TRAJECTORIES, TRAJECTORIES - 1):
+        made.append(calibrate(ToyPipeline(curved), computed_steps=5, memory_limit=limit, progress=False))
+        assert max(written) == (limit < TRAJECTORIES) and not list(tmp_path.iterdir())
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

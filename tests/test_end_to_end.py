@@ -1,4 +1,4 @@
-"""End-to-end rectification, and runs with given outputs, on toy pipelines."""
+"""The fit end to end, and runs with given outputs, on toy pipelines."""
 
 from dataclasses import replace
 
@@ -10,24 +10,24 @@ from test_attach import run
 from toys import ToyPipeline, curved
 
 import ertacache
-from ertacache import forms, refinement
-from ertacache.announcement import Work
+from ertacache.cache import Coefficients
 from ertacache.calibration import Calibration
 from ertacache.errors import CalibrationError
+from ertacache.fit import end_to_end, recipe
 from ertacache.fit.end_to_end import (
+    LATENTS,
     RIDGES,
     LinearisedRun,
-    linearisation_evaluations,
+    Refined,
+    changed,
+    fit_end_to_end,
     linearise,
-    refine,
-    refinement_evaluations,
+    prompts_within,
 )
-from ertacache.fit.forms import best_form, best_refined_form, form_evaluations
+from ertacache.fit.recipe import recorded_runs
 from ertacache.fit.rerun import Rerun
-from ertacache.fit.runs import recorded_runs
-from ertacache.fit.schedule import choose_schedule, error_growth, growth_evaluations, growth_places
-from ertacache.fit.step_by_step import REFINED_FORM, Fitter, Form
-from ertacache.rectification import LATENTS, Coefficients, combine
+from ertacache.fit.runs import Runs
+from ertacache.fit.step_by_step import fit_last_step, fit_step_by_step
 
 PROMPTS = [f"prompt {i}" for i in range(6)]
 STEPS = 12
@@ -41,39 +41,18 @@ def unipc():
 SCHEDULERS = {"euler": FlowMatchEulerDiscreteScheduler, "unipc": unipc, "ddim": DDIMScheduler}
 
 
-def recorded(scheduler="euler", **kwargs):
-    pipe = ToyPipeline(curved, scheduler=SCHEDULERS[scheduler](), **kwargs)
-    return recorded_runs(pipe, PROMPTS, seeds=range(6), num_inference_steps=STEPS)
+def recorded(scheduler="euler", **kwargs) -> Runs:
+    pipe = ToyPipeline(curved, scheduler=SCHEDULERS[scheduler]())
+    return recorded_runs(pipe, PROMPTS, seeds=range(6), num_inference_steps=STEPS, **kwargs)
 
 
 def fitted(runs, schedule=SCHEDULE) -> Coefficients:
-    fitter = Fitter(schedule, runs.recorded.latents, form=REFINED_FORM)
-    runs.run(fitter)
-    return fitter.fitted()
+    return fit_step_by_step(runs, schedule)[0]
 
 
-def calibrate(pipe, **kwargs):
+def calibrate(pipe, **kwargs) -> Calibration:
     kwargs = {"num_inference_steps": STEPS, "seeds": range(6), "progress": False, "computed_steps": 5, **kwargs}
     return ertacache.calibrate(pipe, PROMPTS, **kwargs)
-
-
-# -- combinations ------------------------------------------------------------------------------------------
-
-
-def test_the_sample_has_a_share():
-    newest, older, sample = (torch.randn(2, 3) for _ in range(3))
-    made = combine([newest, older], [0.5, 2.0], sample, -0.25)
-    torch.testing.assert_close(made, 0.5 * newest + 2 * older - 0.25 * sample)
-    assert combine([newest], [1.0], sample, 0.0) is newest
-    assert combine([newest.half()], [1.0], sample, 0.5).dtype == torch.float16
-
-
-def test_changes_land_at_their_places():
-    before = Coefficients.of_outputs([[1.0], [1.0, 0.0]])
-    after = before.changed([(1, 1), (1, LATENTS), (0, 0)], [0.5, 0.25, -0.125])
-    assert (after.outputs, after.latents_coefficients) == ([[0.875], [1.0, 0.5]], [0.0, 0.25])
-    assert before == Coefficients.of_outputs([[1.0], [1.0, 0.0]])
-    assert before.plain(0) and not after.plain(0) and not after.plain(1)
 
 
 # -- runs made again ---------------------------------------------------------------------------------------
@@ -85,66 +64,62 @@ def test_given_outputs_are_not_computed_and_lead_to_the_same_end(scheduler):
     calls = runs.pipe.transformer.calls
     steps = list(range(STEPS))
     plain = Coefficients.of_outputs([[1.0]] * STEPS)
-    final = runs.run(Rerun(steps, plain, runs.recorded.outputs[:8]))
+    final = runs.latents(Rerun(steps, plain, runs.record.outputs[:8]))
     assert runs.pipe.transformer.calls - calls == STEPS - 8
-    torch.testing.assert_close(final, runs.recorded.latents[-1])
-    assert torch.equal(runs.run(Rerun(steps, plain, runs.recorded.outputs)), runs.recorded.latents[-1])
+    torch.testing.assert_close(final, runs.record.latents[-1])
+    assert torch.equal(runs.latents(Rerun(steps, plain, runs.record.outputs)), runs.record.latents[-1])
 
 
-def test_the_first_prompts_alone_end_where_they_did():
+@pytest.mark.parametrize("rows", [[0, 1], [4], [5, 1, 2]])
+def test_some_prompts_alone_end_where_they_did(rows):
     runs = recorded()
-    few = runs.first(2)
-    final = few.run(Rerun(list(range(STEPS)), Coefficients.of_outputs([[1.0]] * STEPS)))
-    torch.testing.assert_close(final, runs.recorded.latents[-1][:2])
-    assert len(runs.first(99)) == len(runs)
+    few = runs.subset(rows)
+    final = few.latents(Rerun(list(range(STEPS)), Coefficients.of_outputs([[1.0]] * STEPS)))
+    torch.testing.assert_close(final, runs.record.latents[-1][rows])
+    assert few.errors(Rerun(list(range(STEPS)), Coefficients.of_outputs([[1.0]] * STEPS))).max() < 1e-9
+    assert [len(few), len(few.record), len(few.record.pixels)] == [len(rows)] * 3
 
 
-# -- the Gauss-Newton step ---------------------------------------------------------------------------------
+def test_there_are_no_more_first_prompts_than_prompts():
+    runs = recorded()
+    assert len(runs.first(99)) == len(runs) == 6 and runs.first(2).prompts == PROMPTS[:2]
+
+
+def test_a_subset_is_fitted_to_its_own_references():
+    """Of prompts that are not the first ones: as if they had been recorded alone."""
+    rows = [4, 1, 5]
+    part = recorded().subset(rows)
+    alone = recorded_runs(ToyPipeline(curved), [PROMPTS[row] for row in rows], seeds=rows, num_inference_steps=STEPS)
+    for one, other in zip(fitted(part).outputs, fitted(alone).outputs, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+# -- the linearised run ------------------------------------------------------------------------------------
+
+
+def test_changes_land_at_their_places():
+    before = Coefficients.of_outputs([[1.0], [1.0, 0.0]])
+    after = changed(before, [(1, 1), (1, LATENTS), (0, 0)], [0.5, 0.25, -0.125])
+    assert (after.outputs, after.latents) == ([[0.875], [1.0, 0.5]], [0.0, 0.25])
+    assert before == Coefficients.of_outputs([[1.0], [1.0, 0.0]])
 
 
 @pytest.mark.parametrize("scheduler", list(SCHEDULERS))
 def test_the_linearised_run_foretells_small_changes(scheduler):
     runs = recorded(scheduler)
-    coefficients = fitted(runs)
-    linear = linearise(runs, SCHEDULE, coefficients)
+    linear = linearise(runs, SCHEDULE, fitted(runs))
     change = 1e-3 * np.random.default_rng(0).normal(size=len(linear.places))
-    final = runs.run(Rerun(SCHEDULE, linear.changed(change)))
-    measured = (final - runs.recorded.latents[-1]).square().flatten(1).sum(1).numpy()
+    final = runs.latents(Rerun(SCHEDULE, linear.changed(change)))
+    measured = (final - runs.record.latents[-1]).square().flatten(1).sum(1).numpy()
     assert linear.errors(change) == pytest.approx(measured, rel=0.1)
     assert linear.errors(0 * change) == pytest.approx(linear.squares)
 
 
-@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
-def test_refinement_brings_unseen_prompts_nearer(scheduler):
-    pipe = ToyPipeline(curved, scheduler=SCHEDULERS[scheduler]())
-    plain, refined = calibrate(pipe), calibrate(pipe, refine=6)
-    assert any(refined.sample_coefficients) and refined.channel_coefficients is None
-    assert refined.predicted["psnr"] > plain.predicted["psnr"] + 2
-    errors = []
-    unseen = tuple("abcdefgh")
-    reference = run(pipe, STEPS, prompts=unseen)
-    for made in (plain, refined):
-        with ertacache.apply(pipe, made):
-            errors.append((run(pipe, STEPS, prompts=unseen) - reference).square().mean())
-    assert errors[1] < 0.5 * errors[0]
-
-
-def test_generation_ends_where_the_calibration_said():
-    pipe = ToyPipeline(curved)
-    made = calibrate(pipe, refine=6)
-    generators = [torch.Generator().manual_seed(i) for i in range(6)]
-    with ertacache.apply(pipe, made):
-        final = pipe(PROMPTS, generator=generators, num_inference_steps=STEPS, output_type="latent")[0]
+def test_the_newest_outputs_and_the_latents_vary_where_a_segment_ends():
     runs = recorded()
-    torch.testing.assert_close(runs.run(Rerun(made.computed_steps, made.combinations())), final)
-
-
-def test_a_step_that_leads_away_is_not_taken(monkeypatch):
-    runs = recorded()
-    coefficients = fitted(runs)
-    monkeypatch.setattr(LinearisedRun, "solve", lambda self, rows, ridge: np.full(len(self.places), 3.0))
-    refined = refine(runs, linearise(runs, SCHEDULE, coefficients))
-    assert refined.coefficients == coefficients and refined.ridge is None
+    places = linearise(runs, SCHEDULE, fitted(runs)).places
+    counts = {0: 1, 2: 2, 5: 3, 8: 3, 11: 3}  # last step of a segment -> outputs
+    assert places == [(end, i) for end, count in counts.items() for i in (*range(count), LATENTS)]
 
 
 def test_the_ridge_is_chosen_on_prompts_left_out():
@@ -172,137 +147,145 @@ def test_the_ridge_is_chosen_on_prompts_left_out():
     assert left_out(ridge) == min(map(left_out, RIDGES)) and left_out(ridge) < left_out(RIDGES[0])
 
 
-def test_a_second_step_goes_where_the_first_one_did_not_reach():
+# -- the Gauss-Newton step ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "unipc"])
+def test_it_brings_unseen_prompts_nearer(scheduler):
+    pipe = ToyPipeline(curved, scheduler=SCHEDULERS[scheduler]())
+    plain, best = calibrate(pipe), calibrate(pipe, effort="best")
+    assert best.computed_steps == plain.computed_steps and any(best.sample_coefficients)
+    assert best.predicted["psnr"] > plain.predicted["psnr"] + 1
+    errors = []
+    unseen = tuple("abcdefgh")
+    reference = run(pipe, STEPS, prompts=unseen)
+    for made in (plain, best):
+        with ertacache.apply(pipe, made):
+            errors.append((run(pipe, STEPS, prompts=unseen) - reference).square().mean())
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_generation_ends_where_the_calibration_said():
+    pipe = ToyPipeline(curved)
+    made = calibrate(pipe, effort="best")
+    generators = [torch.Generator().manual_seed(i) for i in range(6)]
+    with ertacache.apply(pipe, made):
+        final = pipe(PROMPTS, generator=generators, num_inference_steps=STEPS, output_type="latent")[0]
+    torch.testing.assert_close(recorded().latents(Rerun(made.computed_steps, made.combinations())), final)
+
+
+def test_a_step_that_leads_away_is_not_taken(monkeypatch):
+    runs = recorded()
+    start = fitted(runs)
+    monkeypatch.setattr(LinearisedRun, "solve", lambda self, rows, ridge: np.full(len(self.places), 3.0))
+    refined = fit_end_to_end(runs, SCHEDULE, start)
+    assert refined.coefficients == start and refined.ridge is None and refined.without([0]) == start
+
+
+def test_larger_ridges_are_tried_on_the_run_as_long_as_they_do_better(monkeypatch):
+    """Errors of a few ridges, as measured: the third one is the best, and the one after it ends the search."""
+    runs, measured = recorded(), iter([-5.0, -6.0, -7.0, -6.5, -9.0])
+    linear, asked = linearise(runs, SCHEDULE, fitted(runs)), []
+    solve = LinearisedRun.solve
+    monkeypatch.setattr(LinearisedRun, "best_ridge", lambda *_: RIDGES[2])
+    monkeypatch.setattr(LinearisedRun, "solve", lambda *a: asked.append(a[2]) or solve(*a))
+    monkeypatch.setattr(Runs, "errors", lambda *_: 10 ** torch.tensor([next(measured)]))
+    assert end_to_end._stepped(runs, linear).ridge == RIDGES[4]
+    assert asked == list(RIDGES[2:6])
+
+
+def test_a_second_step_goes_where_the_first_one_did_not_reach(monkeypatch):
     """It shrinks towards the same step-by-step fit, and ends nearer to its promise."""
     runs = recorded()
-    coefficients = Coefficients.of_outputs(fitted(runs).outputs)  # without channels, a poorer start
-    linear = linearise(runs, SCHEDULE, coefficients)
-    first = refinement._stepped(runs, linear)
-    assert first.error - first.promised > refinement.KEPT_PROMISE
-    again = linearise(runs, SCHEDULE, first.coefficients, coefficients)
+    start = fitted(runs)
+    first = fit_end_to_end(runs, SCHEDULE, start)
+    assert first.error - first.promised > end_to_end.KEPT_PROMISE
+    again = linearise(runs, SCHEDULE, first.coefficients, start)
     back = again.changed(again.origin)
-    for step, outputs in enumerate(coefficients.outputs):
-        assert back.outputs[step] == pytest.approx(outputs) and back.latents_coefficients[step] == pytest.approx(0)
+    for step, outputs in enumerate(start.outputs):
+        assert back.outputs[step] == pytest.approx(outputs) and back.latents[step] == pytest.approx(0)
     assert again.solve(range(6), 1e9) == pytest.approx(again.origin, abs=1e-6)
-    second = refine(runs, linear)
+    monkeypatch.setattr(end_to_end, "ROUNDS", 2)
+    second = fit_end_to_end(runs, SCHEDULE, start)
     assert second.error < first.error
-    assert abs(second.error - second.promised) < abs(first.error - first.promised)
+    monkeypatch.setattr(end_to_end, "KEPT_PROMISE", 10.0)
+    assert fit_end_to_end(runs, SCHEDULE, start).error == first.error
 
 
-def test_a_step_that_keeps_its_promise_is_the_last(monkeypatch):
+def test_it_costs_no_more_than_was_allowed():
+    """`prompts_within` is the inverse of what is spent on each prompt."""
+    runs = recorded(micro_batch=1)
+    start = fitted(runs)
+    for prompts in (2, 6):
+        before = runs.pipe.transformer.calls
+        fit_end_to_end(runs.first(prompts), SCHEDULE, start)
+        spent = runs.pipe.transformer.calls - before
+        assert prompts_within(spent - 1, 5) < prompts <= prompts_within(spent + 3 * 5 * prompts, 5)
+    assert prompts_within(53, 5) == 0 and prompts_within(54, 5) == 1  # 5 + 8 + 9 + 8 + 4 + 4 * 5
+    assert prompts_within(-10, 5) == 0
+
+
+# -- what is left out of the fit has no part in it ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def refined() -> tuple[Runs, Refined]:
     runs = recorded()
-    monkeypatch.setattr(refinement, "KEPT_PROMISE", 10.0)
-    linear = linearise(runs, SCHEDULE, fitted(runs))
-    assert refine(runs, linear).linear is linear
+    return runs, fit_end_to_end(runs, SCHEDULE, fitted(runs))
 
 
-def spared() -> int:
-    """Evaluations that refinement on 6 prompts may leave out: a ridge at least is tried, and one round is made."""
-    return refinement_evaluations(5, 6) - linearisation_evaluations(5, 6) - 5 * 6
+def garbled(linear: LinearisedRun, rows: list[int]) -> LinearisedRun:
+    """With other numbers for some prompts."""
+    parts = {name: getattr(linear, name).copy() for name in ("matrices", "vectors", "squares")}
+    for array in parts.values():
+        array[rows] = 7 * array[rows] + 1
+    return replace(linear, **parts)
 
 
-def test_announced_evaluations_are_spent():
-    pipe = ToyPipeline(curved)
-    calibrate(pipe, micro_batch=1, refine=6)
-    most = (STEPS + 3 * 5) * 6 + refinement_evaluations(5, 6)
-    assert most - spared() <= pipe.transformer.calls <= most
-    before = pipe.transformer.calls
-    calibrate(pipe, micro_batch=1, search_budget=1)
-    choosing = growth_evaluations(STEPS, 6) + form_evaluations(5, 6, folds=2)
-    assert pipe.transformer.calls - before == (STEPS + 4 * 5) * 6 + choosing
-    before = pipe.transformer.calls
-    calibrate(pipe, micro_batch=1, search_budget=4, refine=6)
-    most = Work(6, 2, search_budget=4, refine=6).evaluations(STEPS, 5)
-    halves = 2 * (refinement_evaluations(5, 3) - linearisation_evaluations(5, 3) - 5 * 3)
-    assert most - spared() - halves <= pipe.transformer.calls - before <= most
+def test_prompts_left_out_have_no_part_in_what_is_left(refined):
+    _, made = refined
+    other = replace(made, linear=garbled(made.linear, [1, 3, 5]))
+    assert made.without([1, 3, 5]) == other.without([1, 3, 5]) != made.coefficients
+    assert made.without([0, 2, 4]) != other.without([0, 2, 4])
 
 
-# -- the choice of the steps -------------------------------------------------------------------------------
+def test_nor_in_a_cross_validated_run(refined):
+    """Of the prompts left out, neither the linearised run nor the reference is read."""
+    runs, made = refined
+    fits = []
+    for linear, garble in ((made.linear, False), (garbled(made.linear, [0, 2, 4]), True)):
+        latents = [x.clone() for x in runs.record.latents]
+        for x in latents if garble else []:
+            x[[0, 2, 4]] += 1
+        told = replace(runs, record=replace(runs.record, latents=latents))
+        cache = recipe._fitted_to(told, [1, 3, 5], SCHEDULE, replace(made, linear=linear))
+        runs.latents(cache)
+        fits.append(cache.fitted())
+    assert fits[0] == fits[1]
+    assert fits[0].outputs[-1] != made.coefficients.outputs[-1]
 
 
-def test_growth_is_that_of_the_equation():
-    """For a velocity x the state follows x' = x in sigma, which shrinks an error to the ratio of exponentials."""
-    pipe = ToyPipeline(lambda x, sigma: x + 3 * torch.sin(5 * sigma))
-    runs = recorded_runs(pipe, PROMPTS, seeds=range(6), num_inference_steps=STEPS)
-    growth = error_growth(runs)
-    for place in growth_places(STEPS):
-        wanted = np.prod([1 + runs.recorded.gains[k] for k in range(place + 1, STEPS)])
-        assert growth[place] == pytest.approx(wanted, rel=1e-2)
-    assert len(growth) == STEPS and growth[0] < growth[-1]
+# -- the last step -----------------------------------------------------------------------------------------
 
 
-def test_places_of_growth_fit_runs_of_any_length():
-    assert growth_places(2) == [0]
-    assert growth_places(28) == [0, 5, 10, 16, 21, 26]
-    assert all(len(growth_places(n)) >= 1 and max(growth_places(n)) < n - 1 for n in range(2, 40))
-
-
-def test_a_budget_never_leads_to_a_worse_schedule():
-    runs = recorded()
-    growth = error_growth(runs)
-    plain = choose_schedule(runs, 5, 0, None)
-    for budget in (1, 2, 3, 12):
-        assert runs.fitted_error(choose_schedule(runs, 5, budget, growth)) <= runs.fitted_error(plain) + 1e-9
-
-
-def test_tries_of_a_refined_calibration_are_judged_in_the_form_that_the_prompts_are_enough_for():
-    runs = recorded()
-    form = best_form(runs, choose_schedule(runs, 5, 0, None), folds=2)
-    chosen = choose_schedule(runs, 5, 12, error_growth(runs), form)
-    assert calibrate(ToyPipeline(curved), refine=6, search_budget=12).computed_steps == chosen
-
-
-# -- the form under refinement -----------------------------------------------------------------------------
-
-
-def mixing(latents, sigma):
-    """Channels that change at different rates, in directions that are not the channels themselves."""
-    turn = torch.linalg.qr(torch.arange(9.0).view(3, 3).sin() + torch.eye(3))[0]
-    rates = torch.tensor([0.5, 1.0, 2.0])
-    return torch.einsum("pc,bchw->bphw", turn @ torch.diag(rates) @ turn.T, latents) * (0.5 + sigma)
-
-
-def mixed():
-    return recorded_runs(ToyPipeline(mixing), PROMPTS, seeds=range(6), num_inference_steps=STEPS)
-
-
-def test_where_channels_differ_they_keep_coefficients_of_their_own_under_refinement():
-    runs = mixed()
-    channels = Form(4, runs.layout)
-    assert best_refined_form(runs, [0, 1, 2], [REFINED_FORM, channels]) == channels
-    made = calibrate(ToyPipeline(mixing), refine=6, search_budget=1, computed_steps=3)
-    plain = calibrate(ToyPipeline(mixing), refine=6, computed_steps=3)  # no tries, so no choice either
-    assert made.computed_steps == plain.computed_steps == [0, 1, 2]
-    assert made.channel_coefficients is not None and plain.channel_coefficients is None
-    assert made.predicted["psnr"] > plain.predicted["psnr"] + 10
-
-
-def test_the_form_is_judged_on_prompts_that_were_not_fitted_to(monkeypatch):
-    """Noise in place of what half of the prompts are fitted to spoils what the other half sees."""
-    runs = mixed()
-    seen = []
-    monkeypatch.setattr(forms, "refine", lambda few, linear: seen.append(len(few)) or refine(few, linear))
-    shared, channels = (forms._refined_error(runs, [0, 1, 2], form) for form in (REFINED_FORM, Form(4, runs.layout)))
-    assert seen == [3, 3] and channels < shared
-    for latents in runs.recorded.latents[1:]:  # what is fitted to is now noise, what judges is as it was
-        latents[:3] = torch.randn(latents[:3].shape, generator=torch.Generator().manual_seed(0))
-    assert forms._refined_error(runs, [0, 1, 2], Form(4, runs.layout)) > channels + 1
-
-
-def test_one_form_or_one_prompt_leave_nothing_to_choose(monkeypatch):
-    monkeypatch.setattr(forms, "_refined_error", None)  # is not called
-    runs = mixed()
-    assert best_refined_form(runs, [0, 1, 2], [REFINED_FORM, Form(4)]) == REFINED_FORM
-    assert best_refined_form(runs.first(1), [0, 1, 2], [REFINED_FORM, Form(3)]) == REFINED_FORM
+def test_the_last_step_is_fitted_once_more():
+    """So that fitting it again changes nothing, which it does where the end-to-end fit has moved it."""
+    made = calibrate(ToyPipeline(curved), effort="best")
+    runs, schedule = recorded(), made.computed_steps
+    again = fit_last_step(runs, schedule, made.combinations())
+    assert again.outputs[-1] == pytest.approx(made.coefficients[-1], abs=1e-5)
+    assert again.outputs[:-1] == made.coefficients[:-1] and again.latents == made.sample_coefficients
+    once = fit_end_to_end(runs, schedule, fitted(runs, schedule)).coefficients
+    assert fit_last_step(runs, schedule, once).outputs[-1] != pytest.approx(once.outputs[-1], abs=1e-3)
 
 
 # -- the file ----------------------------------------------------------------------------------------------
 
 
 def test_sample_coefficients_are_kept_and_checked(tmp_path):
-    made = calibrate(ToyPipeline(curved), refine=6)
+    made = calibrate(ToyPipeline(curved), effort="best")
     assert Calibration.load(made.save(tmp_path / "c.json")) == made
     for wrong in ([0.0], "no", [None] * STEPS):
         with pytest.raises(CalibrationError, match="'sample_coefficients'"):
             Calibration.from_dict({**made.to_dict(), "sample_coefficients": wrong})
-    assert replace(made, sample_coefficients=None).combinations().latents_coefficients == [0.0] * STEPS
+    assert replace(made, sample_coefficients=None).combinations().latents == [0.0] * STEPS

@@ -32,8 +32,7 @@ CALIBRATION_FOLDER = "calibration"
 CALIBRATION_PROMPTS = "calibration.txt"
 NUM_CALIBRATION_PROMPTS = 2
 MICRO_BATCH = 8
-REFINE = 0
-SEARCH_BUDGET = 0
+EFFORT = "balanced"
 """
 
 
@@ -140,6 +139,39 @@ def test_another_pipeline_is_calibrated_anew(change, pipe, folder):
     assert obtain(pipe, folder)[1] != path
 
 
+EFFORTS = ("fast", "balanced", "best")
+
+
+@pytest.mark.parametrize("wanted", EFFORTS)
+@pytest.mark.parametrize("there", EFFORTS)
+def test_a_file_of_more_effort_serves_and_one_of_less_does_not(there, wanted, pipe, folder):
+    path = obtain(pipe, folder, "--effort", there)[1]
+    serves = EFFORTS.index(there) >= EFFORTS.index(wanted)
+    assert (kept.kept_path(pipe, asked(folder, "--effort", wanted), MODEL) == path) == serves
+
+
+def test_the_file_that_most_effort_went_into_is_taken(pipe, folder):
+    paths = [obtain(pipe, folder, "--effort", effort)[1] for effort in EFFORTS]
+    assert kept.kept_path(pipe, asked(folder, "--effort", "fast"), MODEL) == paths[2]
+    paths[2].unlink()
+    assert kept.kept_path(pipe, asked(folder, "--effort", "fast"), MODEL) == paths[1]
+
+
+@pytest.mark.parametrize(("older", "effort"), [({}, "fast"), ({"refine": 0}, "fast"), ({"refine": 8}, "best")])
+def test_files_of_before_efforts_had_names_count_as_what_they_did(older, effort, pipe, folder):
+    made, path = obtain(pipe, folder)
+    settings_of = {name: value for name, value in made.settings.items() if name != "effort"} | older
+    replace(made, settings=settings_of).save(path)
+    for wanted in EFFORTS:
+        serves = EFFORTS.index(effort) >= EFFORTS.index(wanted)
+        assert (kept.kept_path(pipe, asked(folder, "--effort", wanted), MODEL) == path) == serves
+
+
+def test_the_published_method_knows_no_effort(pipe, folder):
+    path = obtain(pipe, folder, "--method", "paper", "--effort", "fast")[1]
+    assert obtain(pipe, folder, "--method", "paper", "--effort", "best")[1] == path
+
+
 def test_the_two_definitions_of_phi_have_files_of_their_own(pipe, folder):
     paths = [obtain(pipe, folder, "--method", "paper", "--phi-over", over)[1] for over in ("output", "change")]
     for over, path in zip(("output", "change"), paths, strict=True):
@@ -184,6 +216,13 @@ def test_a_comparison_takes_a_file_on_its_own_prompts(pipe, folder):
 def test_a_comparison_takes_a_file_on_more_prompts(pipe, folder):
     made = obtain(pipe, folder, "--num-calibration-prompts", "4")[0]
     assert kept.kept_calibration(pipe, asked(folder), MODEL) == made
+
+
+def test_a_comparison_takes_a_file_of_just_the_asked_effort(pipe, folder):
+    """Since it says what an effort brings."""
+    best = obtain(pipe, folder, "--effort", "best")[0]
+    assert kept.kept_calibration(pipe, asked(folder, "--effort", "best"), MODEL) == best
+    assert kept.kept_calibration(pipe, asked(folder), MODEL) is None
 
 
 @pytest.mark.parametrize("count", [None, "two", 9])

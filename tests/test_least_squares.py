@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ertacache.fit import least_squares
-from ertacache.fit.least_squares import fit_combination, grams, prompt_weights
+from ertacache.fit.least_squares import RIDGE, fit_combination, grams, prompt_weights
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
@@ -27,12 +27,30 @@ def test_a_ridge_shrinks_towards_the_plain_solution():
     assert fit_combination(columns, 3 * columns[1], ridge=1e12) == pytest.approx([1.0, 0.0], abs=1e-6)
 
 
-def test_a_ridge_is_relative_to_the_diagonal():
-    """So that it means the same whatever the outputs are measured in."""
-    columns = [noise(0, 1, 100), noise(1, 1, 100)]
-    small, large = (fit_combination([s * c for c in columns], s * noise(2, 1, 100), ridge=0.5) for s in (1e-3, 1e3))
+def test_a_ridge_is_relative_to_the_size_of_the_outputs():
+    columns, target = [noise(0, 1, 100), noise(1, 1, 100)], noise(2, 1, 100)
+    small, large = (fit_combination([s * c for c in columns], s * target, ridge=0.5) for s in (1e-3, 1e3))
     assert small == pytest.approx(large, rel=1e-5)
-    assert 0 < abs(small[1]) < abs(fit_combination(columns, noise(2, 1, 100), ridge=0)[1])
+    assert small != pytest.approx(fit_combination(columns, target, ridge=0), abs=0.01)
+
+
+def test_a_ridge_holds_what_outputs_share_as_little_as_what_they_differ_in():
+    """Of outputs that nearly agree: what a ridge on the outputs themselves would take for nothing."""
+    shared, own = 10 * noise(0, 4, 100), 0.01 * noise(1, 4, 100)
+    columns, target = [shared + own, shared], shared + 3 * own
+    assert fit_combination(columns, target, ridge=1e-2) == pytest.approx([3, -2], abs=0.1)
+
+
+def test_the_ridge_problem_is_solved():
+    """The gradient of |t - A a|^2 + ridge sum_i |D_i o|^2 (b_i - [i = 0])^2, a = D^T b, is zero."""
+    columns, target = [noise(i, 1, 30) for i in range(3)], noise(3, 1, 30)
+    a = np.array(fit_combination(columns, target, ridge=0.3))
+    stacked = torch.cat(columns).double().numpy()
+    d = np.array([[1, 0, 0], [1, -1, 0], [0, 1, -1]])
+    b = np.linalg.solve(d.T, a)
+    sizes = np.square(d @ stacked).sum(1)
+    gradient = d @ stacked @ (stacked.T @ a - target[0].double().numpy()) + 0.3 * sizes * (b - [1, 0, 0])
+    assert gradient == pytest.approx(np.zeros(3), abs=1e-4)
 
 
 def test_one_hard_prompt_does_not_decide_for_the_others():
@@ -68,7 +86,7 @@ def test_gram_matrices_are_those_of_each_prompt():
 def test_identical_columns_stay_solvable():
     column = noise(0, 1, 50)
     fitted = fit_combination([column, column, column], 2 * column)
-    assert sum(fitted) == pytest.approx(2.0, abs=1e-3) and max(map(abs, fitted)) < 3
+    assert sum(fitted) == pytest.approx(2 - RIDGE / (1 + RIDGE), abs=1e-6) and fitted[1:] == [0, 0]
 
 
 def test_columns_of_zeros_keep_the_plain_solution():

@@ -10,6 +10,7 @@ CONFIG = '''
 MODEL = "auto"
 PROMPTS = "prompts.txt"
 METHOD = "ertacache"
+EFFORT = "balanced"
 DTYPE = "bfloat16"
 OFFLOAD = "none"
 HEIGHT = 1024
@@ -64,6 +65,7 @@ def test_a_goal_given_as_a_flag_clears_the_configured_one(folder):
         (["--height", "tall"], "'tall' is not of type int"),
         (["--height", "0"], "--height must be 1 or more"),
         (["--method", "magic"], "--method must be one of"),
+        (["--effort", "most"], "--effort must be one of fast, balanced, best"),
         (["--dtype", "int8"], "--dtype must be one of"),
         (["--speedup", "0.5"], "--speedup must lie between 1 and"),
         (["--speedup", "2", "--computed-steps", "3"], "give one of"),
