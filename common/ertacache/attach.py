@@ -183,6 +183,7 @@ class Attachment:
         self.interceptions.clear()
         for method in self.methods:
             method.take_off()
+        self.methods.clear()  # with the interceptions: no circle keeps what a run recorded
         unfollow(self.pipe)
 
     def _intercepted(self, transformer: nn.Module) -> Interception:
