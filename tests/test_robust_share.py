@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 import threading
+import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ import tiny_models
 from huggingface_hub import constants
 from tiny_models import fitted, make
 
-from ertacache import cli, hub
+from ertacache import hub
 from ertacache.calibration import Calibration
+from ertacache.cli import inspect
 from ertacache.errors import CalibrationError
 from ertacache.schema import MAX_FILE_BYTES
 
@@ -165,11 +168,11 @@ def test_inspect_prints_strip_prediction_and_provenance(tmp_path, capsys):
     pipe = make("flux")
     made = tiny_models.calibrate(pipe, "flux", effort="balanced")
     path = made.save(tmp_path / "c.json")
-    assert cli.main(["inspect", str(path)]) == 0
+    assert inspect.main(["inspect", str(path)]) == 0
     out = capsys.readouterr().out
     for part in (made.strip(), "predicted", "dB", "FluxTransformer2DModel", "fingerprint", "diffusers", made.date):
         assert part in out
-    assert cli.main(["inspect", "--json", str(path)]) == 0
+    assert inspect.main(["inspect", "--json", str(path)]) == 0
     assert json.loads(capsys.readouterr().out)["strip"] == made.strip()
 
 
@@ -180,7 +183,7 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path, capsys
     data["settings"] = {evil: evil}
     data["versions"] = {"torch": evil}
     (tmp_path / "c.json").write_text(json.dumps(data))
-    assert cli.main(["inspect", str(tmp_path / "c.json")]) == 0
+    assert inspect.main(["inspect", str(tmp_path / "c.json")]) == 0
     assert all(line.isprintable() for line in capsys.readouterr().out.split("\n"))
 
 
@@ -202,7 +205,7 @@ def saved(name: str, folder: Path) -> Path:
 def test_validate_compares_with_a_model_folder(name, tmp_path, capsys):
     folder = saved(name, tmp_path)
     path = str(fitted(name).save(tmp_path / "c.json"))
-    assert cli.main(["validate", path, "--model", str(folder)]) == 0
+    assert inspect.main(["validate", path, "--model", str(folder)]) == 0
     out = capsys.readouterr().out
     if name == "opensora":  # a class whose code would have to be run
         assert "nothing else is compared" in out
@@ -211,35 +214,43 @@ def test_validate_compares_with_a_model_folder(name, tmp_path, capsys):
     pipe = make(name)
     next(pipe.transformer.parameters()).data.mul_(1.5)
     pipe.transformer.save_pretrained(folder / "transformer")
-    assert cli.main(["validate", path, "--model", str(folder)]) == 0
+    assert inspect.main(["validate", path, "--model", str(folder)]) == 0
     assert "warning: the weights differ" in capsys.readouterr().out
 
 
 def test_validate_refuses_another_model_or_a_bad_file(tmp_path, capsys):
     folder = saved("wan", tmp_path)
     path = str(fitted("flux").save(tmp_path / "c.json"))
-    assert cli.main(["validate", path]) == 0
-    assert cli.main(["validate", path, "--model", str(folder)]) == 1
-    assert cli.main(["validate", path, "--model", str(tmp_path / "none")]) == 2
+    assert inspect.main(["validate", path]) == 0
+    assert inspect.main(["validate", path, "--model", str(folder)]) == 1
+    assert inspect.main(["validate", path, "--model", str(tmp_path / "none")]) == 2
     (tmp_path / "bad.json").write_text("{")
-    assert cli.main(["validate", str(tmp_path / "bad.json")]) == 1
-    assert cli.main(["validate"]) == 2 and cli.main([]) == 2 and cli.main(["explain", path]) == 2
+    assert inspect.main(["validate", str(tmp_path / "bad.json")]) == 1
+    assert inspect.main(["validate"]) == 2 and inspect.main([]) == 2 and inspect.main(["explain", path]) == 2
     lines = capsys.readouterr().err.strip().split("\n")
     assert len(lines) == 6 and all(line.startswith("error: ") for line in lines)
 
 
-def test_the_command_as_a_module(tmp_path):
+def test_the_command_that_is_installed(tmp_path):
+    """As the script does that `pip install` makes of pyproject.toml."""
+    name = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]["ertacache"]
+    assert EntryPoint("ertacache", name, "console_scripts").load() is inspect.main
+    module, function = name.split(":")
+    script = f"import sys; from {module} import {function}; sys.exit({function}())"
     path = fitted("flux").save(tmp_path / "c.json")
-    common = Path(__file__).parents[1] / "common"
     done = subprocess.run(
-        [sys.executable, "-m", "ertacache", "inspect", path], capture_output=True, text=True, cwd=common, check=False
+        [sys.executable, "-c", script, "inspect", path],
+        capture_output=True,
+        text=True,
+        cwd=ROOT / "common",
+        check=False,
     )
     assert done.returncode == 0 and "steps computed" in done.stdout
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("ERTACache4*/calibration/tiny-*.json")), ids=lambda p: p.stem)
 def test_validate_accepts_what_is_checked_in(path, capsys):
-    assert cli.main(["validate", str(path), "--model", str(path.parents[1] / "tiny")]) == 0
+    assert inspect.main(["validate", str(path), "--model", str(path.parents[1] / "tiny")]) == 0
     said = capsys.readouterr().out
     put_in = "is put in by the model's folder; its settings are not compared" in said
     assert put_in == (path.parents[1].name in ("ERTACache4Wan2.1", "ERTACache4CogVideoX"))
