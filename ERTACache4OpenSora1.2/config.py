@@ -43,7 +43,7 @@ CALIBRATION_PROMPTS = "prompts/calibration.txt"  # one prompt per line; never us
 NUM_CALIBRATION_PROMPTS = 8  # the first ones of that file
 MICRO_BATCH = 2  # samples per transformer call in calibration and comparison; with guidance a prompt is two
 MEMORY_LIMIT_GIB: float | None = None  # recorded trajectories in host memory; above it, all go to files under TMPDIR
-EFFORT = "balanced"  # fast, balanced or best: 1.5 P, 3 P or 100 uncached runs of calibration at 2x, for P prompts
+EFFORT = "balanced"  # fast, balanced or best: 1.5 P, 2.5 P or 100 uncached runs of calibration at 2x, for P prompts
 
 # where results go
 OUT = "sample"  # output folder, from where you give the command

@@ -16,8 +16,8 @@ from ertacache.fit.end_to_end import Refined, fit_end_to_end, prompts_within
 from ertacache.fit.predict import FOLDS, cross_validate
 from ertacache.fit.published import fit_published
 from ertacache.fit.record import Record
-from ertacache.fit.runs import MICRO_BATCH, Runs, mean_log_error, quiet, record_runs
-from ertacache.fit.schedule import EARLY, choose_steps
+from ertacache.fit.runs import MICRO_BATCH, Runs, quiet, record_runs
+from ertacache.fit.schedule import choose_steps
 from ertacache.fit.step_by_step import StepFit, fit_last_step, fit_step_by_step
 from ertacache.published import PHI_OVER
 from ertacache.replay import cache_of
@@ -55,7 +55,7 @@ def calibrate(
         computed_steps: K itself.
         min_psnr: dB to the uncached result; the smallest K whose predicted PSNR reaches it.
         threshold: the published method's lambda.
-        effort: "fast", "balanced" or "best"; for P prompts and K = N / 2 they cost 1.5 P, 3 P and at most 100 uncached
+        effort: "fast", "balanced" or "best"; for P prompts and K = N / 2 they cost 1.5 P, 2.5 P and at most 100 uncached
             runs. "fast" predicts no quality; "best" fits end to end.
         method: "ertacache", or "paper" for the published one, which alone takes `threshold`.
         phi_over: of method "paper": what its timestep adjustment measures an error by, "output" or "change".
@@ -106,13 +106,13 @@ def calibrate(
 
 
 def most_evaluations(effort: str, prompts: int, steps: int, computed: int) -> int:
-    """An upper bound of the transformer evaluations over P prompts, for K of N steps: P (N + 4 K), or BEST_RUNS N.
+    """An upper bound of the transformer evaluations over P prompts, for K of N steps: P (N + 3 K), or BEST_RUNS N.
 
-    P (N + K) for "fast". The others try two schedules and cross-validate in two folds, K P evaluations each.
+    P (N + K) for "fast", which predicts no quality. "best" fits end to end with what is left of BEST_RUNS.
     """
     if effort == "fast":
         return prompts * (steps + computed)
-    total = prompts * (steps + (len(EARLY) + FOLDS) * computed)
+    total = prompts * (steps + (1 + FOLDS) * computed)
     return max(total, BEST_RUNS * steps) if effort == "best" else total
 
 
@@ -128,7 +128,8 @@ def fit(runs: Runs, computed_steps: int | None, effort: str) -> Calibration:
     check_computed_steps(record.num_steps, computed_steps)
     if computed_steps == record.num_steps:
         return _all_computed(runs, effort)
-    schedule, coefficients = fit_best_schedule(runs, computed_steps, 1 if effort == "fast" else len(EARLY))
+    schedule = choose_steps(record, computed_steps)
+    coefficients = fit_step_by_step(runs, schedule)
     refined = _refined(runs, schedule, coefficients) if effort == "best" else None
     if refined is not None:  # the last step leads to what the others aim at
         coefficients = fit_last_step(runs, schedule, refined.coefficients)
@@ -138,16 +139,6 @@ def fit(runs: Runs, computed_steps: int | None, effort: str) -> Calibration:
     return bare_calibration(
         record, "ertacache", computed_steps=schedule, predicted=predicted, **calibration_fields(coefficients)
     )
-
-
-def fit_best_schedule(runs: Runs, computed_steps: int, tries: int) -> tuple[list[int], Coefficients]:
-    """Choose the steps under a few weightings of early errors, fit each, and keep the one that ends nearest."""
-    schedules = [choose_steps(runs.record, computed_steps, early) for early in EARLY[:tries]]
-    found: list[tuple[float, list[int], Coefficients]] = []
-    for schedule in (s for i, s in enumerate(schedules) if s not in schedules[:i]):
-        coefficients, errors = fit_step_by_step(runs, schedule)
-        found.append((mean_log_error(errors), schedule, coefficients))
-    return min(found, key=lambda one: one[0])[1:]
 
 
 def _refined(runs: Runs, schedule: list[int], start: Coefficients) -> Refined | None:

@@ -17,21 +17,21 @@ Steps = NDArray[np.int64]
 
 PATHS_KEPT = 4  # for each number of computed steps and last computed step
 RIDGE = 1e-3  # relative to the size of each output, towards reusing the newest one
-EARLY = (3.0, 2.0)  # how much more, as exponents, an early error weighs: tried in this order
+EARLY = 3.0  # how much more an early error weighs, as an exponent
 
 
-def choose_steps(record: Record, computed_steps: int, early: float = EARLY[0]) -> list[int]:
+def choose_steps(record: Record, computed_steps: int) -> list[int]:
     """Choose the K computed steps."""
-    weights = error_weights(record.num_steps, early)
+    weights = error_weights(record.num_steps)
     return path_schedule(gram_matrix(record.outputs), np.asarray(record.gains), computed_steps, OUTPUTS, weights)
 
 
-def error_weights(num_steps: int, early: float) -> Array:
+def error_weights(num_steps: int) -> Array:
     """How much a squared error after step k weighs in the end, (N,): exp(b (1 - k / N)^2 - 1), and 1 at the last step.
 
     An error grows on the way, the more the earlier it was made; what later steps cannot mend is left.
     """
-    weights = np.exp(early * (1 - np.arange(num_steps) / num_steps) ** 2 - 1)
+    weights = np.exp(EARLY * (1 - np.arange(num_steps) / num_steps) ** 2 - 1)
     weights[-1] = 1.0
     return weights
 
