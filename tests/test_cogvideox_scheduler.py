@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from tiny_cogvideox import SCHEDULE, folder_module
 
 from ertacache import solver
-from ertacache.solver import StepCall
+from ertacache.solver import StepCall, StepSignature
 
 SCHEDULER = folder_module("scheduler")
 STOCK = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
@@ -171,6 +172,10 @@ def test_a_device_is_read_once_a_run(name, monkeypatch):
 # -- what the method needs of a solver -------------------------------------------------------------------
 
 
+def call_of(scheduler, args: tuple, kwargs: dict) -> StepCall:
+    return StepSignature.of(inspect.signature(scheduler.step)).call(args, kwargs)
+
+
 @pytest.mark.parametrize("name", STOCK)
 @pytest.mark.parametrize("num_steps", [28, 50])
 def test_gain_is_the_numerical_derivative_and_the_target_is_hit(name, num_steps):
@@ -180,7 +185,7 @@ def test_gain_is_the_numerical_derivative_and_the_target_is_hit(name, num_steps)
     for i in range(num_steps):
         output = torch.sin(3 * sample) + noise(100 + i)
         args, kwargs = step_arguments(scheduler, i, output, sample, old, generator)
-        call = StepCall.bind(inspect.signature(scheduler.step), args, kwargs)
+        call = call_of(scheduler, args, kwargs)
         state = generator.get_state()
         offset, gain = solver.affine_step(scheduler, call)
         assert torch.equal(generator.get_state(), state)  # the copies drew from clones
@@ -198,7 +203,8 @@ def numerical_derivative(scheduler, call: StepCall, width: float = 0.5) -> float
     """d x' / d o by central difference, in float64 and with the same noise."""
 
     def stepped(output):
-        trial = call.trial(output.double()).replaced(call.places.sample, call.sample)
+        trial = call.trial(output.double())
+        trial = replace(trial, arguments={**trial.arguments, call.signature.sample: call.sample})
         return solver._step_of_copy(scheduler, trial).double()
 
     difference = stepped(call.model_output + width) - stepped(call.model_output - width)
@@ -212,7 +218,7 @@ def test_ddim_gain_in_closed_form():
     angles = [math.acos(math.sqrt(a)) for a in scheduler.alpha_bars(scheduler.timesteps.tolist()).tolist()] + [0.0]
     for i in range(30):
         args, kwargs = step_arguments(scheduler, i, noise(1), noise(2), None, None)
-        call = StepCall.bind(inspect.signature(scheduler.step), args, kwargs)
+        call = call_of(scheduler, args, kwargs)
         offset, gain = solver.affine_step(scheduler, call)
         assert gain == pytest.approx(-math.sin(angles[i] - angles[i + 1]), abs=1e-6)
         assert torch.allclose(offset, math.cos(angles[i] - angles[i + 1]) * noise(2), atol=1e-5)
@@ -227,7 +233,7 @@ def test_the_copies_draw_the_noise_of_the_step_itself(seed, dtype):
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     torch.manual_seed(11)
     args, kwargs = step_arguments(scheduler, 4, noise(1), noise(0, dtype), noise(2), generator)
-    offset, gain = solver.affine_step(scheduler, StepCall.bind(inspect.signature(scheduler.step), args, kwargs))
+    offset, gain = solver.affine_step(scheduler, call_of(scheduler, args, kwargs))
     result = scheduler.step(*args, **kwargs)[0]
     assert torch.allclose(result.float(), offset + gain * noise(1), atol=1e-5)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_opensora import info_of, load_vector, names_of
 
-from ertacache.solver import StepCall, affine_step, host_grid, identity
+from ertacache.solver import StepSignature, affine_step, host_grid, identity
 
 # isort: split
 from opensora12.scheduler import FrameMask, RFlowScheduler
@@ -138,7 +138,7 @@ def test_library_reads_the_grid_and_the_gain():
     assert sigmas[:-1] == pytest.approx([t / 1000 for t in timesteps])
     sample = torch.randn(1, 4, 2, 2, 2)
     for i, t in enumerate(scheduler.timesteps):
-        call = StepCall.bind(inspect.signature(scheduler.step), (torch.ones_like(sample), t, sample), {})
+        call = StepSignature.of(inspect.signature(scheduler.step)).call((torch.ones_like(sample), t, sample), {})
         offset, gain = affine_step(scheduler, call)
         assert gain == pytest.approx(sigmas[i] - sigmas[i + 1], abs=1e-6) and gain > 0
         torch.testing.assert_close(offset, sample)

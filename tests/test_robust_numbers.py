@@ -15,10 +15,10 @@ from toys import ToyPipeline, curved
 
 import ertacache
 from compare.ablation_schedules import best_schedule, reuse_errors
+from ertacache.attach import FiniteCheck
 from ertacache.errors import NumericsError
-from ertacache.finite import FiniteCheck
+from ertacache.fit.least_squares import RIDGE, fit_combination, solve_towards_plain
 from ertacache.fit.record import gram_matrix
-from ertacache.rectification import fit_rectification, solve_towards_plain
 
 
 def spoil(pipe, at_call: int, value: float):
@@ -210,7 +210,7 @@ def test_singular_normal_equations(scale):
 
 def test_one_prompt_and_equal_columns():
     column = torch.randn(1, 7)
-    assert sum(fit_rectification([column, column, column], 2 * column)) == pytest.approx(2.0, rel=1e-3)
+    assert sum(fit_combination([column, column, column], 2 * column)) == pytest.approx(2.0, rel=RIDGE)
 
 
 def test_equal_steps_of_a_gram_matrix_have_a_schedule():

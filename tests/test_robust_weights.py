@@ -70,7 +70,8 @@ def test_a_fused_lora_is_noticed_too(name, lora):
 def test_a_change_of_any_one_weight_is_noticed_at_the_next_run(name):
     pipe = make(name)
     named = dict(pipe.transformer.named_parameters())
-    with ertacache.apply(pipe, fitted(name)), torch.no_grad():
+    with ertacache.apply(pipe, fitted(name)) as applied, torch.no_grad():
+        watch = applied._attachment.begin.__self__.weights
         for parameter in [p for p in named.values() if p.ndim > 1]:
             before = parameter.data
             generator = torch.Generator().manual_seed(3)
@@ -79,9 +80,9 @@ def test_a_change_of_any_one_weight_is_noticed_at_the_next_run(name):
             )
             parameter.data = before + 0.05 * low_rank.reshape(before.shape)
             with pytest.warns(ertacache.MismatchWarning, match="weights differ"):
-                pipe._ertacache.controller.begin_weights()
+                watch.check()
             parameter.data = before
-            pipe._ertacache.controller.begin_weights()
+            watch.check()
         with warnings.catch_warnings():
             warnings.simplefilter("error", ertacache.MismatchWarning)
             assert torch.equal(call(pipe, name), expected(name)[1])
