@@ -75,15 +75,11 @@ class StepFit(Cache):
         return fit_combination([output[rows] for output in self.history], target[rows])
 
 
-def fit_step_by_step(runs: Runs, schedule: Sequence[int]) -> tuple[Coefficients, Tensor]:
-    """Fit every step on one run along the schedule: K evaluations a prompt.
-
-    Returns:
-        The coefficients, and the squared error (P,) of the final latents under them.
-    """
+def fit_step_by_step(runs: Runs, schedule: Sequence[int]) -> Coefficients:
+    """Fit every step on one run along the schedule: K evaluations a prompt."""
     fit = StepFit(schedule, runs.record.latents)
-    errors = runs.errors(fit)
-    return fit.fitted(), errors
+    runs.latents(fit)
+    return fit.fitted()
 
 
 def fit_last_step(runs: Runs, schedule: Sequence[int], given: Coefficients) -> Coefficients:
