@@ -16,9 +16,6 @@ from ertacache.errors import CalibrationError
 from ertacache.fit import recipe
 from ertacache.fit.recipe import recorded_runs
 from ertacache.fit.record import gram_matrix
-from ertacache.fit.rerun import Rerun
-from ertacache.fit.runs import mean_log_error
-from ertacache.fit.schedule import EARLY
 from ertacache.fit.step_by_step import fit_step_by_step
 from ertacache.published import PHI_OVER
 from ertacache.replay import cache_of
@@ -102,26 +99,6 @@ def test_speedup_and_min_psnr_choose_the_number_of_steps():
     assert fewer.predicted["psnr"] < 60.0
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_of_several_schedules_the_one_that_ends_nearest_is_kept(order, monkeypatch):
-    """With its own coefficients, whatever the order in which they are tried."""
-    good, bad = [0, 1, 3, 6, 9], [0, 1, 2, 3, 4]
-    found = dict(zip(EARLY, [good, bad][::order], strict=True))
-    monkeypatch.setattr(recipe, "choose_steps", lambda record, count, early: found[early])
-    made = calibrate(ToyPipeline(curved), computed_steps=5)
-    runs = recorded_runs(ToyPipeline(curved), PROMPTS, seeds=range(6), num_inference_steps=12)
-    coefficients, errors = fit_step_by_step(runs, good)
-    assert made.computed_steps == good and made.coefficients == coefficients.outputs
-    assert mean_log_error(errors) < mean_log_error(fit_step_by_step(runs, bad)[1])
-    assert calibrate(ToyPipeline(curved), computed_steps=5, effort="fast").computed_steps == found[EARLY[0]]
-
-
-def test_the_errors_of_a_fit_are_those_of_its_coefficients():
-    runs = recorded_runs(ToyPipeline(curved), PROMPTS, seeds=range(6), num_inference_steps=12)
-    coefficients, errors = fit_step_by_step(runs, [0, 2, 5])
-    torch.testing.assert_close(runs.errors(Rerun([0, 2, 5], coefficients)), errors)
-
-
 def test_more_effort_brings_more_and_the_least_predicts_nothing():
     pipe = ToyPipeline(curved)
     fast, balanced, best = (calibrate(pipe, computed_steps=5, effort=effort) for effort in recipe.EFFORTS)
@@ -140,7 +117,7 @@ def test_the_predicted_quality_is_that_of_prompts_left_out(method):
         pipe = ToyPipeline(curved)
         runs = recorded_runs(pipe, [PROMPTS[i] for i in rest], seeds=rest, num_inference_steps=12)
         if method == "ertacache":
-            coefficients = fit_step_by_step(runs, made.computed_steps)[0]
+            coefficients = fit_step_by_step(runs, made.computed_steps)
             fit = replace(made, coefficients=coefficients.outputs)
         else:
             fit = recipe.fit_paper(runs, len(made.computed_steps), None, PHI_OVER[0], "fast")

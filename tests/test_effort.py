@@ -41,9 +41,9 @@ def evaluations(text: str, kind: str) -> int:
 def test_the_bound_by_hand():
     """P (N + K), P (N + 4 K) with two schedules and two folds, and 100 N where these leave some of it."""
     assert most_evaluations("fast", prompts=8, steps=28, computed=14) == (28 + 14) * 8
-    assert most_evaluations("balanced", 8, 28, 14) == (28 + 4 * 14) * 8
+    assert most_evaluations("balanced", 8, 28, 14) == (28 + 3 * 14) * 8
     assert most_evaluations("best", 8, 28, 14) == 100 * 28
-    assert most_evaluations("best", 64, 28, 14) == (28 + 4 * 14) * 64
+    assert most_evaluations("best", 64, 28, 14) == (28 + 3 * 14) * 64
 
 
 @pytest.mark.parametrize("computed", [2, 6, 11])
@@ -103,7 +103,7 @@ def test_it_is_said_before_the_first_evaluation(capsys):
     original = pipe.transformer.velocity
     pipe.transformer.velocity = lambda x, s: (said.append(capsys.readouterr().err), original(x, s))[1]
     calibrate(pipe, computed_steps=5)
-    assert evaluations(said[0], "at most") == (STEPS + 4 * 5) * 4
+    assert evaluations(said[0], "at most") == (STEPS + 3 * 5) * 4
     assert not any("transformer evaluations" in text for text in said[1:])
 
 

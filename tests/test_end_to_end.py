@@ -47,7 +47,7 @@ def recorded(scheduler="euler", **kwargs) -> Runs:
 
 
 def fitted(runs, schedule=SCHEDULE) -> Coefficients:
-    return fit_step_by_step(runs, schedule)[0]
+    return fit_step_by_step(runs, schedule)
 
 
 def calibrate(pipe, **kwargs) -> Calibration:
