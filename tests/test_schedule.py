@@ -92,7 +92,7 @@ def test_weights_draw_computed_steps_to_where_errors_grow():
 def test_weights_by_hand():
     """exp(b (1 - k / N)^2 - 1), and 1 at the last step."""
     wanted = [np.exp(3 - 1), np.exp(3 * 0.75**2 - 1), np.exp(3 * 0.5**2 - 1), 1.0]
-    assert error_weights(4, 3.0) == pytest.approx(np.array(wanted))
+    assert error_weights(4) == pytest.approx(np.array(wanted))
 
 
 @pytest.fixture(scope="module")
