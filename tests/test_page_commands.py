@@ -18,7 +18,7 @@ from ertacache.cli.settings import read_constants, read_prompts
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
-FLAGS_OF_REAL_MODELS = ("--model", "--resolution", "--aspect-ratio", "--num-frames")  # with a value each
+FLAGS_OF_REAL_MODELS = ("--model", "--offload", "--resolution", "--aspect-ratio", "--num-frames")  # with a value each
 NAMES = {folder: name for name, folder in FOLDERS.items()}
 
 
