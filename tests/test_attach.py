@@ -464,6 +464,17 @@ def test_matching_run_does_not_warn():
             run(pipe, prompts=("a",))
 
 
+def test_a_step_that_names_no_arguments_is_refused_and_nothing_is_attached():
+    pipe = ToyPipeline(curved)
+    plain, calibration, original = run(pipe), plain_reuse(pipe, [0, 4]), pipe.scheduler.step
+    pipe.scheduler.step = lambda *args, **kwargs: original(*args, **kwargs)
+    before = set(vars(pipe)), set(vars(pipe.transformer)), set(vars(pipe.scheduler))
+    with pytest.raises(StateError, match=r"functools\.wraps"):
+        ertacache.apply(pipe, calibration)
+    assert (set(vars(pipe)), set(vars(pipe.transformer)), set(vars(pipe.scheduler))) == before
+    assert torch.equal(run(pipe), plain)
+
+
 def test_replaced_scheduler_is_never_silently_uncached():
     pipe = ToyPipeline(curved)
     with ertacache.apply(pipe, plain_reuse(pipe, [0, 4])):

@@ -1,6 +1,5 @@
 """The FLUX folder: the embedded pipeline is exact, accelerated well, and its commands do what they say."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ from tiny_pipelines import tiny_module
 import ertacache
 from compare import ablation
 from ertacache.cli import command
-from ertacache.fit.runs import recorded_runs
+from ertacache.fit.recipe import recorded_runs
 from ertacache.metrics import psnr
 
 FOLDER = Path(__file__).parents[1] / "ERTACache4FLUX"
@@ -77,7 +76,7 @@ def test_margins_over_reuse_extrapolation_and_the_paper(pipe):
 
 def test_checked_in_calibrations_belong_to_the_checked_in_pipeline(pipe):
     files = sorted((FOLDER / "calibration").glob("tiny-*.json"))
-    assert files
+    assert len(files) >= 1
     for path in files:
         with ertacache.apply(pipe, path) as applied:
             assert applied.calibration.predicted["psnr"] > 20
@@ -173,7 +172,7 @@ def test_bad_input_is_one_line_and_the_right_exit_code(tmp_path, capsys, argv, c
     assert run(*FAST, "--out", str(tmp_path / "o"), *argv) == code
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last
-    assert not list((tmp_path / "o").glob("*")) if (tmp_path / "o").exists() else True
+    assert list((tmp_path / "o").glob("*")) == []  # of a folder that is not there, too
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path):

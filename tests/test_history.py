@@ -1,5 +1,7 @@
 """What a run keeps is its own: outputs whose memory is written over, loops that write into what they are given."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -7,7 +9,7 @@ from toys import ToyPipeline, ToyTransformer, curved
 
 import ertacache
 from ertacache.attach import attached
-from ertacache.cache import Cache
+from ertacache.cache import Cache, Coefficients
 from ertacache.fit.record import Recording
 from ertacache.fit.runs import in_micro_batches
 from ertacache.fit.step_by_step import StepFit
@@ -129,8 +131,8 @@ def test_nothing_in_the_history_lies_where_the_next_output_goes(kind):
 
 
 def test_the_history_is_as_long_as_the_longest_row_and_holds_nothing_beside_its_outputs():
-    made = calibrated(pipeline())
-    longest = max(map(len, made.coefficients))
+    made, longest = calibrated(pipeline()), 2
+    made = replace(made, coefficients=[row[:longest] for row in made.coefficients])
     made.model["class"] = "ViewTransformer"
     pipe, caches, held = pipeline(ViewTransformer), [], []
     with ertacache.apply(pipe, made) as applied:
@@ -142,3 +144,24 @@ def test_the_history_is_as_long_as_the_longest_row_and_holds_nothing_beside_its_
         sample(pipe)
     assert [len(sizes) for sizes in held] == [min(count, longest) for count in range(6)]
     assert {size for sizes in held for size in sizes} == {3 * 4 * 4 * 4}
+
+
+class Call:
+    """What a cache reads of a scheduler's step."""
+
+    def __init__(self, value: float):
+        self.model_output = self.sample = torch.full((1, 2), value)
+
+
+def test_a_cache_that_begins_again_forgets_the_run_before():
+    cache = Cache([0, 1], Coefficients([[1.0], [0.5, 0.5]], [0.0, 0.0]))
+    for _ in range(2):
+        cache.start(torch.device("cpu"))
+        assert cache.output(0, Call(2.0)).tolist() == [[2.0, 2.0]]
+        assert cache.output(1, Call(4.0)).tolist() == [[3.0, 3.0]] and len(cache.history) == 2
+    cache.end()
+    assert not cache.history
+
+
+def test_a_cache_without_coefficients_keeps_one_output():
+    assert Cache([0], Coefficients.of_outputs([])).history.maxlen == 1

@@ -163,10 +163,10 @@ class Attachment:
         transformers = transformers_of(self.pipe)
         for transformer in transformers.values():
             check_free(transformer)
+        step = Method(self.scheduler, "step", self._step, self)
+        self.signature = StepSignature.of(step.signature)  # the last thing that may refuse
         for name, transformer in transformers.items():
             self.interceptions[name] = self._intercepted(transformer)
-        step = Method(self.scheduler, "step", self._step, self)
-        self.signature = StepSignature.of(step.signature)
         self.methods = [step.put_on(), Method(self.scheduler, "set_timesteps", self._set_timesteps, self).put_on()]
         follow(self.pipe, self)
         return self

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ertacache.errors import StateError
+
 SAMPLE_NAMES = ("sample", "latents")
 OUTPUT_NAMES = ("model_output", "noise_pred")
 # where the axis of a scheduler without sigmas ends: one before the first training timestep, the index of the
@@ -36,8 +38,14 @@ class StepSignature:
 
     @classmethod
     def of(cls, signature: inspect.Signature) -> "StepSignature":
-        """Of `scheduler.step`, without its self."""
-        names = list(signature.parameters)
+        """Of `scheduler.step`, without its self; raises StateError where it does not name its arguments."""
+        starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        names = [name for name, parameter in signature.parameters.items() if parameter.kind not in starred]
+        if len(names) < 2:
+            raise StateError(
+                f"scheduler.step takes {signature}, but ERTACache finds the model output and the sample by name: "
+                "wrap the step with functools.wraps"
+            )
         output = next((n for n in OUTPUT_NAMES if n in names), names[0])
         sample = next((n for n in SAMPLE_NAMES if n in names), names[min(2, len(names) - 1)])
         return cls(output, sample, names)
