@@ -17,6 +17,7 @@ import ertacache
 from ertacache.checks import check_grid
 from ertacache.errors import MismatchError, MismatchWarning, NumericsError, StateError
 
+pytestmark = pytest.mark.core
 STEPS = 8
 LIBRARY = str(Path(ertacache.__file__).parent)
 

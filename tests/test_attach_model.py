@@ -26,6 +26,7 @@ import ertacache
 from ertacache.errors import MismatchError, MismatchWarning, StateError
 
 pytest_plugins = ["bare_model_fixtures"]
+pytestmark = pytest.mark.core
 
 
 def test_linear_guidance_gives_what_the_attachment_at_the_scheduler_gives(model, calibration, expected):

@@ -79,6 +79,7 @@ def test_the_class_is_the_models_own_with_one_modified_line(name):
     assert (made.model, made.coefficients) == (fitted(name).model, fitted(name).coefficients)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_no_block_runs_on_a_reused_step(name, cached, monkeypatch):
@@ -110,6 +111,7 @@ def test_a_class_without_its_line_or_its_mixin_would_be_seen(name, monkeypatch):
         call(bare, name)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", NAMES)
 def test_the_folders_load_gives_it(name, monkeypatch):
     """The folder's own load() on its tiny pipeline, with every other step reused."""

@@ -17,6 +17,7 @@ from diffusers import (
 from ertacache import solver
 from ertacache.solver import StepCall, StepSignature
 
+pytestmark = pytest.mark.core
 SCHEDULERS = {
     "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
     "unipc": lambda: UniPCMultistepScheduler(
