@@ -26,7 +26,6 @@ from compare.rivals import (
     TaylorSeer,
 )
 from ertacache.calibration import Calibration
-from ertacache.channels import StepChannels
 
 Attach = Callable[[], AbstractContextManager[Any]]
 
@@ -76,25 +75,17 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     return max(accumulate(event.nbytes() for event in changes))
 
 
-def matrices_bytes() -> int:
-    """Bytes of the coefficients of channels that are in memory for a run, whatever the size of its latents."""
-    gc.collect()  # those of a run before
-    placed = [thing for thing in gc.get_objects() if type(thing) is StepChannels]
-    storages = [one.matrices.untyped_storage() for one in placed]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
 def compare_memory(
     pipe: Any, call: Call, calibration: Calibration, output_bytes: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """One entry a cache: bytes beyond the uncached run, and those less its matrices in units of one guided output."""
+    """One entry a cache: bytes beyond the uncached run, also in units of one guided output."""
     call()  # whatever the first run leaves behind is not the cache's
     plain, plain_peak = held_bytes(call, device), peak_bytes(call, device)
     found = [{"method": "none", "held_bytes": plain, "peak_bytes": plain_peak}]
     for name, attach in _caches(pipe, calibration):
         try:
             with attach():
-                held, matrices = held_bytes(call, device), matrices_bytes()
+                held = held_bytes(call, device)
             with attach():  # anew, so that what the first run keeps for the next ones counts
                 peak = peak_bytes(call, device)
         except NotApplicable as reason:
@@ -109,8 +100,7 @@ def compare_memory(
                 "held_bytes": held,
                 "peak_bytes": peak,
                 "beyond_uncached_bytes": held - plain,
-                "matrices_bytes": matrices,
-                "beyond_uncached_outputs": (held - plain - matrices) / output_bytes,
+                "beyond_uncached_outputs": (held - plain) / output_bytes,
                 "peak_beyond_uncached_bytes": peak - plain_peak,
             }
         )

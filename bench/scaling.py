@@ -27,7 +27,7 @@ from ertacache.fit.recipe import recorded_runs
 from ertacache.fit.record import gram_matrix
 from ertacache.fit.runs import Runs, quiet
 from ertacache.fit.schedule import path_schedule
-from ertacache.fit.step_by_step import SAFE_FORM, fit_step_by_step
+from ertacache.fit.step_by_step import OUTPUTS, fit_step_by_step
 
 CPU = torch.device("cpu")
 STEPS = (10, 20, 50, 100, 200, 500, 1000)
@@ -55,7 +55,7 @@ def stages(num_steps: int, prompts: int, frames: int, side: int) -> dict[str, fl
         found["gram"].append(seconds)
         gains = np.asarray(runs.record.gains)
         seconds, schedule = _timed(
-            lambda gram=gram, gains=gains: path_schedule(gram, gains, max(1, num_steps // 2), SAFE_FORM.outputs)
+            lambda gram=gram, gains=gains: path_schedule(gram, gains, max(1, num_steps // 2), OUTPUTS)
         )
         found["policy"].append(seconds)
         found["fit"].append(_timed(lambda runs=runs, schedule=schedule: _fit(runs, schedule))[0])

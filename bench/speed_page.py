@@ -82,8 +82,7 @@ def memory(records: Sequence[Record]) -> str:
         "Model and size",
         "Cache",
         "MiB beyond uncached",
-        "of it matrices of channels",
-        "the rest in guided outputs",
+        "the same in guided outputs",
         "Peak, MiB beyond",
     ]
     lines = []
@@ -93,13 +92,12 @@ def memory(records: Sequence[Record]) -> str:
                 continue
             name = f"{record['model']}, {size_of(record)}"
             if "beyond_uncached_bytes" not in entry:
-                lines.append([name, entry["method"], entry.get("error", "not applicable"), "–", "–", "–"])
+                lines.append([name, entry["method"], entry.get("error", "not applicable"), "–", "–"])
                 continue
-            beyond, matrices, peak = (
-                f"{entry[key] / 2**20:.3g}"
-                for key in ("beyond_uncached_bytes", "matrices_bytes", "peak_beyond_uncached_bytes")
+            beyond, peak = (
+                f"{entry[key] / 2**20:.3g}" for key in ("beyond_uncached_bytes", "peak_beyond_uncached_bytes")
             )
-            lines.append([name, entry["method"], beyond, matrices, f"{entry['beyond_uncached_outputs']:.2f}", peak])
+            lines.append([name, entry["method"], beyond, f"{entry['beyond_uncached_outputs']:.2f}", peak])
     return grid(header, lines, left=2) if lines else ""
 
 

@@ -10,10 +10,9 @@ from compare.ablation_schedules import uniform_schedule
 from compare.rivals.base import replaced
 from ertacache import provenance, solver
 from ertacache.calibration import Calibration
-from ertacache.channels import StepMatrices
-from ertacache.fit.record import layout_of
+from ertacache.fit.step_by_step import OUTPUTS
 
-WEIGHTS = (1.3, -0.4, 0.15, -0.05)  # sum to 1, of the size that fitted ones have
+WEIGHTS = (1.3, -0.4, 0.15, -0.05, 0.02, -0.02)[:OUTPUTS]  # sum to 1, of the size that fitted ones have
 
 
 class _Seen(Exception):
@@ -47,12 +46,6 @@ def synthetic_calibration(
     steps = len(timesteps)
     schedule = uniform_schedule(steps, computed_steps)
     rows = [list(WEIGHTS[: min(len(WEIGHTS), sum(s <= step for s in schedule))]) for step in range(steps)]
-    config = getattr(pipe.transformer, "config", None)
-    layout = layout_of([1, *latent_shape], getattr(config, "in_channels", None))
-    matrices: list[StepMatrices] = [[]] * steps
-    if layout is not None:
-        count = layout.channels_of(latent_shape)
-        matrices = [[], *([[[0.01] * count] * count] * len(row) for row in rows[1:])]
     return Calibration(
         method="ertacache",
         num_inference_steps=steps,
@@ -64,7 +57,5 @@ def synthetic_calibration(
         latent_shape=latent_shape,
         dtype=provenance.model_dtype(pipe.transformer),
         coefficients=[[1.0], *rows[1:]],
-        channel_coefficients=matrices if layout is not None else None,
-        channel_axis=layout.axis if layout is not None else None,
         guidance_scale=getattr(pipe, "guidance_scale", None),
     )

@@ -8,15 +8,15 @@ import torch
 from diffusers import FluxPipeline
 from toys import plain_fields
 
-from compare import ablation_table, reproduce, study
+from compare import reproduce, study
 from compare.comparison import Comparison
-from compare.pages import markers
-from ertacache import kept
-from ertacache.cli import settings
+from ertacache.calibration import Calibration
+from ertacache.cli import kept, settings
 from ertacache.cli.folder import ModelFolder
 from ertacache.cli.media import png_bytes
 from ertacache.errors import UsageError
 from ertacache.files import write_atomically
+from ertacache.fit import recipe
 
 FOLDER = Path(__file__).parents[1] / "ERTACache4FLUX"
 PROMPTS = ["a red circle at the left", "a large blue star at the top"]
@@ -44,10 +44,15 @@ def pipe() -> FluxPipeline:
     return pipe
 
 
+@pytest.fixture(autouse=True)
+def timed_once(monkeypatch):
+    monkeypatch.setattr(study, "TIMING_REPEATS", 1)
+
+
 def run(pipe, out: Path, *argv: str) -> Path:
     prompts = out.parent / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
-    fast = ["--model", "tiny", "--num-inference-steps", "6", "--num-calibration-prompts", "2", "--seeds", "3,4"]
+    fast = ["--model", "tiny", "--num-inference-steps", "6", "--num-calibration-prompts", "2", "--seeds", "3"]
     fast += ["--methods", "none,ertacache,fewer-steps", "--computed-steps", "4,3", "--prompts", str(prompts)]
     model = ModelFolder("FLUX", arguments, save)
     return reproduce.main(FOLDER, lambda _: pipe, model, [*fast, "--out", str(out), *argv])
@@ -78,7 +83,7 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(pipe, tmp_path, mon
     again = []
     with monkeypatch.context() as patch:
         patch.setattr(Comparison, "_metrics", lambda self, p: again.append(1) or original(self, p))
-        patch.setattr(study.ertacache, "calibrate", lambda *_, **__: pytest.fail("calibrated once more"))
+        patch.setattr(recipe, "calibrate", lambda *_, **__: pytest.fail("calibrated once more"))
         run(pipe, tmp_path / "a")
     # the reference, ours and fewer steps at two costs: two of the five were done
     assert len(again) == 3
@@ -87,7 +92,7 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(pipe, tmp_path, mon
     assert len(rows(tmp_path / "a")) == 5
     meta = json.loads((tmp_path / "a" / "results.meta.json").read_text())
     assert meta["command"].startswith("sh reproduce.sh --model tiny --num-inference-steps 6 ")
-    assert set(meta["predicted"]) == {"4", "3"} and all(value > 10 for value in meta["predicted"].values())
+    assert set(meta["predicted"]) == {"ertacache 4", "ertacache 3"} and min(meta["predicted"].values()) > 10
     assert f"Made by `{meta['command']}`." in (tmp_path / "a" / "table.md").read_text()
 
 
@@ -101,14 +106,14 @@ def test_another_cost_is_added_to_what_was_measured(pipe, tmp_path, monkeypatch)
 
 
 def test_what_is_not_asked_for_is_not_calibrated(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(study.ertacache, "calibrate", lambda *_, **__: pytest.fail("calibrated"))
+    monkeypatch.setattr(recipe, "calibrate", lambda *_, **__: pytest.fail("calibrated"))
     run(pipe, tmp_path / "out", "--methods", "none,fewer-steps", "--seeds", "3", "--num-prompts", "1")
     assert {row["method"] for row in rows(tmp_path / "out")} == {"none", "fewer-steps"}
 
 
 def test_a_kept_calibration_is_compared_and_not_made_again(pipe, tmp_path, monkeypatch):
     """One that run.sh kept, on the same prompts and weights; with other prompts a new one is made."""
-    asked = ["--calibration-folder", str(tmp_path), "--refine", "0", "--search-budget", "0", "--computed-steps", "3"]
+    asked = ["--calibration-folder", str(tmp_path), "--effort", "fast", "--computed-steps", "3"]
     argv = ["--model", "tiny", "--num-inference-steps", "6", "--num-calibration-prompts", "2", *asked]
     kept.obtain_calibration(pipe, settings.parse(FOLDER, argv, ""), ModelFolder("FLUX", arguments, save))
     (path,) = tmp_path.glob("*.json")
@@ -132,30 +137,8 @@ def test_a_kept_calibration_is_compared_and_not_made_again(pipe, tmp_path, monke
     assert rows(tmp_path / "weights")[1]["computed_steps"] != [0, 1, 5]
 
 
-def test_a_kept_calibration_of_more_effort_serves_and_one_of_less_does_not(tmp_path):
-    model = ModelFolder("FLUX", arguments, save)
-
-    def asking(search: str, refine: str, steps: str = "14") -> settings.Settings:
-        asked = ["--search-budget", search, "--refine", refine, "--computed-steps", steps]
-        return settings.parse(FOLDER, ["--model", "tiny", "--calibration-folder", str(tmp_path), *asked], "")
-
-    def found(*asked: str) -> str | None:
-        path = kept.kept_path(asking(*asked), model)
-        return path.name if path else None
-
-    base = kept.calibration_name(asking("0", "0"), model).removesuffix(".json")
-    for end in ("", "-search3-refine16", "-search24-refine8", "-search24-refine64", "-search24-refine64-mine"):
-        (tmp_path / f"{base}{end}.json").touch()
-    assert found("0", "0") == f"{base}-search24-refine64.json"
-    (tmp_path / f"{base}-search24-refine64.json").unlink()
-    assert found("3", "16") == f"{base}-search3-refine16.json"
-    assert found("4", "8") == f"{base}-search24-refine8.json"
-    assert found("4", "16") is None
-    assert found("0", "0", "1") is None
-
-
 def test_vbench_layout(pipe, tmp_path):
-    run(pipe, tmp_path / "o", "--layout", "vbench", "--computed-steps", "3", "--methods", "ertacache")
+    run(pipe, tmp_path / "o", "--layout", "vbench", "--seeds", "3,4", "--computed-steps", "3", "--methods", "ertacache")
     written = {str(p.relative_to(tmp_path / "o" / "vbench")) for p in (tmp_path / "o" / "vbench").rglob("*.*")}
     names = {f"{prompt}-{index}.png" for prompt in PROMPTS for index in (0, 1)}
     assert written == {f"{method}/{name}" for method in ("none-uncached", "ertacache-k-3") for name in names}
@@ -181,11 +164,11 @@ def test_what_would_do_nothing_is_refused(argv, message):
 
 
 def test_every_other_flag_is_taken():
-    flags = "--computed-steps 14,9 --seeds 0,1 --methods ertacache --num-prompts 2 --search-budget 1 --refine 4"
-    rest = "--descent 2 --height 32 --width 32 --prompts p.txt --out o --calibration-folder c --layout vbench"
+    flags = "--computed-steps 14,9 --seeds 0,1 --methods ertacache --num-prompts 2 --effort fast"
+    rest = "--height 32 --width 32 --prompts p.txt --out o --calibration-folder c --layout vbench"
     chosen = reproduce.parse(FOLDER, f"{flags} {rest}".split())
     assert (chosen.computed_steps, chosen.seeds, chosen.num_prompts) == ([14, 9], [0, 1], 2)
-    assert (chosen.search_budget, chosen.refine, chosen.descent, chosen.prompts) == (1, 4, 2, "p.txt")
+    assert (chosen.effort, chosen.prompts) == ("fast", "p.txt")
     unset = reproduce.parse(FOLDER, [])
     settings.apply_overrides(unset, FOLDER / "tiny" / "config.py")
     assert (unset.computed_steps, unset.seeds, unset.prompts, unset.out) == (None, [1000, 1001], None, "reproduced")
@@ -199,30 +182,24 @@ def test_a_calibration_prompt_is_not_measured_on(pipe, tmp_path):
         run(pipe, tmp_path / "o", "--prompts", str(tmp_path / "p.txt"))
 
 
-def test_every_part_of_the_ablation_is_a_row_named_as_on_the_page(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "TIMING_REPEATS", 1)
-    small = ["--computed-steps", "3", "--seeds", "3", "--num-prompts", "1", "--refine", "2"]
+def test_every_part_of_the_ablation_is_a_row(pipe, tmp_path):
+    small = ["--computed-steps", "3", "--seeds", "3", "--num-prompts", "1", "--effort", "fast"]
     run(pipe, tmp_path / "o", "--methods", "ertacache,ablation", *small)
     made = json.loads((tmp_path / "o" / "results.json").read_text())
     assert [row["role"] for row in made] == ["reference", "ours", *["ablation"] * (len(made) - 2)]
     assert all(len(row["computed_steps"]) == row["asked_steps"] == 3 for row in made[1:])
-    page = (FOLDER.parent / "docs" / "method.md").read_text(encoding="utf-8")
-    begin, end = markers(ablation_table.MARKER)
-    lines = page.split(begin)[1].split(end)[0].strip().splitlines()
-    listed = [line.split(" | ")[0].strip("|* ") for line in lines if line.startswith("| ")][2:]
-    assert listed == [row["method"] for row in [*made[2:], made[1]]]
     # rows whose names say the same schedule have the same one
     schedules = {row["method"]: row["computed_steps"] for row in made}
-    assert schedules["+ our schedule"] == schedules["our schedule, linear extrapolation"] == schedules["ertacache"]
-    assert schedules["uniform schedule, residual reuse"] == [0, 2, 4]
+    ours = [steps for name, steps in schedules.items() if name.startswith("our schedule")]
+    assert len(ours) == 4 and all(steps == schedules["ertacache"] for steps in ours)
+    assert schedules["uniform schedule, residual reuse"] == schedules["uniform schedule, fitted"] == [0, 2, 4]
 
 
-def test_calibrations_go_where_a_flag_says_from_here(monkeypatch, tmp_path):
+def test_calibrations_go_where_a_flag_says_from_here(pipe, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text("a red circle\n")
-    chosen = settings.parse(FOLDER, ["--calibration-folder", "mine", "--calibration-prompts", "mine.txt"], "")
+    flags = ["--calibration-folder", "mine", "--calibration-prompts", "mine.txt", "--num-inference-steps", "4"]
+    chosen = settings.parse(FOLDER, [*flags, "--model", "tiny", "--effort", "fast"], "")
     assert kept.calibration_prompts(chosen) == ["a red circle"]
-    (tmp_path / "mine").mkdir()
-    name = kept.calibration_name(chosen, model := ModelFolder("FLUX", arguments, save))
-    (tmp_path / "mine" / name).write_text("{}")
-    assert kept.kept_path(chosen, model).resolve() == tmp_path / "mine" / name
+    made, path = kept.obtain_calibration(pipe, chosen, ModelFolder("FLUX", arguments, save), progress=False)
+    assert Calibration.load(tmp_path / "mine" / path.name) == made
