@@ -12,6 +12,8 @@ from matplotlib.ticker import NullFormatter
 from PIL import Image
 from record import ROOT, read
 
+from compare.pictures import shrink_png
+
 DOCS = ROOT / "docs"
 KEY = "ertacache-results-sha256"
 STAGES = {"record": "recording", "gram": "Gram matrix", "policy": "policy", "fit": "fitting"}
@@ -113,5 +115,6 @@ def draw(name: str) -> None:
     records = read(FIGURES[name][1])
     if records:
         FIGURES[name][0](records).savefig(DOCS / name, dpi=110, metadata={KEY: _hash(records), "Software": None})
+        shrink_png(DOCS / name)
     else:
         (DOCS / name).unlink(missing_ok=True)

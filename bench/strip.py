@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import ertacache
-from compare.pictures import DIFFERENCE_GAIN, difference, pick_frames
+from compare.pictures import DIFFERENCE_GAIN, difference, pick_frames, shrink_png
 from compare.results import Row, best_rival, read_results
 from compare.rivals import Tuner, all_rivals
 from compare.teacache_method import latents_run
@@ -62,7 +62,9 @@ def main() -> None:
     strips = [("ERTACache", count / chosen.num_inference_steps, ours)]
     if rival is not None:
         strips.append((rival.method, rival.compute_fraction, sampler.sample_rival(rival)))
-    print(write_atomically(folder / "strip.png", figure(sampler.sample(), strips)))
+    path = write_atomically(folder / "strip.png", figure(sampler.sample(), strips))
+    shrink_png(path, colours=256)
+    print(path)
 
 
 class _Sampler:

@@ -3,7 +3,10 @@
 F: frames; H, W: height and width in pixels. Pixels are float in [0, 1] everywhere.
 """
 
+from pathlib import Path
+
 import numpy as np
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 DIFFERENCE_GAIN = 8
@@ -32,3 +35,15 @@ def vbench_name(prompt: str, index: int) -> str:
     tail = f"-{index}.mp4"
     name = prompt.translate(SEPARATORS).encode()[: MAX_NAME_BYTES - len(tail)].decode(errors="ignore")
     return name + tail
+
+
+def shrink_png(path: str | Path, colours: int = 64) -> None:
+    """Reduce a PNG to a palette, in place; its texts stay. Charts need 64 colours, pictures 256 with dithering."""
+    with Image.open(path) as picture:
+        texts = PngImagePlugin.PngInfo()
+        for key, value in picture.info.items():
+            if isinstance(value, str):
+                texts.add_text(key, value)
+        dither = Image.Dither.NONE if colours < 256 else Image.Dither.FLOYDSTEINBERG
+        small = picture.convert("RGB").quantize(colours, dither=dither)
+    small.save(path, optimize=True, pnginfo=texts)

@@ -31,6 +31,7 @@ from compare.chart_data import (
     rival_styles,
     spread_labels,
 )
+from compare.pictures import shrink_png
 from compare.results import METRICS, Row, read_results
 from ertacache.cli import command
 from ertacache.errors import ResultsError
@@ -109,6 +110,7 @@ def plot_schedule(rows: Sequence[Row]) -> Figure:
 def save_figure(figure: Figure, path: str | Path, data_hash: str = "") -> None:
     """Write a PNG that holds no date, and the hash of the rows that it shows."""
     figure.savefig(path, dpi=160, metadata={"Software": None, _DATA_KEY: data_hash})
+    shrink_png(path)
 
 
 def _colour(style: int) -> str:

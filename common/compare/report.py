@@ -21,12 +21,12 @@ from compare.results import METRICS, Curve, Row
 from compare.table import Table, all_tables, load_published, margins
 from ertacache.files import write_atomically
 
-_DATA = Path(__file__).with_name("data")
+DATA = Path(__file__).with_name("data")  # its parts: style, script, template
 _WIDE, _NARROW = 820, 380
 # Larger pictures and longer videos are shown smaller and with fewer frames: a report is to be mailed around.
 _MAX_SIDE, _MAX_VIDEO_SIDE, _MAX_FRAMES = 640, 416, 24
 _LOSSLESS_SIDE = 256
-_MAX_BYTES = 9 << 20  # of all pictures; examples beyond it are left out, from the last one on
+MAX_BYTES = 9 << 20
 
 
 def write_report(
@@ -35,31 +35,33 @@ def write_report(
     examples: Sequence[Mapping[str, Any]],
     curves: Mapping[str, Curve | Sequence[Curve]],
     meta: Mapping[str, Any],
+    max_bytes: int = MAX_BYTES,
 ) -> None:
     """Write the report of one model's rows.
 
     examples: dicts with prompt (str), seed (int), method (str; "none" is the uncached picture), computed_steps (the
     asked number of computed steps, or a list of them; None for "none") and image, uint8 of shape (H, W, 3) or, for a
     video, (F, H, W, 3). curves: per method one `Curve`, or one for each asked number of steps. meta: `title` becomes
-    the heading, all the rest is listed at the end.
+    the heading, all the rest is listed at the end. max_bytes: of the data URIs of all pictures; examples beyond it are
+    left out, from the last one on, but not the first.
     Raises ValueError for rows of several models, an example without its uncached picture, or unlike shapes.
     """
     if len({row.model for row in rows}) != 1:
         raise ValueError("rows: expected the rows of one model")
     asked = sorted({row.asked_steps for row in rows if row.asked_steps}, reverse=True)
     parts = {
-        "css": (_DATA / "report.css").read_text(encoding="utf-8"),
-        "js": (_DATA / "report.js").read_text(encoding="utf-8"),
+        "css": (DATA / "report.css").read_text(encoding="utf-8"),
+        "js": (DATA / "report.js").read_text(encoding="utf-8"),
         "title": escape(str(meta.get("title", "ERTACache beside its rivals"))),
         "ran_on": escape(_ran_on(rows)),
         "cards": "".join(_card(rows, steps) for steps in asked),
-        "examples": _script_json({"pairs": _pairs(examples, rows)}),
+        "examples": script_json({"pairs": first_pairs(max_bytes, _pairs(examples, rows))}),
         "charts": _charts(rows),
         "steps": "".join(_steps_panel(rows, curves, steps) for steps in asked),
         "tables": "".join(_table_html(table) for table in all_tables(rows, load_published())),
         "meta": _meta_html(rows, meta),
     }
-    template = (_DATA / "report_template.html").read_text(encoding="utf-8")
+    template = (DATA / "report_template.html").read_text(encoding="utf-8")
     # one pass, so that text which looks like a place holder is left alone
     text = re.sub(r"<!--@(\w+)@-->|/\*@(\w+)@\*/", lambda m: parts[m[1] or m[2]], template)
     write_atomically(path, text)
@@ -121,10 +123,10 @@ def _pairs(examples: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> list[d
         )
     for pair in pairs.values():
         pair["shots"].sort(key=lambda shot: (-shot["asked"], not shot["ours"], -shot["psnr"]))
-    return _within(_MAX_BYTES, list(pairs.values()))
+    return list(pairs.values())
 
 
-def _within(limit: int, pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def first_pairs(limit: int, pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The first pairs whose data URIs together stay below `limit` bytes, at least one of them."""
     sizes = [len(pair["uri"]) + sum(len(shot["uri"]) for shot in pair["shots"]) for pair in pairs]
     return [pair for index, pair in enumerate(pairs) if index == 0 or sum(sizes[: index + 1]) <= limit]
@@ -148,19 +150,17 @@ def _sprite(frames: NDArray[np.uint8]) -> tuple[str, dict[str, Any]]:
     small = max(height, width) <= _LOSSLESS_SIDE
     side = min(1.0, (_MAX_SIDE if count == 1 else _MAX_VIDEO_SIDE) / max(height, width))
     size = (max(1, round(width * side)), max(1, round(height * side)))
-    sheet = Image.new("RGB", (size[0] * count, size[1]))
-    for index, frame in enumerate(frames):
-        sheet.paste(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS), (index * size[0], 0))
+    shown = [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in frames]
+    return sprite_uri(shown, small), {"frames": count, "width": size[0], "height": size[1], "pixelated": small}
+
+
+def sprite_uri(frames: Sequence[NDArray[np.uint8]], lossless: bool) -> str:
+    """Frames (H, W, 3) side by side as one data URI; lossless where differences are shown 32 times as strong."""
     data = io.BytesIO()
-    if not small:
-        kind, options = "jpeg", {"quality": 92, "subsampling": 0}
-    elif count == 1:
-        kind, options = "png", {"optimize": 1}
-    else:
-        kind, options = "webp", {"lossless": 1, "quality": 80, "method": 6}  # differences are shown 32 times as strong
-    sheet.save(data, kind, **options)
-    uri = f"data:image/{kind};base64," + base64.b64encode(data.getvalue()).decode()
-    return uri, {"frames": count, "width": size[0], "height": size[1], "pixelated": small}
+    kind = "webp" if lossless else "jpeg"
+    options = {"lossless": 1, "quality": 50, "method": 4} if lossless else {"quality": 92, "subsampling": 0}
+    Image.fromarray(np.concatenate(frames, axis=1)).save(data, kind, **options)
+    return f"data:image/{kind};base64," + base64.b64encode(data.getvalue()).decode()
 
 
 def _psnr(image: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
@@ -241,7 +241,7 @@ def _plain(value: Any) -> str:
     return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _script_json(value: Any) -> str:
+def script_json(value: Any) -> str:
     """JSON that is safe inside a script element: no character of it can end the element or open a comment."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

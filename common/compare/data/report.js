@@ -1,7 +1,7 @@
 "use strict";
 // Everything shown follows from `state`; an action changes it and calls render().
 const find = (id) => document.getElementById(id);
-const pairs = JSON.parse(find("examples").textContent).pairs;
+const { pairs, note } = JSON.parse(find("examples").textContent);  // a shortened report has a note on what it lacks
 const fromFigures = (name) => [...new Set([...document.querySelectorAll(`figure[data-${name}]`)].map((f) => f.dataset[name]))];
 const choices = {
   asked: [...new Set([...fromFigures("asked"), ...pairs.flatMap((pair) => pair.shots.map((shot) => String(shot.asked)))])]
@@ -94,7 +94,8 @@ function renderStrips(pair, shot, gain) {
     [`Difference ×${gain}`, `url("${pair.uri}"), url("${shot.uri}")`]];
   find("strips").replaceChildren(...rows.flatMap(([label, image], index) => {
     const strip = element("span", `strip${index === 2 ? " difference" : ""}${pair.pixelated ? " pixelated" : ""}`);
-    strip.style.cssText = `background-size: 100% 100%; aspect-ratio: ${pair.width * pair.frames} / ${pair.height}`;
+    strip.style.cssText = `background-size: 100% 100%; aspect-ratio: ${pair.width * pair.frames} / ${pair.height}; `
+      + `max-width: ${170 * pair.frames}px`;
     strip.style.backgroundImage = image;
     const share = `${100 / pair.frames}%`;  // a gap after each frame
     strip.style.maskImage = `repeating-linear-gradient(to right, #000 0 calc(${share} - 3px), #0000 0 ${share})`;
@@ -141,11 +142,12 @@ function play() {
     clearInterval(state.playing);
     state.playing = 0;
   } else {
+    const pause = Math.max(125, 2000 / current().pair.frames);  // a clip of few frames lasts two seconds, too
     state.playing = setInterval(() => {
       const { pair, shot } = current();
       state.frame = (state.frame + 1) % pair.frames;
       if (shot) renderFrame(pair, shot);
-    }, 125);
+    }, pause);
   }
   find("play").textContent = state.playing ? "Pause" : "Play";
 }
@@ -174,6 +176,7 @@ function listen() {
 }
 
 renderChoices();
+if (note) find("see").querySelector(".bar").before(element("p", "quiet", note));
 if (pairs.length) {
   listen();
   setSplit(50);
