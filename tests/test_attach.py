@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from toys import ToyPipeline, ToyTransformer, curved, linear_in_sigma, plain_fields
 
 import ertacache
+from ertacache.attach import CachedTransformer, place_in_grid
 from ertacache.checks import check_grid
 from ertacache.errors import MismatchError, MismatchWarning, NumericsError, StateError
 
@@ -329,6 +331,62 @@ FAILURES = [in_the_model, in_the_step, in_the_grid, in_the_loop, in_another_thre
 FAILURES += [at_the_first_latents, at_the_beginning, at_the_end]
 
 
+class ObjectTransformer(ToyTransformer):
+    """Returns an object around its output, as diffusers' do."""
+
+    def forward(self, *args, **kwargs):
+        return Transformer2DModelOutput(*super().forward(*args, **kwargs))
+
+
+class AskingTransformer(CachedTransformer, ToyTransformer):
+    """Asks whether its step is reused, as the folders' classes do."""
+
+    asked = 0
+
+    def forward(self, *args, **kwargs):
+        self.asked += 1
+        reused = self.reused_output()
+        return super().forward(*args, **kwargs) if reused is None else reused
+
+
+@pytest.mark.parametrize("kind", [ObjectTransformer, AskingTransformer])
+def test_transformers_of_other_kinds_give_the_same(kind):
+    plain, pipe = ToyPipeline(curved), ToyPipeline(curved)
+    pipe.transformer = kind(curved)
+    calibration = fitted(plain)
+    with ertacache.apply(plain, calibration):
+        expected = run(plain)
+    if kind is ObjectTransformer:
+        calibration.model["class"] = kind.__name__  # a subclass that asks goes by the name of the one it asks for
+    uncached = run(pipe)
+    pipe.transformer.calls = pipe.transformer.asked = 0
+    seen = []
+    with ertacache.apply(pipe, calibration):
+        for _ in range(2):
+            assert torch.equal(run(pipe), expected)
+        pipe.transformer.register_forward_hook(lambda *given: seen.append(type(given[2])))
+        run(pipe)
+    assert pipe.transformer.calls == 3 * len(calibration.computed_steps)
+    assert pipe.transformer.asked == (3 * STEPS if kind is AskingTransformer else 0)
+    assert set(seen) == {Transformer2DModelOutput if kind is ObjectTransformer else tuple}
+    assert torch.equal(run(pipe), uncached)
+
+
+def test_the_placeholder_looks_like_the_output():
+    for kind, wanted in ((ToyTransformer, tuple), (ObjectTransformer, Transformer2DModelOutput)):
+        pipe, latents = ToyPipeline(curved), torch.ones(1, 3, 4, 4)
+        pipe.transformer = kind(curved)
+        with ertacache.apply(pipe, plain_reuse(pipe, [0])):
+            pipe.scheduler.set_timesteps(STEPS)
+            t = pipe.scheduler.timesteps
+            output = pipe.transformer(latents, t[:1])
+            pipe.scheduler.step(output[0], t[0], latents)
+            placeholder = pipe.transformer(latents, t[1:2])
+        assert type(placeholder) is type(output) is wanted
+        assert placeholder[0].shape == output[0].shape and placeholder[0].dtype == output[0].dtype
+        assert placeholder[0].untyped_storage().nbytes() == 4 and not placeholder[0].any()
+
+
 class FailingTransformer(ToyTransformer):
     fails_at = spoils = None
 
@@ -491,6 +549,120 @@ def test_start_in_the_middle_of_the_grid_is_refused():
         t = pipe.scheduler.timesteps[2]
         with pytest.raises(StateError, match="every step of the grid"):
             pipe.scheduler.step(torch.zeros(1, 3), t, torch.zeros(1, 3))
+
+
+def loop(pipe, told, latents=None):
+    """A loop of one's own, which tells the scheduler whatever `told` makes of a timestep."""
+    latents = torch.ones(1, 3, 4, 4) if latents is None else latents
+    pipe.scheduler.set_timesteps(STEPS)
+    for t in pipe.scheduler.timesteps:
+        output = pipe.transformer(latents, t.expand(1))[0]
+        latents = pipe.scheduler.step(output, told(t), latents)[0]
+    return latents
+
+
+TOLD = {"a view": lambda t: t, "a copy": lambda t: t.clone(), "nearly": lambda t: t + 0.9, "below": lambda t: t - 0.9}
+
+
+@pytest.mark.parametrize("how", TOLD)
+def test_a_timestep_is_known_by_its_place_or_its_value(how):
+    pipe = ToyPipeline(curved)
+    with ertacache.apply(pipe, fitted(pipe)):
+        expected = loop(pipe, lambda t: t)
+        pipe.scheduler.index_for_timestep = lambda *_: 0  # the scheduler's own look-up wants it exact
+        assert torch.equal(loop(pipe, TOLD[how]), expected)
+
+
+@pytest.mark.parametrize("wrong", [lambda t: t + 1.1, lambda t: t - 1.1])
+def test_a_timestep_of_another_value_is_refused(wrong):
+    pipe = ToyPipeline(curved)
+    with ertacache.apply(pipe, fitted(pipe)), pytest.raises(StateError, match="every step of the grid"):
+        loop(pipe, wrong)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_step_that_comes_without_a_call_of_the_transformer_is_refused(step):
+    pipe, latents = ToyPipeline(curved), torch.ones(1, 3, 4, 4)
+    with ertacache.apply(pipe, fitted(pipe)):
+        pipe.scheduler.set_timesteps(STEPS)
+        for t in pipe.scheduler.timesteps[:step]:
+            latents = pipe.scheduler.step(pipe.transformer(latents, t.expand(1))[0], t, latents)[0]
+        with pytest.raises(StateError, match=f"step {step} came without a call"):
+            pipe.scheduler.step(latents, pipe.scheduler.timesteps[step], latents)
+
+
+def test_a_scheduler_has_one_attachment_and_a_transformer_too():
+    one, shares_scheduler, shares_transformer = (ToyPipeline(curved) for _ in range(3))
+    shares_scheduler.scheduler, shares_transformer.transformer = one.scheduler, one.transformer
+    calibration = fitted(ToyPipeline(curved))
+    with ertacache.apply(one, calibration):
+        expected = run(one)
+        for other in (shares_scheduler, shares_transformer):
+            with pytest.raises(StateError, match="attached already"):
+                ertacache.apply(other, calibration)
+        assert torch.equal(run(one), expected)
+    with ertacache.apply(shares_scheduler, calibration), ertacache.apply(shares_transformer, calibration):
+        assert torch.equal(run(shares_scheduler), expected) and torch.equal(run(shares_transformer), expected)
+
+
+def test_a_scheduler_of_another_attached_pipeline_is_seen_to_be_replaced():
+    one, other = ToyPipeline(curved), ToyPipeline(curved)
+    calibration = fitted(one)
+    with ertacache.apply(one, calibration), ertacache.apply(other, calibration):
+        own, one.scheduler = one.scheduler, other.scheduler
+        with pytest.raises(StateError, match="replaced"):
+            run(one)
+        one.scheduler = own
+
+
+def test_a_replaced_transformer_is_refused():
+    pipe, calibration = ToyPipeline(curved), fitted(ToyPipeline(curved))
+    plain = run(pipe)
+    with ertacache.apply(pipe, calibration):
+        own, pipe.transformer = pipe.transformer, ToyTransformer(curved)
+        with pytest.raises(StateError, match="transformer was replaced"):
+            run(pipe)
+        pipe.transformer, pipe.transformer_2 = own, ToyTransformer(curved)
+        with pytest.raises(StateError, match="transformer_2 was replaced"):
+            run(pipe)
+        del pipe.transformer_2
+        assert not torch.equal(run(pipe), plain)
+    assert torch.equal(run(pipe), plain)
+
+
+def test_a_grid_that_is_begun_in_the_middle_is_refused():
+    pipe, latents = ToyPipeline(curved), torch.ones(1, 3, 4, 4)
+    with ertacache.apply(pipe, fitted(pipe)):
+        for begin in (0, 2):
+            pipe.scheduler.set_timesteps(STEPS)
+            pipe.scheduler.set_begin_index(begin)
+            output, first = pipe.transformer(latents, torch.ones(1))[0], pipe.scheduler.timesteps[0]
+            if begin:
+                with pytest.raises(StateError, match="starts at step 2"):
+                    pipe.scheduler.step(output, first, latents)
+            else:
+                pipe.scheduler.step(output, first, latents)
+
+
+def test_removal_ends_every_run():
+    pipe = ToyPipeline(curved)
+    with ertacache.apply(pipe, fitted(pipe)) as applied:
+        caches, latents = caches_of(applied._attachment), torch.ones(1, 3, 4, 4)
+        pipe.scheduler.set_timesteps(STEPS)
+        pipe.scheduler.step(pipe.transformer(latents, torch.ones(1))[0], pipe.scheduler.timesteps[0], latents)
+        assert caches[0].history
+    assert not caches[0].history and applied._attachment.runs == {}
+
+
+def test_the_place_of_a_timestep_is_read_from_its_memory():
+    grid = torch.arange(8.0)
+    assert [place_in_grid(t, grid) for t in grid] == list(range(8))
+    assert [place_in_grid(t, grid[2:]) for t in grid[2:]] == list(range(6))
+    assert [place_in_grid(t, grid[::2]) for t in grid[::2]] == list(range(4))
+    for timestep, of in ((grid[1].clone(), grid), (1.0, grid), (grid[1], [0.0, 1.0]), (grid[0], grid[:1].expand(8))):
+        assert place_in_grid(timestep, of) is None
+    on_meta = torch.arange(8.0, device="meta")
+    assert place_in_grid(on_meta[3], on_meta) is None
 
 
 def test_pipeline_without_a_transformer_is_refused():

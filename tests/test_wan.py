@@ -194,7 +194,8 @@ def test_fitting_through_the_real_scheduler_stays_on_the_reference(name):
     """On the runs that were fitted to: what the random network does elsewhere says nothing."""
     pipe = make_pipe(name)
     arguments = {**SETTINGS, "num_inference_steps": 20, "negative_prompt": ""}
-    made = ertacache.calibrate(pipe, PROMPTS, seeds=[100, 101], computed_steps=10, progress=False, effort="fast", **arguments)
+    asked = {"computed_steps": 10, "effort": "fast", "progress": False}
+    made = ertacache.calibrate(pipe, PROMPTS, seeds=[100, 101], **asked, **arguments)
     reference = call(pipe, **arguments)
 
     def error(calibration: ertacache.Calibration) -> float:
