@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FOLDERS_OF_PAGES = ("", "docs/", "ERTACache4*/", "common/ertacache/data/")
+FOLDERS_OF_PAGES = ("", "docs/", "ERTACache4*/", "common/compare/data/")
 PAGES = sorted(page for folder in FOLDERS_OF_PAGES for page in ROOT.glob(f"{folder}*.md"))
 FOLDERS = sorted(ROOT.glob("ERTACache4*"))
 FIRST_FOLDER = ROOT / "ERTACache4FLUX"  # which the front page's commands are given in
