@@ -20,6 +20,8 @@ from ertacache.fit.step_by_step import fit_step_by_step
 from ertacache.published import PHI_OVER
 from ertacache.replay import cache_of
 
+pytestmark = pytest.mark.core
+
 PROMPTS = [f"prompt {i}" for i in range(6)]
 
 

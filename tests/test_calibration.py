@@ -14,6 +14,8 @@ from ertacache import provenance
 from ertacache.calibration import SCHEMA, Calibration
 from ertacache.errors import CalibrationError
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture(scope="module", params=["ertacache", "paper"])
 def made(request) -> Calibration:

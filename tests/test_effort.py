@@ -18,6 +18,8 @@ from ertacache.fit.end_to_end import fit_end_to_end
 from ertacache.fit.recipe import most_evaluations
 from ertacache.fit.store import TrajectoryStore
 
+pytestmark = pytest.mark.core
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path.parent for path in ROOT.glob("ERTACache4*/config.py"))
 TRAJECTORIES = 25 * 4 * 3 * 4 * 4 * 4  # 2 N + 1 tensors (4, 3, 4, 4) of float32

@@ -29,6 +29,8 @@ from ertacache.fit.rerun import Rerun
 from ertacache.fit.runs import Runs
 from ertacache.fit.step_by_step import fit_last_step, fit_step_by_step
 
+pytestmark = pytest.mark.core
+
 PROMPTS = [f"prompt {i}" for i in range(6)]
 STEPS = 12
 SCHEDULE = [0, 1, 3, 6, 9]

@@ -13,6 +13,8 @@ from ertacache.cli import kept, settings
 from ertacache.cli.folder import ModelFolder
 from ertacache.errors import CalibrationError
 
+pytestmark = pytest.mark.core
+
 CONFIG = """
 MODEL = "tiny"
 PROMPTS = "prompts.txt"

@@ -12,6 +12,8 @@ import pytest
 
 import ertacache.fit
 
+pytestmark = pytest.mark.core
+
 ROOT = Path(__file__).parents[1]
 COMMON = ROOT / "common"
 PACKAGE = COMMON / "ertacache"
@@ -140,7 +142,8 @@ def test_an_import_loads_little():
 
 def test_generating_from_a_finished_file_loads_little_and_no_rival(tmp_path):
     folder = ROOT / "ERTACache4FLUX"
-    argv = ["--model", "tiny", "--prompt", "a red circle", "--out", str(tmp_path), "--speedup", "2"]
+    file = next((ROOT / "tests" / "golden" / "calibrations" / "flux").glob("*-k14-*.json"))
+    argv = ["--model", "tiny", "--prompt", "a red circle", "--out", str(tmp_path), "--calibration", str(file)]
     modules = loaded(GENERATED, *argv, folder=folder)
     assert len(list(tmp_path.glob("*.png"))) == 1
     assert len(ours(modules)) <= MOST_MODULES, ours(modules)

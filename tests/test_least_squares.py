@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from ertacache.fit import least_squares
 from ertacache.fit.least_squares import RIDGE, fit_combination, grams, prompt_weights
 
+pytestmark = pytest.mark.core
+
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -15,6 +15,8 @@ from ertacache.fit.record import gram_matrix
 from ertacache.fit.schedule import SegmentCosts, choose_steps, error_weights, path_schedule
 from ertacache.fit.step_by_step import OUTPUTS
 
+pytestmark = pytest.mark.core
+
 
 def smooth_outputs(num_steps: int, seed: int, size: int = 30) -> np.ndarray:
     """Outputs (N, size) that bend along the run, more at its beginning."""

@@ -5,6 +5,8 @@ import pytest
 from ertacache.cli import settings
 from ertacache.errors import UsageError
 
+pytestmark = pytest.mark.core
+
 CONFIG = '''
 """Constants."""
 MODEL = "auto"
