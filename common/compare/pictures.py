@@ -42,7 +42,7 @@ def shrink_png(path: str | Path, colours: int = 64) -> None:
     with Image.open(path) as picture:
         texts = PngImagePlugin.PngInfo()
         for key, value in picture.info.items():
-            if isinstance(value, str):
+            if isinstance(key, str) and isinstance(value, str):
                 texts.add_text(key, value)
         dither = Image.Dither.NONE if colours < 256 else Image.Dither.FLOYDSTEINBERG
         small = picture.convert("RGB").quantize(colours, dither=dither)
