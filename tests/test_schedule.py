@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from toys import ToyPipeline, curved
 
+from compare.recorded import recorded_runs
 from ertacache.errors import CalibrationError
 from ertacache.fit import schedule
-from ertacache.fit.recipe import recorded_runs
 from ertacache.fit.record import gram_matrix
 from ertacache.fit.schedule import SegmentCosts, choose_steps, error_weights, path_schedule
 from ertacache.fit.step_by_step import OUTPUTS
@@ -121,6 +121,25 @@ def test_all_steps_and_impossible_numbers():
     assert path_schedule(outputs @ outputs.T, np.ones(5), 5, 4) == [0, 1, 2, 3, 4]
     with pytest.raises(CalibrationError, match="between 1 and 5"):
         path_schedule(outputs @ outputs.T, np.ones(5), 6, 4)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+def test_the_size_of_outputs_and_of_weights_changes_no_schedule(size):
+    outputs, gains, weights = smooth_outputs(14, 8), np.full(14, -0.1), np.geomspace(4, 1, 14)
+    gram = outputs @ outputs.T
+    wanted = path_schedule(gram, gains, 5, 4, weights)
+    assert (
+        path_schedule(gram * size, gains, 5, 4, weights) == path_schedule(gram, gains, 5, 4, weights * size) == wanted
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_silent_output_does_no_harm():
+    outputs = smooth_outputs(8, 9)
+    outputs[[0, 3]] = 0
+    costs = SegmentCosts(outputs @ outputs.T, np.full(8, -0.2))(np.array([[3, 0], [5, 3]]))
+    assert not np.isnan(costs).any() and 0 < costs[0, 8] < np.inf
+    assert len(path_schedule(outputs @ outputs.T, np.full(8, -0.2), 4, 3)) == 4
 
 
 def test_identical_outputs_and_steps_of_no_length_are_survived():
