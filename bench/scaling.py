@@ -23,7 +23,7 @@ from closed_form import ClosedFormPipeline
 from record import RESULTS, machine, write
 from step_timer import Marks, clock_of
 
-from ertacache.fit.recipe import recorded_runs
+from compare.recorded import recorded_runs
 from ertacache.fit.record import gram_matrix
 from ertacache.fit.runs import Runs, quiet
 from ertacache.fit.schedule import path_schedule

@@ -6,7 +6,7 @@ import pytest
 from made_up import row, rows
 
 from compare.ablation_table import ablation_markdown, main
-from ertacache.errors import ResultsError
+from compare.pages import ResultsError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = str(ROOT / "bench" / "results" / "flux_tiny.json")

@@ -15,9 +15,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from toys import ToyPipeline, ToyTransformer, curved, linear_in_sigma, plain_fields
 
 import ertacache
-from ertacache.attach import CachedTransformer, place_in_grid
+from ertacache.attach import CachedTransformer, attached, place_in_grid
 from ertacache.checks import check_grid
 from ertacache.errors import MismatchError, MismatchWarning, NumericsError, StateError
+from ertacache.replay import cache_of
 
 pytestmark = pytest.mark.core
 STEPS = 8
@@ -419,6 +420,20 @@ def test_after_a_failure_nothing_is_left_and_the_next_run_is_right(fail):
         assert torch.equal(run(pipe), expected) and not torch.equal(expected, plain)
     assert torch.equal(run(pipe), plain)
     assert type(pipe) is ToyPipeline and "_ertacache" not in vars(pipe)
+
+
+@pytest.mark.parametrize(("check", "calls"), [("step", 1), ("end", 4), (None, 4)])
+def test_outputs_are_looked_through_at_once_or_at_the_end_or_never(check, calls):
+    pipe, made = ToyPipeline(curved), fitted(ToyPipeline(curved))
+    pipe.transformer = FailingTransformer(curved)
+    pipe.transformer.spoils = True
+    with attached(pipe, cache_of(made).begin, check=check) as attachment:
+        if check is None:
+            assert not run(pipe).isfinite().any()
+        else:
+            with pytest.raises(NumericsError, match=r"step 0 \(computed\)"):
+                run(pipe)
+    assert pipe.transformer.calls == calls and attachment.runs == {}
 
 
 def test_a_loop_of_ones_own_that_broke_off_does_not_reach_the_next_run():

@@ -10,11 +10,11 @@ from test_attach import run
 from toys import ToyPipeline, curved, linear_in_sigma
 
 import ertacache
+from compare.recorded import recorded_runs
 from ertacache.attach import attached
 from ertacache.cache import Cache, Coefficients
 from ertacache.errors import CalibrationError
 from ertacache.fit import recipe
-from ertacache.fit.recipe import recorded_runs
 from ertacache.fit.record import gram_matrix
 from ertacache.fit.step_by_step import fit_step_by_step
 from ertacache.published import PHI_OVER

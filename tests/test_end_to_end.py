@@ -10,10 +10,11 @@ from test_attach import run
 from toys import ToyPipeline, curved
 
 import ertacache
+from compare.recorded import recorded_runs
 from ertacache.cache import Coefficients
 from ertacache.calibration import Calibration
 from ertacache.errors import CalibrationError
-from ertacache.fit import end_to_end, recipe
+from ertacache.fit import recipe
 from ertacache.fit.end_to_end import (
     LATENTS,
     RIDGES,
@@ -24,7 +25,6 @@ from ertacache.fit.end_to_end import (
     linearise,
     prompts_within,
 )
-from ertacache.fit.recipe import recorded_runs
 from ertacache.fit.rerun import Rerun
 from ertacache.fit.runs import Runs
 from ertacache.fit.step_by_step import fit_last_step, fit_step_by_step
@@ -192,26 +192,8 @@ def test_larger_ridges_are_tried_on_the_run_as_long_as_they_do_better(monkeypatc
     monkeypatch.setattr(LinearisedRun, "best_ridge", lambda *_: RIDGES[2])
     monkeypatch.setattr(LinearisedRun, "solve", lambda *a: asked.append(a[2]) or solve(*a))
     monkeypatch.setattr(Runs, "errors", lambda *_: 10 ** torch.tensor([next(measured)]))
-    assert end_to_end._stepped(runs, linear).ridge == RIDGES[4]
+    assert fit_end_to_end(runs, SCHEDULE, linear.coefficients).ridge == RIDGES[4]
     assert asked == list(RIDGES[2:6])
-
-
-def test_a_second_step_goes_where_the_first_one_did_not_reach(monkeypatch):
-    """It shrinks towards the same step-by-step fit, and ends nearer to its promise."""
-    runs = recorded()
-    start = fitted(runs)
-    first = fit_end_to_end(runs, SCHEDULE, start)
-    assert first.error - first.promised > end_to_end.KEPT_PROMISE
-    again = linearise(runs, SCHEDULE, first.coefficients, start)
-    back = again.changed(again.origin)
-    for step, outputs in enumerate(start.outputs):
-        assert back.outputs[step] == pytest.approx(outputs) and back.latents[step] == pytest.approx(0)
-    assert again.solve(range(6), 1e9) == pytest.approx(again.origin, abs=1e-6)
-    monkeypatch.setattr(end_to_end, "ROUNDS", 2)
-    second = fit_end_to_end(runs, SCHEDULE, start)
-    assert second.error < first.error
-    monkeypatch.setattr(end_to_end, "KEPT_PROMISE", 10.0)
-    assert fit_end_to_end(runs, SCHEDULE, start).error == first.error
 
 
 def test_it_costs_no_more_than_was_allowed():

@@ -15,8 +15,8 @@ from tiny_pipelines import tiny_module
 
 import ertacache
 from compare import ablation
+from compare.recorded import recorded_runs
 from ertacache.cli import command
-from ertacache.fit.recipe import recorded_runs
 from ertacache.metrics import psnr
 
 FOLDER = Path(__file__).parents[1] / "ERTACache4FLUX"

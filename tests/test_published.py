@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from toys import ToyPipeline, curved
 
 from compare.ablation_schedules import best_schedule, reuse_errors, uniform_schedule
+from compare.recorded import recorded_runs
 from ertacache.errors import CalibrationError
 from ertacache.fit.published import (
     fit_error_model,
@@ -18,7 +19,6 @@ from ertacache.fit.published import (
     threshold_for,
     threshold_schedule,
 )
-from ertacache.fit.recipe import recorded_runs
 from ertacache.published import rectify
 
 # -- the threshold -----------------------------------------------------------------------------------------

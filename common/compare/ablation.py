@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from compare.ablation_schedules import best_schedule, reuse_errors, uniform_schedule
+from compare.recorded import plain_calibration
 from ertacache.calibration import Calibration, calibration_fields
 from ertacache.fit.published import fit_published, residual_distances, residuals, threshold_for, threshold_schedule
-from ertacache.fit.recipe import plain_calibration
 from ertacache.fit.record import gram_matrix
 from ertacache.fit.runs import Runs
 from ertacache.fit.step_by_step import StepFit

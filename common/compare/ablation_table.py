@@ -8,10 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from compare.pages import fill, grid
+from compare.pages import ResultsError, fill, grid
 from compare.results import METRICS, Row, metric_text, read_results
 from ertacache.cli import command
-from ertacache.errors import ResultsError
 
 MARKER = "ablation"
 SHOWN = ("psnr", "lpips")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compare.pages import ResultsError
 from compare.results import Row, read_results, write_results
 from ertacache.cli import command
-from ertacache.errors import ResultsError
 
 SAME = ("model", "num_inference_steps", "n", "prompts_sha256", "seeds", "device", "dtype")
 

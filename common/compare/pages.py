@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ertacache.errors import ResultsError
+from ertacache.errors import ERTACacheError
+
+
+class ResultsError(ERTACacheError, ValueError):
+    """Results cannot be read, or a page or figure differs from them."""
 
 
 def grid(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -31,10 +31,10 @@ from compare.chart_data import (
     rival_styles,
     spread_labels,
 )
+from compare.pages import ResultsError
 from compare.pictures import shrink_png
 from compare.results import METRICS, Row, read_results
 from ertacache.cli import command
-from ertacache.errors import ResultsError
 
 _SHAPES = dict(zip(MARKERS, ("o", "s", "^", "D", "X"), strict=True))
 _STYLE = {

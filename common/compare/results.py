@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ertacache.errors import ResultsError
+from compare.pages import ResultsError
 from ertacache.files import write_atomically
 
 ROLES = ("reference", "ours", "rival", "ablation")

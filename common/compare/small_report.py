@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from compare.pages import ResultsError
 from compare.pictures import pick_frames
 from compare.report import DATA, first_pairs, script_json, sprite_uri
 from ertacache.cli import command
-from ertacache.errors import ResultsError
 from ertacache.files import write_atomically
 
 FRAMES, RIVALS, MAX_BYTES = 3, 3, 320_000

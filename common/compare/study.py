@@ -20,6 +20,7 @@ from compare.comparison import Comparison, Contender
 from compare.ledger import Ledger
 from compare.lpips import Lpips, LpipsUnavailableError, load_lpips
 from compare.pictures import vbench_name
+from compare.recorded import recorded_runs
 from compare.rivals import NotApplicable, Rival, Tuner
 from compare.study_output import row_of, write_outcome
 from compare.teacache_method import latents_run
@@ -30,13 +31,12 @@ from ertacache.cli.folder import ModelFolder, slug
 from ertacache.cli.kept import (
     calibration_file_prompts,
     calibration_prompts,
-    kept_calibration,
+    kept_path,
     new_calibration,
     phi_over,
 )
 from ertacache.cli.settings import Settings
 from ertacache.errors import ERTACacheError, UsageError
-from ertacache.fit.recipe import recorded_runs
 from ertacache.fit.runs import Runs
 
 OURS = {"ertacache": None, "ertacache-best": "best"}  # name -> effort; None for that of the settings
@@ -224,6 +224,19 @@ class Study:
             knob=setting,
             comparable=tuned["comparable"],
         )
+
+
+def kept_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> Calibration | None:
+    """Find the kept calibration of just the settings' effort, on the prompts of their file; None if none."""
+    path = kept_path(pipe, settings, model, exact=True)
+    if path is None:
+        return None
+    calibration = Calibration.load(path)
+    prompts, count = calibration_file_prompts(settings), calibration.prompts.get("count")
+    if not isinstance(count, int) or not min(settings.num_calibration_prompts, len(prompts)) <= count <= len(prompts):
+        return None
+    same = calibration.prompts.get("sha256") == provenance.prompts_hash(prompts[:count], range(count))
+    return calibration if same else None
 
 
 def _version(calibration: Calibration) -> str:

@@ -1,7 +1,6 @@
 """Apply a calibration to a pipeline or a bare transformer, and remove it."""
 
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -43,9 +42,7 @@ class Applied:
     def __enter__(self) -> "Applied":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         remove(self.pipe)
 
 

@@ -17,16 +17,7 @@ from torch import Tensor, nn
 
 from ertacache.cache import Cache
 from ertacache.errors import NumericsError, StateError
-from ertacache.intercept import (
-    Interception,
-    Method,
-    attachment_of,
-    check_free,
-    follow,
-    release,
-    uncompiled,
-    unfollow,
-)
+from ertacache.intercept import Interception, Method, attachment_of, check_free, follow, release, uncompiled, unfollow
 from ertacache.solver import StepCall, StepSignature, first_output, host_grid
 
 TRANSFORMER_NAMES = ("transformer", "transformer_2")

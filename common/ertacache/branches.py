@@ -27,11 +27,10 @@ class Branch:
 class FollowedRun:
     """Which step a call belongs to, and which branch; host state only.
 
-    A branch that comes again is at its next step. A branch that was never seen belongs to step 0, or starts a new
-    run, which its timestep tells. Whatever does not fit the calibrated timesteps raises and forgets the run, so a
-    run that was given up half way and started again is never answered from the old one's history: with timesteps
-    on the host it is seen at once to be new; on a CUDA device, where looking would halt the device at every step,
-    the timestep is copied out in the background and looked at one step later.
+    A branch that comes again is at its next step; one that was never seen belongs to step 0 or starts a new run, which
+    its timestep tells. Whatever does not fit the calibrated timesteps raises and forgets the run, so that no run is
+    answered from the history of one that was given up. A timestep on a CUDA device is copied out in the background and
+    looked at one step later, since looking would halt the device.
     """
 
     def __init__(self, timesteps: Sequence[float]):

@@ -83,8 +83,7 @@ class Calibration:
     def save(self, path: str | Path) -> Path:
         """Write the JSON file atomically and return its path.
 
-        Raises:
-            OSError: it cannot be written; the old file stays.
+        Raises OSError: it cannot be written; the old file stays.
         """
         return write_atomically(path, to_json(self.to_dict()))
 
@@ -96,42 +95,22 @@ class Calibration:
     def load(cls, path: str | Path) -> "Calibration":
         """Read and validate a calibration file.
 
-        Raises:
-            CalibrationError: it is missing, unreadable, too large, or a field is wrong; the message names it.
+        Raises CalibrationError: it is missing, unreadable, too large, or a field is wrong; the message names it.
         """
         return cls.from_dict(read_json(Path(path)), where=str(path))
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        filename: str,
-        *,
-        token: str | None = None,
-        private: bool | None = None,
-        create_pr: bool = False,
-        endpoint: str | None = None,
-    ) -> str:
+    def push_to_hub(self, repo_id: str, filename: str, **options: Any) -> str:
         """Upload the file to a repository of the hub, and return the address of the commit; see `hub.push`."""
         from ertacache import hub
 
-        return hub.push(self, repo_id, filename, token=token, private=private, create_pr=create_pr, endpoint=endpoint)
+        return hub.push(self, repo_id, filename, **options)
 
     @classmethod
-    def from_hub(
-        cls,
-        repo_id: str,
-        filename: str,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        cache_dir: str | Path | None = None,
-        endpoint: str | None = None,
-    ) -> "Calibration":
-        """Download and validate a file of a repository of the hub; see `hub.fetch`."""
+    def from_hub(cls, repo_id: str, filename: str, **options: Any) -> "Calibration":
+        """Download and validate a file of a repository of the hub; options as for `hub.fetch`."""
         from ertacache import hub
 
-        found = hub.fetch(repo_id, filename, revision=revision, token=token, cache_dir=cache_dir, endpoint=endpoint)
-        return cls.load(found)
+        return cls.load(hub.fetch(repo_id, filename, **options))
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "calibration") -> "Calibration":
@@ -171,10 +150,13 @@ class Calibration:
         computed, total = len(self.computed_steps), self.num_inference_steps
         name, kind, dtype = (printable(v) for v in (self.model.get("id") or "?", self.model["class"], self.dtype))
         scheduler, shape = printable(self.scheduler["class"]), printable(self.latent_shape)
+        lengths, size = self.effective_lengths(), []
+        if lengths is not None:
+            size = [f"step size  {min(lengths):.2f} to {max(lengths):.2f} of the original (closed-form adjustment)"]
         lines = [
             f"{self.method}: {computed} of {total} steps computed ({self.speedup:.2f}x)",
             f"schedule   {self.strip()}  (# computed, . reused)",
-            *self._step_size(),
+            *size,
             f"model      {name} ({kind}, {dtype})",
             f"scheduler  {scheduler}, guidance {self.guidance_scale}, latents {shape}",
         ]
@@ -189,14 +171,6 @@ class Calibration:
                 f"{self.predicted['psnr_p10']:.1f} dB ({count} calibration prompts, {how})",
             )
         return "\n".join(lines)
-
-    def _step_size(self) -> list[str]:
-        lengths = self.effective_lengths()
-        if lengths is None:
-            return []
-        return [
-            f"step size  {min(lengths):.2f} to {max(lengths):.2f} of the original (closed-form timestep adjustment)"
-        ]
 
 
 def calibration_fields(coefficients: Coefficients) -> dict[str, Any]:

@@ -9,10 +9,6 @@ class UsageError(ERTACacheError, ValueError):
     """A flag or a constant of config.py has an impossible value; the command exits with code 2."""
 
 
-class ResultsError(ERTACacheError, ValueError):
-    """Results cannot be read, or a page or figure differs from them."""
-
-
 class CalibrationError(ERTACacheError, ValueError):
     """A calibration cannot be made, read or written."""
 

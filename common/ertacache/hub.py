@@ -25,22 +25,17 @@ def push(
     create_pr: bool = False,
     endpoint: str | None = None,
 ) -> str:
-    """Upload a calibration as `filename` of the model repository `repo_id`; create the repository if needed.
+    """Upload a calibration to a model repository, and return the address of the commit or pull request.
 
     Args:
-        calibration: what is uploaded.
-        repo_id: user/name.
+        repo_id: user/name; created if needed.
         filename: a plain path in the repository that ends in .json.
         token: of the hub account; default: that of `hf auth login`.
         private: whether a new repository is private; None: the account's default.
         create_pr: open a pull request, for somebody else's repository, which has to exist.
         endpoint: address of another hub.
 
-    Returns:
-        The address of the commit or pull request.
-
-    Raises:
-        CalibrationError: the names are not allowed, or the hub refuses.
+    Raises CalibrationError: the names are not allowed, or the hub refuses.
     """
     import huggingface_hub
 
@@ -75,19 +70,14 @@ def fetch(
 ) -> Path:
     """Download `filename` of the model repository `repo_id` into the hub's cache, or find it there.
 
-    Args:
-        repo_id: user/name.
-        filename: a plain path in the repository that ends in .json.
+    Args as for `push`, and:
         revision: a branch, tag or commit; a commit gives the same file every time.
-        token: of the hub account, for a private repository; the one of `hf auth login` by default.
         cache_dir: folder of the cache; the hub's own by default.
-        endpoint: address of another hub.
 
     Returns:
         The path of the cached file, which is not validated yet.
 
-    Raises:
-        CalibrationError: the names are not allowed, there is no such file, or it is too large.
+    Raises CalibrationError: the names are not allowed, there is no such file, or it is too large.
     """
     import huggingface_hub
     from huggingface_hub import constants

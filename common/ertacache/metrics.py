@@ -26,10 +26,7 @@ def psnr(image: Tensor, reference: Tensor) -> Tensor:
         reference: the same shape.
 
     Returns:
-        (n,) dB, float64, at most 120 dB (identical items).
-
-    Raises:
-        ValueError: the shapes differ.
+        (n,) dB, float64, at most 120 dB (identical items). Raises ValueError where the shapes differ.
     """
     _check(image, reference)
     error = torch.stack([_squared_error(a, b) for a, b in zip(image, reference, strict=True)])
@@ -40,7 +37,6 @@ def ssim(image: Tensor, reference: Tensor) -> Tensor:
     """Structural similarity (Wang et al., 2004): 11x11 Gaussian window of sigma 1.5, K = (0.01, 0.03), peak 1.
 
     Computed by scikit-image, with the population covariance that the paper uses; colours are averaged.
-
     Args:
         image: (n, 3, H, W) pictures or (n, F, 3, H, W) videos in [0, 1]; H and W at least 11.
         reference: the same shape.
@@ -48,8 +44,7 @@ def ssim(image: Tensor, reference: Tensor) -> Tensor:
     Returns:
         (n,) float64 in [-1, 1]; for a video the mean over its frames.
 
-    Raises:
-        ValueError: the shapes differ, are no pictures or videos, or are smaller than the window.
+    Raises ValueError: the shapes differ, are no pictures or videos, or are smaller than the window.
     """
     _check(image, reference)
     if image.ndim not in (4, 5) or min(image.shape[-2:]) < SSIM_WINDOW:
@@ -61,18 +56,16 @@ def ssim(image: Tensor, reference: Tensor) -> Tensor:
 def temporal_error(video: Tensor, reference: Tensor) -> Tensor:
     """Flicker that the reference does not have: mean absolute difference between the changes from frame to frame.
 
-    E = mean over frames f, colours and pixels of |(v_{f+1} - v_f) - (r_{f+1} - r_f)|, v the video and r the
-    reference. A still offset gives 0, however large; PSNR and SSIM punish that.
+    E = mean over frames, colours and pixels of |(v_{f+1} - v_f) - (r_{f+1} - r_f)|; a still offset gives 0.
 
     Args:
         video: (n, F, 3, H, W) in [0, 1], F at least 2.
         reference: the same shape.
 
     Returns:
-        (n,) float64; 0 for a still offset, whatever its size.
+        (n,) float64.
 
-    Raises:
-        ValueError: the shapes differ or there is only one frame.
+    Raises ValueError: the shapes differ or there is only one frame.
     """
     _check(video, reference)
     if video.ndim != 5 or video.shape[1] < 2:

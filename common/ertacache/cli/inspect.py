@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ertacache.calibration import Calibration
 from ertacache.cli import command
@@ -21,20 +20,13 @@ def _main(argv: Sequence[str]) -> None:
     inspect = actions.add_parser("inspect", help="print schedule, predicted quality and provenance")
     inspect.add_argument("file", metavar="FILE")
     inspect.add_argument("--json", action="store_true", help="print them as JSON")
-    check = actions.add_parser("validate", help="check a file, and whether it belongs to a model")
-    check.add_argument("file", metavar="FILE")
-    check.add_argument("--model", metavar="DIR", help="a saved pipeline, with its model_index.json")
+    actions.add_parser("validate", help="check a file").add_argument("file", metavar="FILE")
     chosen = parser.parse_args(argv)
     calibration = Calibration.load(chosen.file)
     if chosen.action == "inspect":
         print(json.dumps(described(calibration), indent=1) if chosen.json else inspection(calibration))
         return
     print(f"{chosen.file}: valid")
-    if chosen.model is not None:
-        from ertacache.cli.check_folder import check_folder  # loads diffusers
-
-        for line in check_folder(calibration, Path(chosen.model)):
-            print(line)
 
 
 def inspection(calibration: Calibration) -> str:

@@ -93,19 +93,6 @@ def kept_path(pipe: Any, settings: Settings, model: ModelFolder, exact: bool = F
     return max(fitting, key=lambda path: (fitting[path], path)) if fitting else None
 
 
-def kept_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> Calibration | None:
-    """Find the kept calibration of just the settings' effort, on the prompts of their file; None if none."""
-    path = kept_path(pipe, settings, model, exact=True)
-    if path is None:
-        return None
-    calibration = Calibration.load(path)
-    prompts, count = calibration_file_prompts(settings), calibration.prompts.get("count")
-    if not isinstance(count, int) or not min(settings.num_calibration_prompts, len(prompts)) <= count <= len(prompts):
-        return None
-    same = calibration.prompts.get("sha256") == provenance.prompts_hash(prompts[:count], range(count))
-    return calibration if same else None
-
-
 def fits(calibration: Calibration, pipe: Any, settings: Settings, model: ModelFolder) -> bool:
     """Whether a calibration is for this model, scheduler, call and goal, at no less effort than asked."""
     arguments = {k: v for k, v in model.arguments(settings).items() if isinstance(v, PLAIN)}

@@ -45,8 +45,7 @@ def write_mp4(path: str | Path, frames: Tensor, fps: float, quality: float = MP4
         fps: frames per second.
         quality: 0 to 10; 10 is best.
 
-    Raises:
-        VideoError: the frames are no video, or the encoder failed.
+    Raises VideoError: the frames are no video, or the encoder failed.
     """
     if frames.ndim != 4 or frames.shape[1] != 3 or min(frames.shape) < 1:
         raise VideoError(f"a video needs frames (F, 3, H, W), not {tuple(frames.shape)}")

@@ -67,8 +67,7 @@ def load_pipeline(
         transformer_class: of its transformer: the folder's own, whose forward asks whether a step is reused.
         float32_parts: components that stay in float32 whatever the dtype, such as a VAE that needs it.
 
-    Raises:
-        ModelError: nothing to load there, or no access; says what to do.
+    Raises ModelError: nothing to load there, or no access; says what to do.
     """
     path = Path(source)
     if source.startswith((".", "/")) and not path.exists():

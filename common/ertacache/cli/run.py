@@ -3,8 +3,8 @@
 import hashlib
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +71,13 @@ def _sample(pipe: Any, prompts: list[str], seed: int, arguments: dict[str, Any])
     return pictures, timer.seconds
 
 
-@contextmanager
 def method_attached(
     pipe: Any, settings: Settings, model: ModelFolder, calibration: Calibration | None
-) -> Iterator[None]:
+) -> AbstractContextManager[Any]:
     """Attach the method of `settings` inside a context."""
     if calibration is not None:
-        with apply(pipe, calibration):
-            yield
-    elif settings.method == "teacache":
-        with _teacache(pipe, settings, model):
-            yield
-    else:
-        yield
+        return apply(pipe, calibration)
+    return _teacache(pipe, settings, model) if settings.method == "teacache" else nullcontext()
 
 
 def _teacache(pipe: Any, settings: Settings, model: ModelFolder) -> Any:

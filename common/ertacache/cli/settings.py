@@ -94,12 +94,10 @@ def parse(
     """Parse the settings of a model folder from its config files and the command line.
 
     Args:
-        extra: further flags of the command, as (name, arguments of add_argument); they go before constants of
-            the same name.
+        extra: further flags of the command, as (name, arguments of add_argument), before constants of the same name.
         refused: flag -> what to use instead, for those that have no effect in this command.
 
-    Raises:
-        UsageError: an unknown or refused flag, or a value of the wrong type.
+    Raises UsageError: an unknown or refused flag, or a value of the wrong type.
     """
     constants = read_constants(folder / "config.py")
     own = {_attribute(flag): arguments["default"] for flag, arguments in extra}

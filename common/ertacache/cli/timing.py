@@ -3,6 +3,8 @@
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,26 +22,21 @@ class DenoiseTimer:
 
     def __enter__(self) -> "DenoiseTimer":
         original = self.pipe.progress_bar
-        self.pipe.progress_bar = lambda *args, **kwargs: _TimedBar(original(*args, **kwargs), self.seconds)
+
+        @contextmanager
+        def timed(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            _synchronize()
+            start = time.perf_counter()
+            with original(*args, **kwargs) as bar:
+                yield bar
+            _synchronize()
+            self.seconds.append(time.perf_counter() - start)
+
+        self.pipe.progress_bar = timed
         return self
 
     def __exit__(self, *_: object) -> None:
         self.pipe.__dict__.pop("progress_bar", None)
-
-
-class _TimedBar:
-    def __init__(self, bar: Any, seconds: list[float]):
-        self.bar, self.seconds = bar, seconds
-
-    def __enter__(self) -> Any:
-        _synchronize()
-        self.start = time.perf_counter()
-        return self.bar.__enter__()
-
-    def __exit__(self, *details: Any) -> Any:
-        _synchronize()
-        self.seconds.append(time.perf_counter() - self.start)
-        return self.bar.__exit__(*details)
 
 
 def _synchronize() -> None:

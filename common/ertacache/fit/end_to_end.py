@@ -1,7 +1,7 @@
 """Stage 4: fit the coefficients end to end, to the final latents.
 
 Fitting step by step puts every state as near to the reference as the kept outputs allow, but what is left over grows or
-shrinks on the way to the end, and a later step can make up for an earlier one. So Gauss-Newton steps are taken on the
+shrinks on the way to the end, and a later step can make up for an earlier one. So a Gauss-Newton step is taken on the
 whole run. Every coefficient that ends a segment is nudged in turn and the rest of the run made again; the differences
 of the final latents are the columns of one least-squares problem for all coefficients together.
 """
@@ -29,8 +29,6 @@ RIDGE_FOLDS = 4
 FEWEST_PROMPTS = 4  # to choose a ridge by cross-validation
 NUDGED_OUTPUTS = 3  # the newest ones; the last gains nothing over the step-by-step fit
 RIDGE_TRIES = 4  # ridges that are tried on the run itself
-ROUNDS = 1  # Gauss-Newton steps, at most: prompts are worth more than a second one
-KEPT_PROMISE = 0.02  # a step that ends this near to its promise (log10 of the squared error, so 0.2 dB) is the last
 
 Place = tuple[int, int]  # a coefficient: its step, and the index of its output, or LATENTS
 
@@ -44,7 +42,6 @@ class LinearisedRun:
         matrices: J^T J of each prompt, (P, n, n).
         vectors: J^T R of each prompt, (P, n).
         squares: R^T R of each prompt, (P,).
-        origin: d that leads back to the step-by-step fit, (n,), towards which the ridge shrinks.
     """
 
     schedule: list[int]
@@ -53,7 +50,6 @@ class LinearisedRun:
     matrices: Array
     vectors: Array
     squares: Array
-    origin: Array
 
     def errors(self, change: Array) -> Array:
         """Squared error of the final latents after `change`, of each prompt, to first order."""
@@ -68,7 +64,7 @@ class LinearisedRun:
         for _ in range(REWEIGHTINGS):
             matrix = np.tensordot(weights, self.matrices[rows], 1)
             diagonal = ridge * np.maximum(np.diag(matrix), 1e-300)
-            vector = np.tensordot(weights, self.vectors[rows], 1) + diagonal * self.origin
+            vector = np.tensordot(weights, self.vectors[rows], 1)
             change = np.asarray(np.linalg.solve(matrix + np.diag(diagonal), vector), dtype=np.float64)
             weights = prompt_weights(self.errors(change)[rows])
         return change
@@ -102,18 +98,11 @@ def prompts_within(evaluations: int, computed_steps: int) -> int:
     """How many prompts `fit_end_to_end` may take for that many transformer evaluations over all of them."""
     k = computed_steps
     nudged = sum((min(s + 1, NUDGED_OUTPUTS) + 1) * (k - 1 - s) for s in range(k))
-    return max(0, evaluations // (ROUNDS * (k + nudged + RIDGE_TRIES * k)))
+    return max(0, evaluations // (k + nudged + RIDGE_TRIES * k))
 
 
-def linearise(
-    runs: Runs, schedule: list[int], coefficients: Coefficients, fit: Coefficients | None = None
-) -> LinearisedRun:
-    """Nudge each coefficient at the end of a segment in turn, and make the rest of the run again.
-
-    Args:
-        coefficients: of the run.
-        fit: those of the step-by-step fit, where they are others.
-    """
+def linearise(runs: Runs, schedule: list[int], coefficients: Coefficients) -> LinearisedRun:
+    """Nudge each coefficient at the end of a segment in turn, and make the rest of the run again."""
     record = runs.record
     ends = segment_ends(schedule, record.num_steps)
     counts = [min(len(coefficients.outputs[end]), NUDGED_OUTPUTS) for end in ends]
@@ -134,10 +123,9 @@ def linearise(
             moved = runs.latents(Rerun(schedule, nudged, nominal.outputs[: segment + 1]))
             columns.append(store.keep((moved - final) / nudge))
             places.append((end, index))
-    origin = np.array([_value(fit or coefficients, place) - _value(coefficients, place) for place in places])
     products = grams([*columns, record.latents[-1].float() - final])
     return LinearisedRun(
-        schedule, coefficients, places, products[:, :-1, :-1], products[:, :-1, -1], products[:, -1, -1], origin
+        schedule, coefficients, places, products[:, :-1, :-1], products[:, :-1, -1], products[:, -1, -1]
     )
 
 
@@ -146,11 +134,6 @@ def _nudge(record: Record, step: int, added: Tensor) -> float:
     latents = record.latents[0]
     size = STATE_NUDGES.get(latents.dtype, STATE_NUDGES[torch.float32]) * float(latents.float().std())
     return size / (abs(record.gains[step]) * max(float(added.float().square().mean().sqrt()), 1e-12))
-
-
-def _value(coefficients: Coefficients, place: Place) -> float:
-    step, index = place
-    return coefficients.latents[step] if index == LATENTS else coefficients.outputs[step][index]
 
 
 def changed(coefficients: Coefficients, places: Sequence[Place], change: Sequence[float]) -> Coefficients:
@@ -169,17 +152,15 @@ class Refined:
     """What fitting end to end led to.
 
     Attributes:
-        linear: the run that the last step was solved at.
-        ridge: of that step; None where none came nearer, and the coefficients are those of the start.
+        linear: the run that it was solved at.
+        ridge: None where none came nearer, and the coefficients are those of the start.
         error: mean log error of the final latents.
-        promised: what the linearised run said it would be.
     """
 
     coefficients: Coefficients
     linear: LinearisedRun
     ridge: float | None
     error: float
-    promised: float
 
     def without(self, left_out: Sequence[int]) -> Coefficients:
         """What it would have led to without some of its prompts, for cross-validation."""
@@ -191,44 +172,23 @@ class Refined:
 
 
 def fit_end_to_end(runs: Runs, schedule: list[int], start: Coefficients) -> Refined:
-    """Coefficients whose final latents are nearer to the reference's than those of `start`, or these.
+    """Take a Gauss-Newton step from `start` towards the reference's final latents, where it leads nearer.
 
-    Takes a second Gauss-Newton step where the first led elsewhere than it promised.
+    Cross-validation sees the run to first order only, and likes steps that lead too far for that. So larger ridges
+    than its choice are tried on the run itself, as long as they do better.
 
     Args:
         runs: of the prompts that are fitted to; 8 do, 16 are better by some tenths of a decibel.
     """
-    best = _stepped(runs, linearise(runs, schedule, start))
-    for _ in range(ROUNDS - 1):
-        if best.ridge is None or best.error - best.promised < KEPT_PROMISE:
-            break
-        again = _stepped(runs, linearise(runs, schedule, best.coefficients, start))
-        if again.ridge is None:
-            break
-        best = again
-    return best
-
-
-def _stepped(runs: Runs, linear: LinearisedRun) -> Refined:
-    """One Gauss-Newton step.
-
-    Cross-validation sees the run to first order only, and likes steps that lead too far for that. So larger ridges
-    than its choice are tried on the run itself, as long as they do better.
-    """
+    linear = linearise(runs, schedule, start)
     rows, size = range(len(runs)), runs.record.latents[0][0].numel()
-
-    def mean_error(squares: Array) -> float:
-        return mean_log_error(torch.from_numpy(squares) / size)
-
-    least = mean_error(linear.squares)
-    best = Refined(linear.coefficients, linear, None, least, least)
+    best = Refined(start, linear, None, mean_log_error(torch.from_numpy(linear.squares) / size))
     first = RIDGES.index(linear.best_ridge(rows))
     for ridge in RIDGES[first : first + RIDGE_TRIES]:
-        change = linear.solve(rows, ridge)
-        refined = linear.changed(change)
-        error = mean_log_error(runs.errors(Rerun(linear.schedule, refined)))
+        refined = linear.changed(linear.solve(rows, ridge))
+        error = mean_log_error(runs.errors(Rerun(schedule, refined)))
         if error < best.error:
-            best = Refined(refined, linear, ridge, error, mean_error(linear.errors(change)))
+            best = Refined(refined, linear, ridge, error)
         elif best.ridge is not None:
             break
     return best

@@ -38,10 +38,9 @@ def solve_towards_plain(matrix: Array, vector: Array, ridge: float = RIDGE) -> l
     the outputs themselves are so much alike that a ridge on them could not tell small from large. Relative, it means
     the same at every step and in every model; it also keeps a singular matrix (two identical outputs) solvable.
     """
-    plain = np.zeros(len(vector))
-    plain[0] = 1.0
-    differences = np.eye(len(vector)) - np.eye(len(vector), k=1)  # rows: o_1 - o_2, o_2 - o_3, ..., the oldest
-    differences = np.vstack([plain, differences[:-1]])  # rows: o_1, o_1 - o_2, o_2 - o_3, ...
+    plain = np.eye(len(vector))[0]
+    # rows: o_1, o_1 - o_2, o_2 - o_3, ...
+    differences = np.vstack([plain, (np.eye(len(vector)) - np.eye(len(vector), k=1))[:-1]])
     inner = differences @ matrix @ differences.T
     size = np.diag(inner).copy()
     size[size <= 0] = 1.0

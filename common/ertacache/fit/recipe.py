@@ -102,7 +102,7 @@ def calibrate(
     if goal[0] == "speedup":
         asked = {"goal": "computed_steps", "goal_value": wanted}
     said = {"effort": effort} if method == "ertacache" else {"phi_over": phi_over}
-    return replace(made, **_provenance(runs, model_id, {**asked, **said}))
+    return replace(made, **provenance_of(runs, model_id, {**asked, **said}))
 
 
 def most_evaluations(effort: str, prompts: int, steps: int, computed: int) -> int:
@@ -221,18 +221,6 @@ def bare_calibration(record: Record, method: str, **fitted: Any) -> Calibration:
     )
 
 
-def plain_calibration(runs: Runs, method: str, **fitted: Any) -> Calibration:
-    """A calibration of given parts for recorded runs, without a predicted quality."""
-    return replace(bare_calibration(runs.record, method, **fitted), **_provenance(runs, None, {}))
-
-
-def recorded_runs(pipe: Any, prompts: Sequence[str], *, seeds: Sequence[int], **options: Any) -> Runs:
-    """The uncached runs that a calibration starts with, for studies of its parts; options as for `record_runs`."""
-    own = {name: options.pop(name) for name in ("micro_batch", "memory_limit", "progress") if name in options}
-    with quiet(pipe), torch.no_grad():
-        return record_runs(pipe, prompts, seeds, options, **own)
-
-
 def _goal(method: str, **given: Any) -> tuple[str, Any]:
     """The one goal that is given, with its value; raises CalibrationError for none or more."""
     if method not in CALIBRATED_METHODS:
@@ -286,7 +274,7 @@ class Cost:
             bar.write(f"calibration: {text}", file=sys.stderr)
 
 
-def _provenance(runs: Runs, model_id: str | None, effort: dict[str, Any]) -> dict[str, Any]:
+def provenance_of(runs: Runs, model_id: str | None, effort: dict[str, Any]) -> dict[str, Any]:
     pipe = runs.pipe
     plain = {k: v for k, v in {**runs.kwargs, **effort}.items() if isinstance(v, (int, float, str, bool))}
     return {

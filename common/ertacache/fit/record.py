@@ -30,8 +30,7 @@ class Rows(Sequence[Tensor]):
         return len(self.tensors)
 
     def __getitem__(self, step: Any) -> Any:
-        found = self.tensors[step]
-        return [t[self.index] for t in found] if isinstance(step, slice) else found[self.index]
+        return self.tensors[step][self.index]
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,7 @@ class Record:
     def subset(self, rows: Sequence[int]) -> "Record":
         """The record of some prompts, with tensors of their own."""
         return replace(
-            self,
-            latents=Rows(self.latents, rows),
-            outputs=Rows(self.outputs, rows),
-            pixels=self.pixels[list(rows)],
+            self, latents=Rows(self.latents, rows), outputs=Rows(self.outputs, rows), pixels=self.pixels[list(rows)]
         )
 
     def squared_errors(self, final: Tensor) -> Tensor:

@@ -119,8 +119,7 @@ def record_runs(
     Args:
         on_begin: told the progress bar, the prompts and the steps before anything is computed.
 
-    Raises:
-        CalibrationError: there is no prompt or no seed.
+    Raises CalibrationError: there is no prompt or no seed.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = list(seeds)

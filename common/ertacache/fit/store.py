@@ -28,10 +28,6 @@ class TrajectoryStore:
         self._count = 0
 
     @property
-    def on_disk(self) -> bool:
-        return self._files is not None
-
-    @property
     def place(self) -> str:
         """The folder that files go to, whether or not there are any."""
         return self._files.name if self._files is not None else tempfile.gettempdir()
@@ -39,8 +35,7 @@ class TrajectoryStore:
     def plan(self, total_bytes: int) -> None:
         """Announce how much will be kept, which decides where all of it goes.
 
-        Raises:
-            CalibrationError: it does not fit on the disk. Writing to a mapped file would end the process instead.
+        Raises CalibrationError: it does not fit on the disk. Writing to a mapped file would end the process instead.
         """
         self.planned = total_bytes
         if self.limit is None or total_bytes <= self.limit:
