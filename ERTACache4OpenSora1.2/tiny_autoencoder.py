@@ -1,7 +1,7 @@
 """Trains the autoencoder of the tiny Open-Sora pipeline; the real one too has a picture autoencoder made elsewhere.
 
-The picture part is that of the tiny FLUX pipeline, which was trained on pictures of the same kind of scene. The
-temporal part learns from what it makes of clips, a sixteenth as many numbers a frame as the pixels' places.
+The picture part is that of the tiny FLUX pipeline, which was trained on pictures of the same kind. The temporal part
+learns from what it makes of clips, a sixteenth as many numbers a frame as the pixels' places.
 """
 
 import math
@@ -20,15 +20,20 @@ from tiny_training.precision import autocast
 from tiny_training.vae import KL_WEIGHT
 from tiny_training.video_vae import Crops, draw_crops, to_tensor
 
-PICTURE_VAE = Path(__file__).parents[1] / "ERTACache4FLUX" / "tiny" / "vae"
 CROPS = Crops(1.0, 17, 8, 16)  # of latents; the last steps see whole frames, since group norms do
 WHOLE_FROM, WHOLE_COUNT = 0.85, 4
 LEARNING_RATE = 3e-3
 
 
-def load_picture_part(autoencoder: OpenSoraVAE) -> None:
-    """Copy the weights of the tiny FLUX pipeline's picture autoencoder, which is of the same shape."""
-    trained = AutoencoderKL.from_pretrained(PICTURE_VAE, dtype=torch.float32)
+def load_picture_part(autoencoder: OpenSoraVAE, folder: Path) -> None:
+    """Copy the weights of the tiny FLUX pipeline's picture autoencoder, which is of the same shape.
+
+    Raises:
+        SystemExit: it is not trained yet.
+    """
+    if not folder.exists():
+        raise SystemExit(f"no picture autoencoder in {folder}: train the tiny FLUX pipeline, or give --picture-vae")
+    trained = AutoencoderKL.from_pretrained(folder, dtype=torch.float32)
     autoencoder.spatial_vae.module.load_state_dict(trained.state_dict())
 
 

@@ -16,7 +16,7 @@ from tiny_training.precision import autocast
 CAPTION_DROPOUT = 0.12
 GUIDANCE_RANGE = (1.0, 6.0)
 
-# velocity(model, latents, level, token ids, guidance or None) -> model output: the one thing that models differ in
+# velocity(transformer, latents, level, token ids, guidance or None) -> its output: the one thing that models differ in
 Velocity = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 # path(clean latents, noise, level (B,) in [0, 1]) -> (noisy latents, what the model should say)
 NoisePath = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -91,21 +91,25 @@ class Batches:
 
 
 def train_flow(
-    model: nn.Module,
+    parts: nn.ModuleDict,
     velocity: Velocity,
     batches: Batches,
     *,
     num_steps: int,
     learning_rate: float,
     folder: Path,
-    name: str = "flow",
+    name: str,
     path: NoisePath = straight_path,
     compiled: bool = True,
-) -> nn.Module:
-    """Train `model` to say what `path` asks for, some captions dropped, and return it with averaged weights."""
-    model.to(batches.device)
+) -> None:
+    """Train `parts` in place to say what `path` asks for, some captions dropped; they end with averaged weights.
+
+    Args:
+        parts: `transformer` and the text encoders that `velocity` calls.
+    """
+    parts.to(batches.device).train()
     # static shapes: a later stage with more frames would otherwise be compiled for any number of them, and slower
-    ask = torch.compile(model, dynamic=False) if compiled else model
+    ask = torch.compile(parts["transformer"], dynamic=False) if compiled else parts["transformer"]
 
     def loss(step: int) -> Tensor:
         latents, tokens, noise, level = batches.draw(step, drop_captions=True)
@@ -114,7 +118,7 @@ def train_flow(
             predicted = velocity(ask, mixed, level, tokens, None)
         return (predicted.float() - target).square().mean()
 
-    return Stage(name, model, loss, num_steps, learning_rate, folder, muon=True).run()
+    Stage(name, parts, loss, num_steps, learning_rate, folder, muon=True).run()
 
 
 def distil_guidance(
@@ -127,11 +131,15 @@ def distil_guidance(
     learning_rate: float,
     folder: Path,
     strength: float = 1.0,
+    compiled: bool = True,
 ) -> nn.Module:
-    """Teach `student`, which takes a guidance scale g, the teacher's u + w (c - u) with w = 1 + strength (g - 1)."""
+    """Teach `student`, which takes a guidance scale g, the teacher's u + w (c - u) with w = 1 + strength (g - 1).
+
+    The text encoders that `velocity` calls stay as they are, if their weights ask for no gradient.
+    """
     teacher.to(batches.device).requires_grad_(False)
     student.to(batches.device)
-    ask, answer = torch.compile(teacher), torch.compile(student)
+    ask, answer = (torch.compile(m) if compiled else m for m in (teacher, student))
 
     def loss(step: int) -> Tensor:
         latents, tokens, noise, sigma = batches.draw(step, drop_captions=False)
