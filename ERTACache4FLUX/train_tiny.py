@@ -67,7 +67,7 @@ def trained_autoencoder(material: Material, plan: Plan, args: argparse.Namespace
         build_vae(),
         pixels[:, 0],
         num_steps=plan.vae_steps,
-        batch_size=8,
+        batch_size=8 * plan.batch_factor,
         learning_rate=4e-3,
         folder=args.work,
         device=args.device,
@@ -97,10 +97,15 @@ def trained_transformer(latents: Tensor, material: Material, plan: Plan, args: a
     parts = nn.ModuleDict({"transformer": transformer, "sequence": sequence, "pooled": pooled})
     velocity = FluxVelocity(parts, args.device)
     tokens = material.tokens(material.stills, plan.stills)
-    batches = flow.Batches(latents, tokens, material.empty, plan.still_batch, args.device)
-    common = {"folder": args.work, "compiled": not args.smoke}
+    batches = flow.Batches(latents, tokens, material.empty, plan.still_batch * plan.batch_factor, args.device)
     flow.train_flow(
-        parts, velocity, batches, num_steps=plan.still_steps, learning_rate=2e-3, name="flow-stills", **common
+        parts,
+        velocity,
+        batches,
+        num_steps=plan.still_steps,
+        learning_rate=2e-3,
+        folder=args.work,
+        name="flow-stills",
     )
     parts.requires_grad_(False)
     parts["transformer"] = flow.distil_guidance(
@@ -110,8 +115,8 @@ def trained_transformer(latents: Tensor, material: Material, plan: Plan, args: a
         batches,
         num_steps=plan.distil_steps,
         learning_rate=1e-3,
+        folder=args.work,
         strength=GUIDANCE_STRENGTH,
-        **common,
     )
     return parts.eval()
 

@@ -6,6 +6,7 @@ learns from what it makes of clips, a sixteenth as many numbers a frame as the p
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,13 +51,14 @@ def encoded_frames(autoencoder: OpenSoraVAE, pixels: np.ndarray, path: Path, dev
 
 
 def train_temporal_part(
-    autoencoder: OpenSoraVAE, frames: np.ndarray, *, num_steps: int, folder: Path, device: str
+    autoencoder: OpenSoraVAE, frames: np.ndarray, *, num_steps: int, batch_factor: int, folder: Path, device: str
 ) -> None:
     """Train the temporal part in place on `frames`, (n, F, h, w, C) as `encoded_frames` makes them."""
     scale = float(np.asarray(frames[:100], dtype=np.float32).std())
 
     def loss(step: int) -> Tensor:
         crops = CROPS if step < WHOLE_FROM * num_steps else Crops(1.0, CROPS.frames, frames.shape[2], WHOLE_COUNT)
+        crops = replace(crops, count=crops.count * batch_factor)
         target = torch.from_numpy(draw_crops(frames, crops, step)).to(device).permute(0, 4, 1, 2, 3).float()
         with autocast(device):
             posterior = autoencoder.temporal_vae.encode(target)

@@ -129,7 +129,14 @@ def trained_autoencoder(
 
     assert material.clips is not None
     everything = frames(material.everything, plan.vae_examples, "everything")
-    train_temporal_part(autoencoder, everything, num_steps=plan.vae_steps, folder=args.work, device=args.device)
+    train_temporal_part(
+        autoencoder,
+        everything,
+        num_steps=plan.vae_steps,
+        batch_factor=plan.batch_factor,
+        folder=args.work,
+        device=args.device,
+    )
     stills, clips = frames(material.stills, plan.stills, "stills"), frames(material.clips, plan.clips, "clips")
     return autoencoder, *(encoded_latents(autoencoder, part, args.device) for part in (stills, clips))
 

@@ -93,9 +93,11 @@ def test_a_batch_depends_on_the_step_alone():
 
 
 def test_orthogonalized_matrices_have_singular_values_near_one():
-    for shape in ((6, 20), (20, 6)):
-        values = torch.linalg.svdvals(orthogonalized(torch.randn(shape, generator=torch.Generator().manual_seed(2))))
+    for shape in ((3, 6, 20), (3, 20, 6)):
+        matrices = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+        values = torch.linalg.svdvals(orthogonalized(matrices))
         assert values.min() > 0.6 and values.max() < 1.3
+        torch.testing.assert_close(orthogonalized(matrices[1]), orthogonalized(matrices)[1])
 
 
 def test_muon_takes_matrices_and_kernels_inside_blocks_alone():
@@ -211,7 +213,7 @@ def test_turns_go_round_until_everything_is_finished(tmp_path, monkeypatch):
     for name in ("flux", "wan"):
         (tmp_path / train_all.FOLDERS[name]).mkdir()
         (tmp_path / train_all.FOLDERS[name] / "train_tiny.py").write_text(script)
-    args = Namespace(data=tmp_path, work=tmp_path, lanes=1, turn=0.5, smoke=False)
+    args = Namespace(data=tmp_path, work=tmp_path, lanes=1, turn=0.5, flags=[])
     turns = train_all.Turns(["flux", "wan"], args)
     turns.lane()
     assert not turns.waiting and not turns.running

@@ -26,15 +26,16 @@ Levels = Callable[[int, torch.Generator], Tensor]
 
 def logit_normal_levels(count: int, generator: torch.Generator, mean: float = 0.2) -> Tensor:
     """Levels whose logit is normal around `mean`; adding log(s) to the mean is a shift by s of the noise grid."""
-    levels = torch.sigmoid(torch.randn(count, generator=generator) + mean)
-    uniform = torch.rand(count, generator=generator)
+    where = {"generator": generator, "device": generator.device}
+    levels = torch.sigmoid(torch.randn(count, **where) + mean)
+    uniform = torch.rand(count, **where)
     # a tenth uniform, so that both ends of the range are trained too
     return torch.where(uniform < 0.1, uniform * 10, levels)
 
 
 def uniform_levels(count: int, generator: torch.Generator) -> Tensor:
     """Levels spread evenly over [0, 1)."""
-    return torch.rand(count, generator=generator)
+    return torch.rand(count, generator=generator, device=generator.device)
 
 
 def straight_path(latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +62,7 @@ def timesteps_of(level: Tensor, count: int) -> Tensor:
 
 
 class Batches:
-    """Latents (n, ...) with token ids (n, captions, T); `draw` is a function of the step alone."""
+    """Latents (n, ...) with token ids (n, captions, T), on `device`; `draw` is a function of the step alone."""
 
     def __init__(
         self,
@@ -72,22 +73,27 @@ class Batches:
         device: str,
         levels: Levels = logit_normal_levels,
     ):
-        self.latents, self.tokens, self.empty = latents, tokens, empty
+        self.latents, self.tokens, self.empty = (t.to(device) for t in (latents, tokens, empty))
         self.batch_size, self.device, self.levels = batch_size, device, levels
 
     def draw(self, step: int, drop_captions: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Latents, token ids, noise and noise level of one batch."""
-        generator = torch.Generator().manual_seed(step)
-        chosen = torch.randint(len(self.latents), (self.batch_size,), generator=generator)
-        which = torch.randint(self.tokens.shape[1], (self.batch_size,), generator=generator)
-        latents = self.latents[chosen].float()
-        tokens = self.tokens[chosen, which]
+        generator = torch.Generator(self.device).manual_seed(step)
+        where = {"generator": generator, "device": self.device}
+        chosen = torch.randint(len(self.latents), (self.batch_size,), **where)
+        which = torch.randint(self.tokens.shape[1], (self.batch_size,), **where)
+        latents, tokens = self.latents[chosen].float(), self.tokens[chosen, which]
         if drop_captions:
-            dropped = torch.rand(self.batch_size, generator=generator) < CAPTION_DROPOUT
+            dropped = torch.rand(self.batch_size, **where) < CAPTION_DROPOUT
             tokens = torch.where(dropped[:, None], self.empty, tokens)
-        noise = torch.randn(latents.shape, generator=generator)
-        level = self.levels(self.batch_size, generator)
-        return tuple(t.to(self.device) for t in (latents, tokens, noise, level))
+        noise = torch.randn(latents.shape, **where)
+        return latents, tokens, noise, self.levels(self.batch_size, generator)
+
+
+def _compiled(model: nn.Module, device: str) -> nn.Module:
+    """The model as it is called in training. Compiling takes minutes on a CPU, and saves no time there."""
+    # static shapes: a later stage with more frames would otherwise be compiled for any number of them, and slower
+    return model if device == "cpu" else torch.compile(model, dynamic=False)
 
 
 def train_flow(
@@ -100,7 +106,6 @@ def train_flow(
     folder: Path,
     name: str,
     path: NoisePath = straight_path,
-    compiled: bool = True,
 ) -> None:
     """Train `parts` in place to say what `path` asks for, some captions dropped; they end with averaged weights.
 
@@ -108,8 +113,7 @@ def train_flow(
         parts: `transformer` and the text encoders that `velocity` calls.
     """
     parts.to(batches.device).train()
-    # static shapes: a later stage with more frames would otherwise be compiled for any number of them, and slower
-    ask = torch.compile(parts["transformer"], dynamic=False) if compiled else parts["transformer"]
+    ask = _compiled(parts["transformer"], batches.device)
 
     def loss(step: int) -> Tensor:
         latents, tokens, noise, level = batches.draw(step, drop_captions=True)
@@ -131,7 +135,6 @@ def distil_guidance(
     learning_rate: float,
     folder: Path,
     strength: float = 1.0,
-    compiled: bool = True,
 ) -> nn.Module:
     """Teach `student`, which takes a guidance scale g, the teacher's u + w (c - u) with w = 1 + strength (g - 1).
 
@@ -139,17 +142,17 @@ def distil_guidance(
     """
     teacher.to(batches.device).requires_grad_(False)
     student.to(batches.device)
-    ask, answer = (torch.compile(m) if compiled else m for m in (teacher, student))
+    ask, answer = (_compiled(model, batches.device) for model in (teacher, student))
 
     def loss(step: int) -> Tensor:
         latents, tokens, noise, sigma = batches.draw(step, drop_captions=False)
-        generator = torch.Generator().manual_seed(step)
         low, high = GUIDANCE_RANGE
-        guidance = (low + (high - low) * torch.rand(len(latents), generator=generator)).to(batches.device)
+        chances = torch.rand(len(latents), generator=torch.Generator().manual_seed(step))
+        guidance = (low + (high - low) * chances).to(batches.device)
         mixed, _ = straight_path(latents, noise, sigma)
         with autocast(batches.device):
             with torch.no_grad():
-                empty = batches.empty.to(batches.device).expand_as(tokens)
+                empty = batches.empty.expand_as(tokens)
                 both = velocity(
                     ask, mixed.repeat(2, *[1] * (mixed.ndim - 1)), sigma.repeat(2), torch.cat([empty, tokens]), None
                 ).float()

@@ -113,12 +113,11 @@ class Stage:
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
         state = self.model.state_dict()
-        decay = (step + 1) / (step + 1 + AVERAGED_SHARE)
-        for key, value in state.items():
-            if key not in self.average or not value.is_floating_point():
-                self.average[key] = value.clone()
-            else:
-                self.average[key].lerp_(value, 1 - decay)
+        if not self.average:
+            self.average = {key: value.clone() for key, value in state.items()}
+        numbers = [key for key, value in state.items() if value.is_floating_point()]
+        weight = AVERAGED_SHARE / (step + 1 + AVERAGED_SHARE)
+        torch._foreach_lerp_([self.average[key] for key in numbers], [state[key] for key in numbers], weight)
 
     def _save(self, step: int, optimizers: list[torch.optim.Optimizer]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

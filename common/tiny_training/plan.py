@@ -39,6 +39,7 @@ class Plan:
     judge_steps: int = 2_000
     judged: int = 200  # prompts that the finished pipeline is measured on
     sampling_steps: int = 28
+    batch_factor: int = 1  # by which all batches are larger; a GPU takes 16 as fast as one
 
 
 SMOKE = Plan(

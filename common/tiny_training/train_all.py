@@ -1,7 +1,8 @@
 """Trains the embedded pipelines side by side: `python -m tiny_training.train_all --data DATA --work WORK`.
 
 Each one runs for a while, then another takes its turn, in as many lanes as are asked for; what a lane's turn ends is
-resumed in its next turn, and after an interruption the same command goes on. DATA holds stills/ and clips/ (their
+resumed in its next turn, and after an interruption the same command goes on. Flags that this script does not know go to
+every train_tiny.py. DATA holds stills/ and clips/ (their
 packages: tiny_training/sprites.py), WORK/NAME checkpoints and WORK/NAME.log what NAME says. Two lanes of one thread
 train more than one of two threads. A finished pipeline is in WORK/NAME/finished.
 """
@@ -56,7 +57,7 @@ class Turns:
     def _start(self, name: str) -> subprocess.Popen:
         args, folder = self.args, ROOT / FOLDERS[name]
         command = [sys.executable, "train_tiny.py", "--data", args.data, "--work", args.work / name]
-        command += ["--out", args.work / name / "finished"] + (["--smoke"] if args.smoke else [])
+        command += ["--out", args.work / name / "finished", *args.flags]
         threads = str(max(1, (os.cpu_count() or 1) // args.lanes))
         compiled = str(args.work / "compiled")
         env = os.environ | {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_CACHE_DIR": compiled}
@@ -94,9 +95,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=FOLDERS, default=list(FOLDERS), help="which, in this order")
     parser.add_argument("--lanes", type=int, default=2, help="how many train at a time")
     parser.add_argument("--turn", type=float, default=3600, help="seconds")
-    parser.add_argument("--smoke", action="store_true", help="a step or two of every stage, of drawn scenes")
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
     args.data, args.work = args.data.resolve(), args.work.resolve()
+    args.flags = flags
     args.work.mkdir(parents=True, exist_ok=True)
     turns = Turns(args.only, args)
     lanes = [threading.Thread(target=turns.lane) for _ in range(args.lanes)]

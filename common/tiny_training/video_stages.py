@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def trained_autoencoder(
     return video_vae.train_video_vae(
         autoencoder,
         pixels,
-        phases,
+        [replace(crops, count=crops.count * plan.batch_factor) for crops in phases],
         num_steps=plan.vae_steps,
         learning_rate=4e-3,
         folder=args.work,
@@ -84,13 +85,12 @@ def train_transformer(
         flow.train_flow(
             parts,
             ask,
-            flow.Batches(part, tokens, material.empty, batch_size, args.device, drawn),
+            flow.Batches(part, tokens, material.empty, batch_size * plan.batch_factor, args.device, drawn),
             num_steps=num_steps,
             learning_rate=rate,
             folder=args.work,
             name=f"flow-{name}",
             path=path,
-            compiled=not args.smoke,
         )
 
 

@@ -3,6 +3,7 @@
 Training goes through phases: single frames, then small crops of many clips, at the end whole clips.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def draw_crops(pixels: np.ndarray, crops: Crops, step: int) -> np.ndarray:
 def train_video_vae(
     vae: nn.Module,
     pixels: np.ndarray,
-    phases: tuple[Crops, ...],
+    phases: Sequence[Crops],
     *,
     num_steps: int,
     learning_rate: float,
