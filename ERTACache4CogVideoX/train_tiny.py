@@ -92,7 +92,7 @@ def main() -> None:
         material,
         steps,
         args,
-        levels=[flow.uniform_levels, flow.uniform_levels],
+        levels=flow.uniform_levels,
         path=flow.diffusion_path(alphas_cumprod),
     )
     save_pipeline(autoencoder, parts.eval(), material.tokenizer, args.out)

@@ -12,8 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from tiny_parts import LATENT_CHANNELS, VAE_FACTOR, build_text_encoders, build_transformer, build_vae
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from tiny_parts import (
+    LATENT_CHANNELS,
+    VAE_FACTOR,
+    build_scheduler,
+    build_text_encoders,
+    build_transformer,
+    build_vae,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -135,7 +142,7 @@ def save_pipeline(
     autoencoder: AutoencoderKL, parts: nn.ModuleDict, tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> None:
     pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        scheduler=build_scheduler(),
         vae=autoencoder,
         text_encoder=parts["pooled"],
         tokenizer=tokenizer,

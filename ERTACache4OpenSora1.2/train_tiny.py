@@ -9,7 +9,6 @@ then on clips, together with the text encoder, judge. Each resumes after an inte
 
 import argparse
 import math
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +26,10 @@ from tiny_training.sources import Source, rendered
 
 FOLDER = Path(__file__).parent
 GUIDANCE_SCALE = 7.0
-# The time transform measures against pictures of 512 pixels, and would crowd a small clip's times near the data:
-# here a picture of 64 pixels is what one of 512 is to the real model.
-TRANSFORM_SCALE = 512 / SIZE
-STILL_SHIFT = 1.2  # of the noise levels that first frames are trained at
-CLIP_SHIFT = math.sqrt(5)  # what the transform then makes of a clip's five latent frames; a picture's times stay
+# The time transform grows with the sides in pixels and the root of the latent frames, and would crowd a small clip's
+# times near the data: a clip of 64 pixels and 5 latent frames is to have the times of 480 x 854 and 15, the default.
+TRANSFORM_SCALE = math.sqrt(480 * 854 / SIZE**2 * 15 / 5)
+GRID_SHIFT = math.sqrt(480 * 854 / 512**2 * 15)  # what the transform then is
 PLAN = Plan(
     vae_examples=3_000,
     vae_steps=3_000,
@@ -157,7 +155,6 @@ def main() -> None:
         material,
         steps,
         args,
-        levels=[partial(flow.logit_normal_levels, mean=math.log(shift)) for shift in (STILL_SHIFT, CLIP_SHIFT)],
         path=data_minus_noise,
     )
     save_pipeline(autoencoder, parts.eval(), material.tokenizer, args.out)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tiny_training import emoji, text
+from tiny_training import emoji, pack, text
 from tiny_training.backdrop import COLOURS, View, background, draw, sample_view
 from tiny_training.emoji import EmojiSet, Subject, caption, is_held_out, lively_starts, load_subjects, words
 from tiny_training.plan import MAX_TEXT_LENGTH
@@ -139,3 +139,14 @@ def test_autoencoders_see_everything_but_the_unseen(pictures):
     sprites = load_sprites(pictures, moving=False)
     assert [s.code for s in emoji.everything(sprites)] == ["1f3c3", "1f405", "2744"]
     assert set(TONES.values()) == {"light", "medium light", "medium", "medium dark", "dark"}
+
+
+def test_a_packed_copy_is_the_same_material_in_fewer_bytes(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "load_subjects", lambda name: SUBJECTS if name != "unseen" else [])
+    monkeypatch.setattr("sys.argv", ["pack", "--data", str(pictures), "--out", str(tmp_path), "--others", "1"])
+    pack.main()
+    for moving in (False, True):
+        whole, small = load_sprites(pictures, moving), load_sprites(tmp_path, moving)
+        assert small.places.keys() == whole.places.keys() and small["1f405"].shape == whole["1f405"].shape
+        error = np.abs(small["1f405"].astype(float) - whole["1f405"])[whole["1f405"][..., 3] == 255]
+        assert error.mean() < 4

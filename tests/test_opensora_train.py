@@ -53,7 +53,7 @@ def test_the_saved_pipeline_is_small_and_generates(training, folder):
     videos = training.sampler(pipe)(["a red star at the top"], 2)
     assert videos.shape == (1, 3, NUM_FRAMES, SIZE, SIZE)
     times = pipe.scheduler.timesteps / 1000
-    shift = training.CLIP_SHIFT
+    shift = training.GRID_SHIFT
     torch.testing.assert_close(times, torch.tensor([1.0, shift * 0.5 / (1 + (shift - 1) * 0.5)]))
 
 

@@ -24,7 +24,7 @@ NoisePath = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Levels = Callable[[int, torch.Generator], Tensor]
 
 
-def logit_normal_levels(count: int, generator: torch.Generator, mean: float = 0.2) -> Tensor:
+def logit_normal_levels(count: int, generator: torch.Generator, mean: float = 0.4) -> Tensor:
     """Levels whose logit is normal around `mean`; adding log(s) to the mean is a shift by s of the noise grid."""
     where = {"generator": generator, "device": generator.device}
     levels = torch.sigmoid(torch.randn(count, **where) + mean)

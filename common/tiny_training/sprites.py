@@ -21,7 +21,7 @@ from ertacache.files import write_atomically
 
 SIDE = 96  # pixels of a decoded sprite
 EVERY = 2  # one of so many frames of an animation is kept: 84 ms apart
-STILL = 8  # files of fewer frames do not count as moving
+STILL = 4  # files of fewer kept frames do not count as moving
 TONES = {"1f3fb": "light", "1f3fc": "medium light", "1f3fd": "medium", "1f3fe": "medium dark", "1f3ff": "dark"}
 
 
@@ -75,8 +75,8 @@ def load_sprites(folder: Path, moving: bool) -> Sprites:
 def _decode_all(files: list[Path], moving: bool, pixels: Path, places: Path) -> None:
     with ProcessPoolExecutor() as pool:
         counts = list(pool.map(_num_frames, files, chunksize=32))
-        chosen = [(f, n) for f, n in zip(files, counts, strict=True) if not moving or n >= STILL]
-        kept = [-(-n // EVERY) if moving else 1 for _, n in chosen]
+        chosen = [(f, n if moving else 1) for f, n in zip(files, counts, strict=True) if not moving or n >= STILL]
+        kept = [n for _, n in chosen]
         starts = np.cumsum([0, *kept]).tolist()
         array = np.lib.format.open_memmap(pixels, "w+", dtype="uint8", shape=(starts[-1], SIDE, SIDE, 4))
         frames = pool.map(decoded, [f for f, _ in chosen], [moving] * len(chosen), chunksize=4)
@@ -88,8 +88,9 @@ def _decode_all(files: list[Path], moving: bool, pixels: Path, places: Path) -> 
 
 
 def _num_frames(path: Path) -> int:
+    """Frames that `decoded` keeps of a moving picture."""
     with Image.open(path) as picture:
-        return getattr(picture, "n_frames", 1)
+        return -(-getattr(picture, "n_frames", 1) // (1 if picture.width == SIDE else EVERY))
 
 
 def decoded(path: Path, moving: bool) -> np.ndarray:
@@ -102,8 +103,9 @@ def _frames(picture: Image.Image, moving: bool) -> Iterator[Image.Image]:
     if not moving:
         yield picture
         return
+    every = 1 if picture.width == SIDE else EVERY  # a packed copy holds the kept frames alone
     for index, frame in enumerate(ImageSequence.Iterator(picture)):
-        if index % EVERY == 0:
+        if index % every == 0:
             yield frame
 
 

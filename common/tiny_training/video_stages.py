@@ -1,7 +1,6 @@
 """The stages that the training of every tiny video pipeline goes through; a train_tiny.py names its own parts."""
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,26 +65,26 @@ def train_transformer(
     plan: Plan,
     args: argparse.Namespace,
     *,
-    levels: Sequence[flow.Levels],
+    levels: flow.Levels = flow.logit_normal_levels,
     path: flow.NoisePath = flow.straight_path,
 ) -> None:
     """Train transformer and text encoder in place, on first frames, which have a fifth of the tokens, then on clips.
 
     Args:
         latents: of first frames and of clips, as the transformer sees them, float16.
-        levels: the noise levels that are trained at, of first frames and of clips.
+        levels: the noise levels that are trained at.
     """
     assert material.clips is not None
     stages = (
         ("stills", material.stills, plan.still_steps, plan.still_batch, STILL_LEARNING_RATE),
         ("clips", material.clips, plan.clip_steps, plan.clip_batch, CLIP_LEARNING_RATE),
     )
-    for (name, source, num_steps, batch_size, rate), part, drawn in zip(stages, latents, levels, strict=True):
+    for (name, source, num_steps, batch_size, rate), part in zip(stages, latents, strict=True):
         tokens = material.tokens(source, len(part))
         flow.train_flow(
             parts,
             ask,
-            flow.Batches(part, tokens, material.empty, batch_size * plan.batch_factor, args.device, drawn),
+            flow.Batches(part, tokens, material.empty, batch_size * plan.batch_factor, args.device, levels),
             num_steps=num_steps,
             learning_rate=rate,
             folder=args.work,
