@@ -16,7 +16,7 @@ from ertacache.files import write_atomically
 from tiny_training.emoji import load_subjects
 from tiny_training.sprites import Sprites, load_sprites
 
-QUALITY = 80
+QUALITY = 60
 MOST_FRAMES = 30
 TONES = (None, "light", "medium", "dark")  # of those that move; stills keep all
 
@@ -26,7 +26,7 @@ def encoded(frames: np.ndarray) -> bytes:
     pictures = [Image.fromarray(frame) for frame in frames]
     buffer = io.BytesIO()
     moving = {"save_all": True, "append_images": pictures[1:]} if len(pictures) > 1 else {}
-    pictures[0].save(buffer, "webp", quality=QUALITY, alpha_quality=90, method=4, **moving)
+    pictures[0].save(buffer, "webp", quality=QUALITY, alpha_quality=60, method=4, **moving)
     return buffer.getvalue()
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with stills/ and clips/")
     parser.add_argument("--out", type=Path, required=True, help="folder of the copy")
-    parser.add_argument("--others", type=int, default=150, help="subjects beside those with a name")
+    parser.add_argument("--others", type=int, default=30, help="subjects beside those with a name")
     args = parser.parse_args()
     for kind in ("stills", "clips"):
         sprites = load_sprites(args.data, kind == "clips")
