@@ -97,7 +97,7 @@ def main() -> None:
     )
     save_pipeline(autoencoder, parts.eval(), material.tokenizer, args.out)
 
-    pipeline = CogVideoXPipeline.from_pretrained(args.out, dtype=torch.float32)
+    pipeline = CogVideoXPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)
     sample = video_stages.sampler(pipeline, guidance_scale=GUIDANCE_SCALE, max_sequence_length=MAX_TEXT_LENGTH)
     report.measure(sample, fidelity, material, steps, args)
 

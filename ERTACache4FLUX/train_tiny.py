@@ -173,7 +173,7 @@ def sampler(pipeline: FluxPipeline, batch_size: int = 25) -> report.Sample:
                 output_type="pt",
             ).images
             parts.append(images[:, :, None])
-        return torch.cat(parts).float()
+        return torch.cat(parts).float().cpu()
 
     return sample
 
@@ -188,7 +188,7 @@ def main() -> None:
     latents = packed_latents(autoencoder, material, steps, args)
     parts = trained_transformer(latents, material, steps, args)
     save_pipeline(autoencoder, parts, material.tokenizer, args.out)
-    pipeline = FluxPipeline.from_pretrained(args.out, dtype=torch.float32)
+    pipeline = FluxPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)
     report.measure(sampler(pipeline), fidelity, material, steps, args)
 
 

@@ -159,7 +159,7 @@ def main() -> None:
     )
     save_pipeline(autoencoder, parts.eval(), material.tokenizer, args.out)
 
-    pipeline = OpenSoraPipeline.from_pretrained(args.out, dtype=torch.float32)
+    pipeline = OpenSoraPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)
     report.measure(sampler(pipeline), fidelity, material, steps, args)
 
 

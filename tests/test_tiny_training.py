@@ -161,7 +161,7 @@ def test_a_stage_of_no_steps_leaves_the_model_and_one_resumes_where_it_was(tmp_p
     assert seen == [0, 1, 2, 3, 4]
     torch.save({"step": 2}, tmp_path / "flow-stills.pt")
     plan = as_far_as_trained(SMOKE, tmp_path)
-    assert (plan.still_steps, plan.clip_steps, plan.vae_steps) == (2, 0, SMOKE.vae_steps)
+    assert (plan.still_steps, plan.clip_steps, plan.vae_steps) == (2, 0, 0)
 
 
 def test_crops_come_from_the_clips_and_fill_the_frame():
@@ -206,15 +206,16 @@ def test_training_runs_from_scenes_to_a_measured_pipeline_and_resumes(folder, tm
 
 
 def test_turns_go_round_until_everything_is_finished(tmp_path, monkeypatch):
-    """Two pipelines that need two turns of half a second each, in one lane."""
+    """Three pipelines that need two turns of half a second each, in one lane; one waits for what another makes."""
     monkeypatch.setattr(train_all, "ROOT", tmp_path)
     script = "import pathlib, sys, time; work = pathlib.Path(sys.argv[4]); work.mkdir(exist_ok=True)\n"
-    script += "mark = work / 'mark'\nif not mark.exists(): mark.touch(); time.sleep(60)\n"
-    for name in ("flux", "wan"):
+    script += "with open(work.parent / 'turns', 'a') as turns: turns.write(work.name + ' ')\n"
+    script += "mark = work / 'vae'\nif not mark.exists(): mark.touch(); time.sleep(60)\n"
+    for name in ("opensora", "flux", "wan"):
         (tmp_path / train_all.FOLDERS[name]).mkdir()
         (tmp_path / train_all.FOLDERS[name] / "train_tiny.py").write_text(script)
-    args = Namespace(data=tmp_path, work=tmp_path, lanes=1, turn=0.5, flags=[])
-    turns = train_all.Turns(["flux", "wan"], args)
+    args = Namespace(data=tmp_path, work=tmp_path, lanes=1, turn=2, flags=[])
+    turns = train_all.Turns(["opensora", "flux", "wan"], args)
     turns.lane()
     assert not turns.waiting and not turns.running
-    assert (tmp_path / "flux" / "mark").exists() and (tmp_path / "wan" / "mark").exists()
+    assert (tmp_path / "turns").read_text().split() == ["flux", "opensora", "wan", "flux", "opensora", "wan"]

@@ -96,7 +96,9 @@ def parse_arguments(
     parser.add_argument("--work", type=Path, default=work, help=f"checkpoints and latents (default: {work})")
     parser.add_argument("--out", type=Path, help=f"where the pipeline goes (default: {folder / 'tiny'})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--report", action="store_true", help="no training: the pipeline as it is now, into WORK/tiny")
+    parser.add_argument(
+        "--report", action="store_true", help="no training: the pipeline as it is now; --out is WORK/tiny"
+    )
     parser.add_argument("--smoke", action="store_true", help="a step or two of every stage, of drawn scenes")
     for flag, settings in (extra or {}).items():
         parser.add_argument(flag, **settings)
@@ -112,12 +114,17 @@ def parse_arguments(
 
 
 def as_far_as_trained(plan: Plan, work: Path) -> Plan:
-    """The plan with no more steps of the transformer than the checkpoints have."""
-    names = {"still_steps": "flow-stills", "clip_steps": "flow-clips", "distil_steps": "distil"}
+    """The plan with no more steps of the models than the checkpoints have."""
+    names = {
+        "vae_steps": ("vae", "vae-temporal"),
+        "still_steps": ("flow-stills",),
+        "clip_steps": ("flow-clips",),
+        "distil_steps": ("distil",),
+    }
     steps = {}
-    for field, name in names.items():
-        path = work / f"{name}.pt"
-        steps[field] = torch.load(path, weights_only=True, mmap=True)["step"] if path.exists() else 0
+    for field, stages in names.items():
+        paths = [path for name in stages if (path := work / f"{name}.pt").exists()]
+        steps[field] = sum(torch.load(path, weights_only=True, mmap=True)["step"] for path in paths)
     return replace(plan, **steps)
 
 

@@ -31,7 +31,7 @@ def measure(sample: Sample, autoencoder_psnr: float, material: Material, plan: P
     few = prompts[:HALF_STEPS_PROMPTS]
     real = unseen_examples(source, plan.judged)
     critic = _trained_judge(source, plan.clips if material.clips else plan.stills, plan, args)
-    report = {
+    report: dict[str, float] = {
         "recognised": judge.recognised(critic, samples, labels),
         "recognised_of_data": judge.recognised(
             critic, as_tensor(real), [source.label(FIRST_UNSEEN + i) for i in range(plan.judged)]

@@ -5,7 +5,9 @@ Emoji (`tiny_training.emoji`) are what the embedded pipelines learn; the drawn s
 """
 
 import fcntl
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +21,8 @@ from tiny_training.scene import SHAPES, Scene, sample_scene
 EXAMPLES_PER_PIECE = 500
 CAPTIONS_PER_SCENE = 3
 FIRST_UNSEEN = 1_000_000  # examples from here on are never trained on
+
+_source: "Source"  # of a worker that draws
 
 
 class Source(Protocol):
@@ -97,12 +101,23 @@ def rendered(source: Source, count: int, folder: Path) -> np.ndarray:
 
     Where another process fills the same file, this one waits for it.
     """
-
-    def fill(start: int, stop: int) -> np.ndarray:
-        return np.stack([source.pixels(index) for index in range(start, stop)])
-
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"pixels-{source.key}-{count}.npy"
-    with open(path.with_suffix(".lock"), "w") as lock:
+    # workers that are forked have the source already; sending its pictures to them would take longer than drawing
+    workers = ProcessPoolExecutor(mp_context=get_context("fork"), initializer=_remember, initargs=(source,))
+    with open(path.with_suffix(".lock"), "w") as lock, workers as pool:
+
+        def fill(start: int, stop: int) -> np.ndarray:
+            return np.stack(list(pool.map(_pixels, range(start, stop), chunksize=8)))
+
         fcntl.flock(lock, fcntl.LOCK_EX)
         return filled_array(path, (count, *source.shape), "uint8", fill, EXAMPLES_PER_PIECE)
+
+
+def _remember(source: Source) -> None:
+    global _source
+    _source = source
+
+
+def _pixels(index: int) -> np.ndarray:
+    return _source.pixels(index)

@@ -2,9 +2,9 @@
 
 Each one runs for a while, then another takes its turn, in as many lanes as are asked for; what a lane's turn ends is
 resumed in its next turn, and after an interruption the same command goes on. Flags that this script does not know go to
-every train_tiny.py. DATA holds stills/ and clips/ (their
-packages: tiny_training/sprites.py), WORK/NAME checkpoints and WORK/NAME.log what NAME says. Two lanes of one thread
-train more than one of two threads. A finished pipeline is in WORK/NAME/finished.
+every train_tiny.py. DATA holds stills/ and clips/ (their packages: tiny_training/sprites.py), WORK/NAME checkpoints and
+WORK/NAME.log what NAME says. Two lanes of one thread train more than one of two threads. A finished pipeline is in
+WORK/NAME/finished; after --minutes the training stops, and what is there of the others goes there too.
 """
 
 import argparse
@@ -24,6 +24,7 @@ FOLDERS = {
     "cogvideox": "ERTACache4CogVideoX",
     "opensora": "ERTACache4OpenSora1.2",
 }
+NEEDS = {"opensora": Path("flux/vae")}  # what must be in WORK before a training can start
 PATIENCE = 300  # seconds for the last checkpoint
 
 
@@ -38,8 +39,9 @@ class Turns:
         """Give turns until none waits and none that runs may come back."""
         while not self.stopped:
             with self.lock:
-                name = self.waiting.popleft() if self.waiting else None
+                name = self._next()
                 if name is not None:
+                    self.waiting.remove(name)
                     self.running[name] = self._start(name)
             if name is not None:
                 self._turn(name)
@@ -54,10 +56,23 @@ class Turns:
         for process in list(self.running.values()):
             process.terminate()
 
-    def _start(self, name: str) -> subprocess.Popen:
+    def report(self) -> None:
+        """Write the pipelines that are not finished as they are."""
+        begun = [name for name in self.waiting if list((self.args.work / name).glob("vae*.pt"))]
+        for process in [self._start(name, "--report") for name in begun]:
+            process.wait()
+
+    def _next(self) -> str | None:
+        """The first that waits for nothing but its turn; where nothing runs, the first one, to say what it lacks."""
+        ready = [n for n in self.waiting if n not in NEEDS or (self.args.work / NEEDS[n]).exists()]
+        if ready or self.running:
+            return ready[0] if ready else None
+        return self.waiting[0] if self.waiting else None
+
+    def _start(self, name: str, *flags: str) -> subprocess.Popen:
         args, folder = self.args, ROOT / FOLDERS[name]
         command = [sys.executable, "train_tiny.py", "--data", args.data, "--work", args.work / name]
-        command += ["--out", args.work / name / "finished", *args.flags]
+        command += ["--out", args.work / name / "finished", *args.flags, *flags]
         threads = str(max(1, (os.cpu_count() or 1) // args.lanes))
         compiled = str(args.work / "compiled")
         env = os.environ | {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_CACHE_DIR": compiled}
@@ -73,7 +88,7 @@ class Turns:
             code, ended = _wait(process), False
         with self.lock:
             del self.running[name]
-            if not ended:
+            if not ended or self.stopped:
                 self.waiting.append(name)
         if not self.stopped:
             state = ("finished" if code == 0 else "failed") if ended else "paused"
@@ -95,6 +110,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=FOLDERS, default=list(FOLDERS), help="which, in this order")
     parser.add_argument("--lanes", type=int, default=2, help="how many train at a time")
     parser.add_argument("--turn", type=float, default=3600, help="seconds")
+    parser.add_argument("--minutes", type=float, help="when to stop (default: when all is finished)")
     args, flags = parser.parse_known_args()
     args.data, args.work = args.data.resolve(), args.work.resolve()
     args.flags = flags
@@ -105,8 +121,14 @@ def main() -> None:
         signal.signal(number, lambda *_: turns.stop())
     for lane in lanes:
         lane.start()
+    if args.minutes:
+        timer = threading.Timer(60 * args.minutes, turns.stop)
+        timer.start()
     for lane in lanes:
         lane.join()
+    if args.minutes:
+        timer.cancel()
+        turns.report()
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def encoded_examples(
 def fidelity(autoencoder: nn.Module, material: Material, args: argparse.Namespace) -> float:
     """Mean PSNR in dB of clips of subjects that nothing was trained on, after encoding and decoding."""
     clips = [material.unseen.pixels(index) for index in range(2 if args.smoke else UNSEEN_CLIPS)]
-    return video_vae.clip_psnr(autoencoder, np.stack(clips))
+    return video_vae.clip_psnr(autoencoder, np.stack(clips), args.device)
 
 
 def train_transformer(
@@ -113,6 +113,6 @@ def sampler(pipeline: DiffusionPipeline, batch_size: int = 8, **arguments: Any) 
                 **arguments,
             ).frames
             parts.append(frames.transpose(1, 2))  # (n, F, 3, H, W) -> (n, 3, F, H, W)
-        return torch.cat(parts).float()
+        return torch.cat(parts).float().cpu()
 
     return sample

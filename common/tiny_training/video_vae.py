@@ -98,11 +98,11 @@ def encoded_clips(
 
 
 @torch.no_grad()
-def clip_psnr(vae: nn.Module, pixels: np.ndarray, batch_size: int = 8) -> float:
+def clip_psnr(vae: nn.Module, pixels: np.ndarray, device: str = "cpu", batch_size: int = 8) -> float:
     """Mean over clips, uint8 (n, F, H, W, 3), of the PSNR in dB of what comes out of the autoencoder."""
     values = []
     for start in range(0, len(pixels), batch_size):
-        target = to_tensor(pixels[start : start + batch_size])
+        target = to_tensor(pixels[start : start + batch_size], device)
         clip = vae.decode(vae.encode(target).latent_dist.mean).sample.clamp(-1, 1)
         values.append(-10 * ((clip - target).square().mean((1, 2, 3, 4)) / 4).log10())
     return float(torch.cat(values).mean())
