@@ -31,6 +31,7 @@ PLAN = Plan(
     clips=8_000,
     clip_steps=15_000,
     clip_batch=12,
+    judged=100,
     sampling_steps=50,
 )
 # group norms see the whole of a picture, and in a clip of 17 frames a second chunk follows the first nine

@@ -39,6 +39,7 @@ PLAN = Plan(
     clips=8_000,
     clip_steps=15_000,
     clip_batch=12,
+    judged=100,
     sampling_steps=30,
 )
 FLAGS = {

@@ -32,6 +32,7 @@ PLAN = Plan(
     clips=8_000,
     clip_steps=15_000,
     clip_batch=12,
+    judged=100,
     sampling_steps=50,
 )
 VAE_PHASES = (Crops(0.35, 1, 64, 16), Crops(0.85, 17, 32, 4), Crops(1.0, 17, 64, 1))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_pipelines import imports_from
 
-from tiny_training import flow, judge, loop, train_all
+from tiny_training import flow, judge, loop, text, train_all
 from tiny_training.arrays import filled_array
 from tiny_training.loop import Stage, optimizers_for
 from tiny_training.muon import Muon, orthogonalized
@@ -90,6 +90,12 @@ def test_a_batch_depends_on_the_step_alone():
     for one, other in zip(batches.draw(7, True), batches.draw(7, True), strict=True):
         assert torch.equal(one, other)
     assert not torch.equal(batches.draw(7, True)[2], batches.draw(8, True)[2])
+    tokens = torch.full((10, 1, 500), 7)
+    batches = flow.Batches(torch.randn(10, 3).half(), tokens, torch.ones(1, 500, dtype=torch.long), 400, "cpu")
+    rows = batches.draw(0, True)[1]
+    empty = (rows == 1).all(1)
+    assert 0.06 < empty.float().mean() < 0.18 and 0.02 < (rows[~empty] == text.UNKNOWN_ID).float().mean() < 0.04
+    assert (batches.draw(0, False)[1] == 7).all()
 
 
 def test_orthogonalized_matrices_have_singular_values_near_one():
@@ -206,7 +212,7 @@ def test_training_runs_from_scenes_to_a_measured_pipeline_and_resumes(folder, tm
 
 
 def test_turns_go_round_until_everything_is_finished(tmp_path, monkeypatch):
-    """Three pipelines that need two turns of half a second each, in one lane; one waits for what another makes."""
+    """Three pipelines that need two turns each, in one lane; one waits for what another makes."""
     monkeypatch.setattr(train_all, "ROOT", tmp_path)
     script = "import pathlib, sys, time; work = pathlib.Path(sys.argv[4]); work.mkdir(exist_ok=True)\n"
     script += "with open(work.parent / 'turns', 'a') as turns: turns.write(work.name + ' ')\n"

@@ -111,11 +111,12 @@ class EmojiSet:
         return Example(subject, tone, free[rng.integers(len(free))], self.looks[subject][tone])
 
     def captions(self, index: int) -> list[str]:
-        """Two with the background and one without."""
+        """Two with the background, one without, and one without the article."""
         example = self.example(index)
         phrase = self.subjects[example.subject].phrase
         full = caption(phrase, example.tone, example.background)
-        return [full, full, caption(phrase, example.tone)]
+        bare = caption(phrase.removeprefix("an ").removeprefix("a "), example.tone, example.background)
+        return [full, full, caption(phrase, example.tone), bare]
 
     def pixels(self, index: int) -> np.ndarray:
         example = self.example(index)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from tiny_training.loop import Stage
 from tiny_training.precision import autocast
+from tiny_training.text import UNKNOWN_ID
 
 CAPTION_DROPOUT = 0.12
+WORD_DROPOUT = 0.03  # replaced by the unknown word, so that it means nothing in particular
 GUIDANCE_RANGE = (1.0, 6.0)
 
 # velocity(transformer, latents, level, token ids, guidance or None) -> its output: the one thing that models differ in
@@ -84,6 +86,8 @@ class Batches:
         which = torch.randint(self.tokens.shape[1], (self.batch_size,), **where)
         latents, tokens = self.latents[chosen].float(), self.tokens[chosen, which]
         if drop_captions:
+            unread = (torch.rand(tokens.shape, **where) < WORD_DROPOUT) & (tokens > UNKNOWN_ID)
+            tokens = tokens.masked_fill(unread, UNKNOWN_ID)
             dropped = torch.rand(self.batch_size, **where) < CAPTION_DROPOUT
             tokens = torch.where(dropped[:, None], self.empty, tokens)
         noise = torch.randn(latents.shape, **where)

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from tiny_training.captions import vocabulary
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
+UNKNOWN_ID = 2  # of the unknown word; ids of known ones are greater
 
 SEQUENCE_WIDTH = 96  # of the states that a transformer attends to
 
