@@ -153,9 +153,14 @@ def save_pipeline(
     pipeline.to("cpu", torch.float16).save_pretrained(folder)
 
 
-def sampler(pipeline: FluxPipeline, batch_size: int = 25) -> report.Sample:
-    """Pictures as clips of one frame, at the default guidance; the noise of a prompt depends on its number alone."""
+def sampler(pipeline: FluxPipeline, distilled: bool, batch_size: int = 25) -> report.Sample:
+    """Pictures as clips of one frame, at the default guidance; the noise of a prompt depends on its number alone.
+
+    Args:
+        distilled: the transformer knows the guidance; else its answer without a caption is asked for too.
+    """
     pipeline.set_progress_bar_config(disable=True)
+    guidance = {} if distilled else {"negative_prompt": "", "true_cfg_scale": GUIDANCE_SCALE}
 
     @torch.no_grad()
     def sample(prompts: list[str], num_inference_steps: int) -> Tensor:
@@ -168,6 +173,7 @@ def sampler(pipeline: FluxPipeline, batch_size: int = 25) -> report.Sample:
                 width=SIZE,
                 num_inference_steps=num_inference_steps,
                 guidance_scale=GUIDANCE_SCALE,
+                **guidance,
                 max_sequence_length=MAX_TEXT_LENGTH,
                 generator=[torch.Generator().manual_seed(start + i) for i in range(len(batch))],
                 output_type="pt",
@@ -189,7 +195,7 @@ def main() -> None:
     parts = trained_transformer(latents, material, steps, args)
     save_pipeline(autoencoder, parts, material.tokenizer, args.out)
     pipeline = FluxPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)
-    report.measure(sampler(pipeline), fidelity, material, steps, args)
+    report.measure(sampler(pipeline, distilled=steps.distil_steps > 0), fidelity, material, steps, args)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Emoji (`tiny_training.emoji`) are what the embedded pipelines learn; the drawn s
 `--smoke` and the tests.
 """
 
-import fcntl
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -14,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from tiny_training import captions
-from tiny_training.arrays import filled_array
+from tiny_training.arrays import filled_array, locked
 from tiny_training.render import render_clip
 from tiny_training.scene import SHAPES, Scene, sample_scene
 
@@ -101,16 +100,14 @@ def rendered(source: Source, count: int, folder: Path) -> np.ndarray:
 
     Where another process fills the same file, this one waits for it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"pixels-{source.key}-{count}.npy"
     # workers that are forked have the source already; sending its pictures to them would take longer than drawing
     workers = ProcessPoolExecutor(mp_context=get_context("fork"), initializer=_remember, initargs=(source,))
-    with open(path.with_suffix(".lock"), "w") as lock, workers as pool:
+    with locked(path), workers as pool:
 
         def fill(start: int, stop: int) -> np.ndarray:
             return np.stack(list(pool.map(_pixels, range(start, stop), chunksize=8)))
 
-        fcntl.flock(lock, fcntl.LOCK_EX)
         return filled_array(path, (count, *source.shape), "uint8", fill, EXAMPLES_PER_PIECE)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from ertacache.files import write_atomically
+from tiny_training.arrays import locked
 
 SIDE = 96  # pixels of a decoded sprite
 EVERY = 2  # one of so many frames of an animation is kept: 84 ms apart
@@ -63,11 +64,12 @@ def load_sprites(folder: Path, moving: bool) -> Sprites:
     """
     source = folder / ("clips" if moving else "stills")
     pixels, places = source.with_suffix(".npy"), source.with_suffix(".json")
-    if not places.exists():
-        files = sorted(source.glob("*.webp"))
-        if not files:
-            raise FileNotFoundError(f"no pictures in {source}; {__doc__}")
-        _decode_all(files, moving, pixels, places)
+    with locked(pixels):
+        if not places.exists():
+            files = sorted(source.glob("*.webp"))
+            if not files:
+                raise FileNotFoundError(f"no pictures in {source}; {__doc__}")
+            _decode_all(files, moving, pixels, places)
     table = json.loads(places.read_text())
     return Sprites(np.load(pixels, mmap_mode="r"), {stem: tuple(place) for stem, place in table.items()})
 
