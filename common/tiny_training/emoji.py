@@ -137,7 +137,7 @@ class EmojiSet:
     def held_out(self, count: int) -> list[tuple[str, int]]:
         """Subjects in a fixed random order, each on a background that it was never trained on."""
         rng = np.random.default_rng((self.seed, 2))
-        prompts = []
+        prompts: list[tuple[str, int]] = []
         while len(prompts) < count:
             for subject in rng.permutation(len(self.subjects)).tolist():
                 kept = [name for i, name in enumerate(BACKGROUNDS) if is_held_out(subject, i)]

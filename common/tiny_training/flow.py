@@ -6,6 +6,7 @@ sqrt(a) x_0 + sqrt(1 - a) noise, the model says v = sqrt(a) noise - sqrt(1 - a) 
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ Levels = Callable[[int, torch.Generator], Tensor]
 
 def logit_normal_levels(count: int, generator: torch.Generator, mean: float = 0.4) -> Tensor:
     """Levels whose logit is normal around `mean`; adding log(s) to the mean is a shift by s of the noise grid."""
-    where = {"generator": generator, "device": generator.device}
+    where: dict[str, Any] = {"generator": generator, "device": generator.device}
     levels = torch.sigmoid(torch.randn(count, **where) + mean)
     uniform = torch.rand(count, **where)
     # a tenth uniform, so that both ends of the range are trained too
@@ -81,7 +82,7 @@ class Batches:
     def draw(self, step: int, drop_captions: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Latents, token ids, noise and noise level of one batch."""
         generator = torch.Generator(self.device).manual_seed(step)
-        where = {"generator": generator, "device": self.device}
+        where: dict[str, Any] = {"generator": generator, "device": self.device}
         chosen = torch.randint(len(self.latents), (self.batch_size,), **where)
         which = torch.randint(self.tokens.shape[1], (self.batch_size,), **where)
         latents, tokens = self.latents[chosen].float(), self.tokens[chosen, which]
@@ -94,7 +95,7 @@ class Batches:
         return latents, tokens, noise, self.levels(self.batch_size, generator)
 
 
-def _compiled(model: nn.Module, device: str) -> nn.Module:
+def _compiled(model: nn.Module, device: str) -> Any:
     """The model as it is called in training. Compiling takes minutes on a CPU, and saves no time there."""
     # static shapes: a later stage with more frames would otherwise be compiled for any number of them, and slower
     return model if device == "cpu" else torch.compile(model, dynamic=False)

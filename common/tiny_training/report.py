@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tiny_training import judge, sheet
 from tiny_training.plan import Material, Plan
@@ -58,7 +58,7 @@ def as_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 4, 1, 2, 3).float() / 255
 
 
-def _trained_judge(source: Source, count: int, plan: Plan, args: argparse.Namespace) -> nn.Module:
+def _trained_judge(source: Source, count: int, plan: Plan, args: argparse.Namespace) -> judge.Judge:
     pixels = rendered(source, count, args.pixels)
     return judge.train_judge(source, pixels, num_steps=plan.judge_steps, folder=args.work, device=args.device).cpu()
 

@@ -32,7 +32,8 @@ class Turns:
     """Pipelines that wait for their turn, those that run, and how each one ended."""
 
     def __init__(self, names: list[str], args: argparse.Namespace):
-        self.waiting, self.running, self.args = deque(names), {}, args
+        self.waiting, self.args = deque(names), args
+        self.running: dict[str, subprocess.Popen] = {}
         self.lock, self.stopped = threading.Lock(), False
 
     def lane(self) -> None:
