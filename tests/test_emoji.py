@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tiny_training import emoji, pack, text
+from tiny_training import emoji, pack, plan, prompts, text
 from tiny_training.backdrop import COLOURS, View, background, draw, sample_view
 from tiny_training.emoji import EmojiSet, Subject, caption, is_held_out, lively_starts, load_subjects, words
 from tiny_training.plan import MAX_TEXT_LENGTH
@@ -150,3 +150,17 @@ def test_a_packed_copy_is_the_same_material_in_fewer_bytes(pictures, tmp_path, m
         assert small.places.keys() == whole.places.keys() and small["1f405"].shape == whole["1f405"].shape
         error = np.abs(small["1f405"].astype(float) - whole["1f405"])[whole["1f405"][..., 3] == 255]
         assert error.mean() < 4
+
+
+def test_prompts_are_written_for_calibration_and_for_tests(pictures, tmp_path, monkeypatch):
+    (tmp_path / "prompts").mkdir()
+    monkeypatch.setattr(emoji, "load_subjects", lambda name: SUBJECTS)
+    command = f"prompts {tmp_path} --data {pictures} --kind stills --calibration 7 --held-out 3"
+    monkeypatch.setattr("sys.argv", command.split())
+    prompts.main()
+    calibration, held_out = (
+        (tmp_path / "prompts" / f"{name}.txt").read_text().splitlines() for name in ("calibration", "held_out")
+    )
+    assert len(set(calibration)) == 7 and len(set(held_out)) == 3 and not set(calibration) & set(held_out)
+    source = EmojiSet("stills", load_sprites(pictures, moving=False), SUBJECTS, seed=plan.SEED + plan.TAUGHT)
+    assert not set(held_out) & {caption for index in range(400) for caption in source.captions(index)}
