@@ -4,10 +4,10 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXT
 from transformers import T5Config, T5EncoderModel
 
 from tiny_training import text
-from tiny_training.clips import MAX_TEXT_LENGTH, NUM_FRAMES, SIZE
+from tiny_training.plan import MAX_TEXT_LENGTH, NUM_FRAMES, SIZE
 
 LATENT_CHANNELS = 16
-VAE_FACTOR = 4  # pixels per latent, both ways; the textures of the scenes have periods of 4 to 6 pixels
+VAE_FACTOR = 4  # pixels per latent, both ways
 
 
 def build_scheduler() -> CogVideoXDDIMScheduler:
@@ -31,10 +31,10 @@ def build_vae() -> AutoencoderKLCogVideoX:
     return AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * levels,
         up_block_types=("CogVideoXUpBlock3D",) * levels,
-        block_out_channels=(16, 32, 32),
+        block_out_channels=(8, 16, 32),
         latent_channels=LATENT_CHANNELS,
         layers_per_block=1,
-        norm_num_groups=8,
+        norm_num_groups=4,
         temporal_compression_ratio=4,
         sample_height=SIZE,
         sample_width=SIZE,
@@ -54,7 +54,7 @@ def build_transformer() -> CogVideoXTransformer3DModel:
         out_channels=LATENT_CHANNELS,
         time_embed_dim=64,
         text_embed_dim=text.SEQUENCE_WIDTH,
-        num_layers=6,
+        num_layers=9,
         sample_width=SIZE // VAE_FACTOR,
         sample_height=SIZE // VAE_FACTOR,
         sample_frames=NUM_FRAMES,

@@ -1,11 +1,12 @@
-"""Trains the embedded tiny CogVideoX pipeline: `python train_tiny.py`.
+"""Trains the embedded tiny CogVideoX pipeline: `python train_tiny.py --data DATA`.
 
-Stages: autoencoder, text encoder, v-prediction with dropped captions on first frames and then on clips, judges
-of prompt adherence. Each resumes after an interruption; what they leave in the work folder is not needed once
-the pipeline is written to `tiny/`. `--smoke` runs a step or two of each.
+It learns from animated Fluent emoji (art: Microsoft, MIT licence), which `npm pack @lobehub/fluent-emoji-anim-1@1.0.0`
+and its like fetch; unpack the pictures into DATA/clips (tiny_training/sprites.py has the lines). Stages: autoencoder,
+v-prediction with dropped captions on first frames and then on clips, together with the text encoder, judge. Each
+resumes after an interruption, by the same command. `--report` shows what is there so far; `--smoke` runs a step or two
+of each stage on drawn scenes.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,41 +14,38 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from tiny_parts import build_scheduler, build_text_encoder, build_transformer, build_vae
 from torch import Tensor, nn
-from transformers import T5EncoderModel
+from transformers import PreTrainedTokenizerFast
 
-from tiny_training import clips, flow, text, video_stages, video_vae
-from tiny_training.clips import MAX_TEXT_LENGTH, SEED, Plan
+from tiny_training import flow, plan, report, text, video_stages
+from tiny_training.plan import MAX_TEXT_LENGTH, SEED, Plan
 from tiny_training.video_vae import Crops
 
 FOLDER = Path(__file__).parent
-WORK = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ertacache" / "train-tiny-cogvideox"
 GUIDANCE_SCALE = 6.0
 PLAN = Plan(
-    num_clips=8_000,
-    num_stills=24_000,
-    vae_steps=3_600,
-    text_steps=1_500,
-    still_steps=8_000,
-    still_batch=64,
-    clip_steps=6_000,
-    clip_batch=24,
-    judge_steps=1_200,
-    motion_steps=800,
+    vae_examples=3_000,
+    vae_steps=4_000,
+    stills=24_000,
+    still_steps=30_000,
+    still_batch=32,
+    clips=8_000,
+    clip_steps=15_000,
+    clip_batch=12,
+    judged=100,
+    sampling_steps=50,
 )
 # group norms see the whole of a picture, and in a clip of 17 frames a second chunk follows the first nine
-VAE_PHASES = (Crops(0.25, 1, 32, 32), Crops(0.75, 9, 32, 6), Crops(0.95, 17, 32, 3), Crops(1.0, 17, 64, 1))
+VAE_PHASES = (Crops(0.35, 1, 64, 12), Crops(0.85, 17, 32, 3), Crops(1.0, 17, 64, 1))
 
 
 class CogVideoXPrediction:
     """Calls the transformer as CogVideoXPipeline does, on latents (B, frames, channels, height, width)."""
 
-    def __init__(self, encoder: T5EncoderModel, num_train_timesteps: int, device: str):
-        self.encoder = encoder.to(device).eval()
-        self.num_train_timesteps = num_train_timesteps
+    def __init__(self, parts: nn.ModuleDict, num_train_timesteps: int):
+        self.encoder, self.num_train_timesteps = parts["sequence"], num_train_timesteps
 
     def __call__(self, model: nn.Module, latents: Tensor, level: Tensor, tokens: Tensor, guidance: None) -> Tensor:
-        with torch.no_grad():
-            states = text.sequence_states(self.encoder, tokens, masked=False)
+        states = text.sequence_states(self.encoder, tokens, masked=False)
         timestep = flow.timesteps_of(level, self.num_train_timesteps)
         return model(hidden_states=latents, encoder_hidden_states=states, timestep=timestep, return_dict=False)[0]
 
@@ -64,50 +62,45 @@ def normalised(autoencoder: AutoencoderKLCogVideoX, latents: np.ndarray) -> Tens
     return torch.stack([(torch.from_numpy(z).float() * scale).half().transpose(0, 1) for z in latents])
 
 
-def save_pipeline(autoencoder, encoder, tokenizer, transformer, folder: Path) -> None:
+def save_pipeline(
+    autoencoder: AutoencoderKLCogVideoX, parts: nn.ModuleDict, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
     pipeline = CogVideoXPipeline(
         tokenizer=tokenizer,
-        text_encoder=encoder,
+        text_encoder=parts["sequence"],
         vae=autoencoder,
-        transformer=transformer,
+        transformer=parts["transformer"],
         scheduler=build_scheduler(),
     )
     pipeline.to("cpu", torch.float16).save_pretrained(folder)
 
 
 def main() -> None:
-    args, plan = clips.parse_arguments(__doc__, WORK, FOLDER / "tiny", PLAN)
+    args, steps = plan.parse_arguments(__doc__, FOLDER, PLAN)
     torch.manual_seed(SEED)
-    scenes = video_stages.load_scenes(FOLDER, plan, args)
-    autoencoder = video_vae.train_video_vae(
-        video_stages.started(build_vae(), args, "vae"),
-        scenes.moving,
-        VAE_PHASES,
-        num_steps=plan.vae_steps,
-        learning_rate=4e-3,
-        folder=args.work,
-        device=args.device,
-    )
-    latents = video_stages.encoded_scenes(autoencoder, scenes, plan, args)
+    material = plan.load_material(args, moving=True)
+    autoencoder = video_stages.trained_autoencoder(build_vae(), VAE_PHASES, material, steps, args)
+    fidelity = video_stages.fidelity(autoencoder, material, args)
+    latents = video_stages.encoded_examples(autoencoder, material, steps, args)
     set_latent_scale(autoencoder, latents[1])
-    encoder = video_stages.started(build_text_encoder(len(scenes.tokenizer)), args, "text_encoder")
-    video_stages.train_text_encoder(encoder, scenes, plan, args, masked=False)
+    encoder = build_text_encoder(len(material.tokenizer))
+    parts = nn.ModuleDict({"transformer": build_transformer(), "sequence": encoder})
     alphas_cumprod = build_scheduler().alphas_cumprod
-    transformer = video_stages.train_transformer(
-        video_stages.started(build_transformer(), args, "transformer"),
-        CogVideoXPrediction(encoder, len(alphas_cumprod), args.device),
+    video_stages.train_transformer(
+        parts,
+        CogVideoXPrediction(parts, len(alphas_cumprod)),
         tuple(normalised(autoencoder, part) for part in latents),
-        scenes,
-        plan,
+        material,
+        steps,
         args,
-        levels=[flow.uniform_levels, flow.uniform_levels],
+        levels=flow.uniform_levels,
         path=flow.diffusion_path(alphas_cumprod),
     )
-    save_pipeline(autoencoder, encoder, scenes.tokenizer, transformer, args.out)
+    save_pipeline(autoencoder, parts.eval(), material.tokenizer, args.out)
 
-    pipeline = CogVideoXPipeline.from_pretrained(args.out, dtype=torch.float32)
-    sample = clips.sampler(pipeline, guidance_scale=GUIDANCE_SCALE, max_sequence_length=MAX_TEXT_LENGTH)
-    clips.measure(sample, pipeline.vae, scenes, plan, args)
+    pipeline = CogVideoXPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)
+    sample = video_stages.sampler(pipeline, guidance_scale=GUIDANCE_SCALE, max_sequence_length=MAX_TEXT_LENGTH)
+    report.measure(sample, fidelity, material, steps, args)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,25 @@
 """The parts of the tiny FLUX pipeline at their sizes."""
 
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from tiny_training import text
+from tiny_training.plan import MAX_TEXT_LENGTH, SIZE
 
-SIZE = 64
 LATENT_CHANNELS = 8
 VAE_FACTOR = 4
-MAX_TEXT_LENGTH = 40
+
+
+def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """The times of FLUX.1-dev at its default of 1024 x 1024 pixels, a shift of 1.15, for pictures of any size."""
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0, base_shift=1.15, max_shift=1.15)
 
 
 def build_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 64, 64),
+        block_out_channels=(16, 32, 64),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
@@ -46,8 +50,8 @@ def build_transformer(guidance_embeds: bool) -> FluxTransformer2DModel:
     return FluxTransformer2DModel(
         patch_size=1,
         in_channels=LATENT_CHANNELS * 4,
-        num_layers=2,
-        num_single_layers=4,
+        num_layers=3,
+        num_single_layers=6,
         attention_head_dim=32,
         num_attention_heads=4,
         joint_attention_dim=text.SEQUENCE_WIDTH,

@@ -1,11 +1,12 @@
 """Trains the autoencoder of the tiny Open-Sora pipeline; the real one too has a picture autoencoder made elsewhere.
 
-The picture part is that of the tiny FLUX pipeline, which was trained on pictures of the same kind of scene. The
-temporal part learns from what it makes of clips, a sixteenth as many numbers a frame as the pixels' places.
+The picture part is that of the tiny FLUX pipeline, which was trained on pictures of the same kind. The temporal part
+learns from what it makes of clips, a sixteenth as many numbers a frame as the pixels' places.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,20 @@ from tiny_training.precision import autocast
 from tiny_training.vae import KL_WEIGHT
 from tiny_training.video_vae import Crops, draw_crops, to_tensor
 
-PICTURE_VAE = Path(__file__).parents[1] / "ERTACache4FLUX" / "tiny" / "vae"
 CROPS = Crops(1.0, 17, 8, 16)  # of latents; the last steps see whole frames, since group norms do
 WHOLE_FROM, WHOLE_COUNT = 0.85, 4
 LEARNING_RATE = 3e-3
 
 
-def load_picture_part(autoencoder: OpenSoraVAE) -> None:
-    """Copy the weights of the tiny FLUX pipeline's picture autoencoder, which is of the same shape."""
-    trained = AutoencoderKL.from_pretrained(PICTURE_VAE, dtype=torch.float32)
+def load_picture_part(autoencoder: OpenSoraVAE, folder: Path) -> None:
+    """Copy the weights of the tiny FLUX pipeline's picture autoencoder, which is of the same shape.
+
+    Raises:
+        SystemExit: it is not trained yet.
+    """
+    if not folder.exists():
+        raise SystemExit(f"no picture autoencoder in {folder}: train the tiny FLUX pipeline, or give --picture-vae")
+    trained = AutoencoderKL.from_pretrained(folder, dtype=torch.float32)
     autoencoder.spatial_vae.module.load_state_dict(trained.state_dict())
 
 
@@ -45,13 +51,14 @@ def encoded_frames(autoencoder: OpenSoraVAE, pixels: np.ndarray, path: Path, dev
 
 
 def train_temporal_part(
-    autoencoder: OpenSoraVAE, frames: np.ndarray, *, num_steps: int, folder: Path, device: str
+    autoencoder: OpenSoraVAE, frames: np.ndarray, *, num_steps: int, batch_factor: int, folder: Path, device: str
 ) -> None:
     """Train the temporal part in place on `frames`, (n, F, h, w, C) as `encoded_frames` makes them."""
     scale = float(np.asarray(frames[:100], dtype=np.float32).std())
 
     def loss(step: int) -> Tensor:
         crops = CROPS if step < WHOLE_FROM * num_steps else Crops(1.0, CROPS.frames, frames.shape[2], WHOLE_COUNT)
+        crops = replace(crops, count=crops.count * batch_factor)
         target = torch.from_numpy(draw_crops(frames, crops, step)).to(device).permute(0, 4, 1, 2, 3).float()
         with autocast(device):
             posterior = autoencoder.temporal_vae.encode(target)

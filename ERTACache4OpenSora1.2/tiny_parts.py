@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from tiny_training import text
-from tiny_training.clips import MAX_TEXT_LENGTH, NUM_FRAMES, SIZE
+from tiny_training.plan import MAX_TEXT_LENGTH, NUM_FRAMES, SIZE
 
 LATENT_CHANNELS = 16
 PICTURE_CHANNELS = 8  # of a frame, before the temporal autoencoder
-VAE_LEVELS = 3  # pixels are quartered; the textures of the scenes have periods of 4 to 6 pixels
+VAE_LEVELS = 3  # pixels are quartered
 
 
 def build_vae() -> OpenSoraVAE:
@@ -19,7 +19,7 @@ def build_vae() -> OpenSoraVAE:
         "in_channels": 3,
         "out_channels": 3,
         "latent_channels": PICTURE_CHANNELS,
-        "block_out_channels": (32, 64, 64),
+        "block_out_channels": (16, 32, 64),
         "layers_per_block": 1,
         "norm_num_groups": 8,
         "down_block_types": ("DownEncoderBlock2D",) * VAE_LEVELS,

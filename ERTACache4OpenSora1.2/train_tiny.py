@@ -1,14 +1,14 @@
-"""Trains the embedded tiny Open-Sora pipeline: `python train_tiny.py`.
+"""Trains the embedded tiny Open-Sora pipeline: `python train_tiny.py --data DATA`.
 
-Stages: the temporal autoencoder (that of pictures is the tiny FLUX pipeline's), text encoder, rectified flow with
-dropped captions on first frames and then on clips, judges of prompt adherence. Each resumes after an interruption; what
-they leave in the work folder is not needed once the pipeline is written to `tiny/`. `--smoke` runs a step or two of
-each.
+It learns from animated Fluent emoji (art: Microsoft, MIT licence), which `npm pack @lobehub/fluent-emoji-anim-1@1.0.0`
+and its like fetch; unpack the pictures into DATA/clips (tiny_training/sprites.py has the lines). Stages: the temporal
+autoencoder (that of pictures is the tiny FLUX pipeline's), rectified flow with dropped captions on first frames and
+then on clips, together with the text encoder, judge. Each resumes after an interruption, by the same command.
+`--report` shows what is there so far; `--smoke` runs a step or two of each stage on drawn scenes.
 """
 
+import argparse
 import math
-import os
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,45 +18,48 @@ from opensora12.geometry import network_fps
 from tiny_autoencoder import encoded_frames, encoded_latents, load_picture_part, train_temporal_part
 from tiny_parts import LATENT_CHANNELS, Clips, build_text_encoder, build_transformer, build_vae
 from torch import Tensor, nn
-from transformers import T5EncoderModel
+from transformers import PreTrainedTokenizerFast
 
-from tiny_training import clips, flow, text, video_stages
-from tiny_training.clips import NUM_FRAMES, SEED, SIZE, Plan
+from tiny_training import flow, plan, report, text, video_stages
+from tiny_training.plan import NUM_FRAMES, SEED, SIZE, Material, Plan
+from tiny_training.sources import Source, rendered
 
 FOLDER = Path(__file__).parent
-WORK = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ertacache" / "train-tiny-opensora"
 GUIDANCE_SCALE = 7.0
-# The time transform measures against pictures of 512 pixels, and would crowd a small clip's times near the data:
-# here a picture of 64 pixels is what one of 512 is to the real model.
-TRANSFORM_SCALE = 512 / SIZE
-STILL_SHIFT = 1.2  # of the noise levels that first frames are trained at
-CLIP_SHIFT = math.sqrt(5)  # what the transform then makes of a clip's five latent frames; a picture's times stay
+# The time transform grows with the sides in pixels and the root of the latent frames, and would crowd a small clip's
+# times near the data: a clip of 64 pixels and 5 latent frames is to have the times of 480 x 854 and 15, the default.
+TRANSFORM_SCALE = math.sqrt(480 * 854 / SIZE**2 * 15 / 5)
+GRID_SHIFT = math.sqrt(480 * 854 / 512**2 * 15)  # what the transform then is
 PLAN = Plan(
-    num_clips=8_000,
-    num_stills=24_000,
-    vae_steps=3_600,
-    text_steps=1_500,
-    still_steps=8_000,
-    still_batch=64,
-    clip_steps=4_500,
-    clip_batch=24,
-    judge_steps=1_200,
-    motion_steps=800,
+    vae_examples=3_000,
+    vae_steps=3_000,
+    stills=24_000,
+    still_steps=30_000,
+    still_batch=32,
+    clips=8_000,
+    clip_steps=15_000,
+    clip_batch=12,
+    judged=100,
     sampling_steps=30,
 )
+FLAGS = {
+    "--picture-vae": {
+        "type": Path,
+        "help": "folder of the tiny FLUX pipeline's autoencoder (default: ../flux/vae, from WORK)",
+    }
+}
 
 
 class OpenSoraVelocity:
     """Calls the transformer as OpenSoraPipeline does, on latents (B, channels, frames, height, width)."""
 
-    def __init__(self, encoder: T5EncoderModel, transformer: STDiT3, empty: Tensor, device: str):
-        self.encoder = encoder.to(device).eval()
-        self.null = transformer.y_embedder.y_embedding.detach().clone().to(device)
+    def __init__(self, parts: nn.ModuleDict, empty: Tensor, device: str):
+        self.encoder = parts["sequence"]
+        self.null = parts["transformer"].y_embedder.y_embedding.detach().clone().to(device)
         self.empty = empty.to(device)
 
     def __call__(self, model: nn.Module, latents: Tensor, level: Tensor, tokens: Tensor, guidance: None) -> Tensor:
-        with torch.no_grad():
-            states = text.sequence_states(self.encoder, tokens, masked=True)
+        states = text.sequence_states(self.encoder, tokens, masked=True)
         dropped = (tokens == self.empty).all(dim=1)
         states = torch.where(dropped[:, None, None], self.null, states.float())
         # with guidance the null caption is cut to the prompt's tokens, so here it is as long as some other caption
@@ -91,58 +94,74 @@ def normalised(autoencoder: OpenSoraVAE, latents: np.ndarray) -> Tensor:
     return torch.stack([((torch.from_numpy(z).float() - shift) / scale).half() for z in latents])
 
 
-def save_pipeline(autoencoder, encoder, tokenizer, transformer, folder: Path) -> None:
-    plain = STDiT3.from_config(transformer.config)
-    plain.load_state_dict(transformer.state_dict())
+def save_pipeline(
+    autoencoder: OpenSoraVAE, parts: nn.ModuleDict, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
+    plain = STDiT3.from_config(parts["transformer"].config)
+    plain.load_state_dict(parts["transformer"].state_dict())
     pipeline = OpenSoraPipeline(
         transformer=plain,
         vae=autoencoder,
         scheduler=RFlowScheduler(transform_scale=TRANSFORM_SCALE),
-        text_encoder=encoder,
+        text_encoder=parts["sequence"],
         tokenizer=tokenizer,
     )
     pipeline.to("cpu", torch.float16).save_pretrained(folder)
 
 
-def sampler(pipeline: OpenSoraPipeline) -> clips.Sample:
+def sampler(pipeline: OpenSoraPipeline) -> report.Sample:
     """Samples from the pipeline; no score is appended to a prompt, since the tiny tokenizer does not know the words."""
-    return clips.sampler(pipeline, guidance_scale=GUIDANCE_SCALE, aesthetic_score=None)
+    return video_stages.sampler(pipeline, guidance_scale=GUIDANCE_SCALE, aesthetic_score=None)
 
 
-def train_autoencoder(scenes: clips.Scenes, plan: Plan, args) -> tuple[OpenSoraVAE, np.ndarray, np.ndarray]:
+def trained_autoencoder(
+    material: Material, plan: Plan, args: argparse.Namespace
+) -> tuple[OpenSoraVAE, np.ndarray, np.ndarray]:
     """The autoencoder, and the latents of first frames and of clips."""
     autoencoder = build_vae().to(args.device)
-    load_picture_part(autoencoder)
-    video_stages.started(autoencoder, args, "vae")
-    stills = encoded_frames(autoencoder, scenes.stills, args.work / "frames-stills.npy", args.device, 64)
-    moving = encoded_frames(autoencoder, scenes.moving, args.work / "frames-clips.npy", args.device, 8)
-    train_temporal_part(autoencoder, moving, num_steps=plan.vae_steps, folder=args.work, device=args.device)
-    return autoencoder, *(encoded_latents(autoencoder, frames, args.device) for frames in (stills, moving))
+    if not args.smoke:
+        load_picture_part(autoencoder, args.picture_vae or args.work.parent / "flux" / "vae")
+
+    def frames(source: Source, count: int, name: str) -> np.ndarray:
+        pixels = rendered(source, count, args.pixels)
+        return encoded_frames(autoencoder, pixels, args.work / f"frames-{name}-{count}.npy", args.device, 8)
+
+    assert material.clips is not None
+    everything = frames(material.everything, plan.vae_examples, "everything")
+    train_temporal_part(
+        autoencoder,
+        everything,
+        num_steps=plan.vae_steps,
+        batch_factor=plan.batch_factor,
+        folder=args.work,
+        device=args.device,
+    )
+    stills, clips = frames(material.stills, plan.stills, "stills"), frames(material.clips, plan.clips, "clips")
+    return autoencoder, *(encoded_latents(autoencoder, part, args.device) for part in (stills, clips))
 
 
 def main() -> None:
-    args, plan = clips.parse_arguments(__doc__, WORK, FOLDER / "tiny", PLAN)
+    args, steps = plan.parse_arguments(__doc__, FOLDER, PLAN, FLAGS)
     torch.manual_seed(SEED)
-    scenes = video_stages.load_scenes(FOLDER, plan, args)
-    autoencoder, *latents = train_autoencoder(scenes, plan, args)
+    material = plan.load_material(args, moving=True)
+    autoencoder, *latents = trained_autoencoder(material, steps, args)
+    fidelity = video_stages.fidelity(Clips(autoencoder), material, args)
     set_latent_scale(autoencoder, latents[1])
-    encoder = video_stages.started(build_text_encoder(len(scenes.tokenizer)), args, "text_encoder")
-    video_stages.train_text_encoder(encoder, scenes, plan, args, masked=True)
-    transformer = video_stages.started(build_transformer(), args, "transformer")
-    transformer = video_stages.train_transformer(
-        transformer,
-        OpenSoraVelocity(encoder, transformer, scenes.empty, args.device),
+    encoder = build_text_encoder(len(material.tokenizer))
+    parts = nn.ModuleDict({"transformer": build_transformer(), "sequence": encoder})
+    video_stages.train_transformer(
+        parts,
+        OpenSoraVelocity(parts, material.empty, args.device),
         tuple(normalised(autoencoder, part) for part in latents),
-        scenes,
-        plan,
+        material,
+        steps,
         args,
-        levels=[partial(flow.logit_normal_levels, mean=math.log(shift)) for shift in (STILL_SHIFT, CLIP_SHIFT)],
         path=data_minus_noise,
     )
-    save_pipeline(autoencoder, encoder, scenes.tokenizer, transformer, args.out)
+    save_pipeline(autoencoder, parts.eval(), material.tokenizer, args.out)
 
-    pipeline = OpenSoraPipeline.from_pretrained(args.out, dtype=torch.float32)
-    clips.measure(sampler(pipeline), Clips(pipeline.vae), scenes, plan, args)
+    pipeline = OpenSoraPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)
+    report.measure(sampler(pipeline), fidelity, material, steps, args)
 
 
 if __name__ == "__main__":

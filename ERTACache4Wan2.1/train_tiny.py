@@ -1,13 +1,12 @@
-"""Trains the embedded tiny Wan pipeline: `python train_tiny.py`.
+"""Trains the embedded tiny Wan pipeline: `python train_tiny.py --data DATA`.
 
-Stages: autoencoder, text encoder, flow matching with dropped captions on first frames and then on clips,
-judges of prompt adherence. Each resumes after an interruption; what they leave in the work folder is not needed
-once the pipeline is written to `tiny/`. `--smoke` runs a step or two of each.
+It learns from animated Fluent emoji (art: Microsoft, MIT licence), which `npm pack @lobehub/fluent-emoji-anim-1@1.0.0`
+and its like fetch; unpack the pictures into DATA/clips (tiny_training/sprites.py has the lines). Stages: autoencoder,
+flow matching with dropped captions on first frames and then on clips, together with the text encoder, judge. Each
+resumes after an interruption, by the same command. `--report` shows what is there so far; `--smoke` runs a step or two
+of each stage on drawn scenes.
 """
 
-import math
-import os
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,43 +14,38 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from tiny_parts import build_text_encoder, build_transformer, build_vae
 from torch import Tensor, nn
-from transformers import UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast
 
-from tiny_training import clips, flow, text, video_stages, video_vae
-from tiny_training.clips import MAX_TEXT_LENGTH, SEED, Plan
+from tiny_training import plan, report, text, video_stages
+from tiny_training.plan import MAX_TEXT_LENGTH, SEED, Plan
 from tiny_training.video_vae import Crops
 
 FOLDER = Path(__file__).parent
-WORK = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ertacache" / "train-tiny-wan"
-FLOW_SHIFT = 14.0  # of the sampler: harder to predict than the 8 to 12 that the official README advises for 1.3B
-STILL_SHIFT = 1.2  # of the noise levels that first frames are trained at
-CLIP_SHIFT = 1.0  # and clips: more noise makes places and motion, textures need the low levels that samplers end with
+FLOW_SHIFT = 5.0  # of the sampler, as config.py says for the real model
 GUIDANCE_SCALE = 5.0
 PLAN = Plan(
-    num_clips=8_000,
-    num_stills=24_000,
+    vae_examples=3_000,
     vae_steps=4_000,
-    text_steps=1_500,
-    still_steps=8_000,
-    still_batch=64,
-    clip_steps=6_000,
-    clip_batch=24,
-    judge_steps=1_200,
-    motion_steps=800,
+    stills=24_000,
+    still_steps=30_000,
+    still_batch=32,
+    clips=8_000,
+    clip_steps=15_000,
+    clip_batch=12,
+    judged=100,
+    sampling_steps=50,
 )
-# drifts show in whole clips only, since a chunk of frames follows a chunk; a middle block sees whole pictures
-VAE_PHASES = (Crops(0.1, 1, 32, 32), Crops(0.3, 5, 32, 8), Crops(0.8, 17, 32, 3), Crops(1.0, 17, 64, 1))
+VAE_PHASES = (Crops(0.35, 1, 64, 16), Crops(0.85, 17, 32, 4), Crops(1.0, 17, 64, 1))
 
 
 class WanVelocity:
     """Calls the transformer as WanPipeline does, on latents (B, channels, frames, height, width)."""
 
-    def __init__(self, encoder: UMT5EncoderModel, device: str):
-        self.encoder = encoder.to(device).eval()
+    def __init__(self, parts: nn.ModuleDict):
+        self.encoder = parts["sequence"]
 
     def __call__(self, model: nn.Module, latents: Tensor, sigma: Tensor, tokens: Tensor, guidance: None) -> Tensor:
-        with torch.no_grad():
-            states = text.sequence_states(self.encoder, tokens, masked=True)
+        states = text.sequence_states(self.encoder, tokens, masked=True)
         return model(hidden_states=latents, timestep=sigma * 1000, encoder_hidden_states=states, return_dict=False)[0]
 
 
@@ -68,47 +62,45 @@ def normalised(autoencoder: AutoencoderKLWan, latents: np.ndarray) -> Tensor:
     return torch.stack([((torch.from_numpy(z).float() - mean) / std).half() for z in latents])
 
 
-def save_pipeline(autoencoder, encoder, tokenizer, transformer, folder: Path) -> None:
+def save_pipeline(
+    autoencoder: AutoencoderKLWan, parts: nn.ModuleDict, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=FLOW_SHIFT
     )
     pipeline = WanPipeline(
-        tokenizer=tokenizer, text_encoder=encoder, vae=autoencoder, scheduler=scheduler, transformer=transformer
+        tokenizer=tokenizer,
+        text_encoder=parts["sequence"],
+        vae=autoencoder,
+        scheduler=scheduler,
+        transformer=parts["transformer"],
     )
     pipeline.to("cpu", torch.float16).save_pretrained(folder)
 
 
 def main() -> None:
-    args, plan = clips.parse_arguments(__doc__, WORK, FOLDER / "tiny", PLAN)
+    args, steps = plan.parse_arguments(__doc__, FOLDER, PLAN)
     torch.manual_seed(SEED)
-    scenes = video_stages.load_scenes(FOLDER, plan, args)
-    autoencoder = video_vae.train_video_vae(
-        video_stages.started(build_vae(), args, "vae"),
-        scenes.moving,
-        VAE_PHASES,
-        num_steps=plan.vae_steps,
-        learning_rate=4e-3,
-        folder=args.work,
-        device=args.device,
-    )
-    latents = video_stages.encoded_scenes(autoencoder, scenes, plan, args)
+    material = plan.load_material(args, moving=True)
+    autoencoder = video_stages.trained_autoencoder(build_vae(), VAE_PHASES, material, steps, args)
+    fidelity = video_stages.fidelity(autoencoder, material, args)
+    latents = video_stages.encoded_examples(autoencoder, material, steps, args)
     set_latent_scale(autoencoder, latents[1])
-    encoder = video_stages.started(build_text_encoder(len(scenes.tokenizer)), args, "text_encoder")
-    video_stages.train_text_encoder(encoder, scenes, plan, args, masked=True)
-    transformer = video_stages.train_transformer(
-        video_stages.started(build_transformer(), args, "transformer"),
-        WanVelocity(encoder, args.device),
+    encoder = build_text_encoder(len(material.tokenizer))
+    parts = nn.ModuleDict({"transformer": build_transformer(), "sequence": encoder})
+    video_stages.train_transformer(
+        parts,
+        WanVelocity(parts),
         tuple(normalised(autoencoder, part) for part in latents),
-        scenes,
-        plan,
+        material,
+        steps,
         args,
-        levels=[partial(flow.logit_normal_levels, mean=math.log(shift)) for shift in (STILL_SHIFT, CLIP_SHIFT)],
     )
-    save_pipeline(autoencoder, encoder, scenes.tokenizer, transformer, args.out)
+    save_pipeline(autoencoder, parts.eval(), material.tokenizer, args.out)
 
-    pipeline = WanPipeline.from_pretrained(args.out, dtype=torch.float32)
-    sample = clips.sampler(pipeline, guidance_scale=GUIDANCE_SCALE, max_sequence_length=MAX_TEXT_LENGTH)
-    clips.measure(sample, pipeline.vae, scenes, plan, args)
+    pipeline = WanPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)
+    sample = video_stages.sampler(pipeline, guidance_scale=GUIDANCE_SCALE, max_sequence_length=MAX_TEXT_LENGTH)
+    report.measure(sample, fidelity, material, steps, args)
 
 
 if __name__ == "__main__":

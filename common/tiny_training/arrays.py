@@ -1,13 +1,24 @@
 """Arrays on disk that are filled piece by piece and resume after an interruption."""
 
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 MARK_EVERY_SECONDS = 5
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait until no other process makes the file `path`; the lock is a file beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def filled_array(

@@ -6,17 +6,20 @@ sqrt(a) x_0 + sqrt(1 - a) noise, the model says v = sqrt(a) noise - sqrt(1 - a) 
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tiny_training.loop import Stage
 from tiny_training.precision import autocast
+from tiny_training.text import UNKNOWN_ID
 
 CAPTION_DROPOUT = 0.12
+WORD_DROPOUT = 0.03  # replaced by the unknown word, so that it means nothing in particular
 GUIDANCE_RANGE = (1.0, 6.0)
 
-# velocity(model, latents, level, token ids, guidance or None) -> model output: the one thing that models differ in
+# velocity(transformer, latents, level, token ids, guidance or None) -> its output: the one thing that models differ in
 Velocity = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 # path(clean latents, noise, level (B,) in [0, 1]) -> (noisy latents, what the model should say)
 NoisePath = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -24,17 +27,18 @@ NoisePath = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Levels = Callable[[int, torch.Generator], Tensor]
 
 
-def logit_normal_levels(count: int, generator: torch.Generator, mean: float = 0.2) -> Tensor:
+def logit_normal_levels(count: int, generator: torch.Generator, mean: float = 0.4) -> Tensor:
     """Levels whose logit is normal around `mean`; adding log(s) to the mean is a shift by s of the noise grid."""
-    levels = torch.sigmoid(torch.randn(count, generator=generator) + mean)
-    uniform = torch.rand(count, generator=generator)
+    where: dict[str, Any] = {"generator": generator, "device": generator.device}
+    levels = torch.sigmoid(torch.randn(count, **where) + mean)
+    uniform = torch.rand(count, **where)
     # a tenth uniform, so that both ends of the range are trained too
     return torch.where(uniform < 0.1, uniform * 10, levels)
 
 
 def uniform_levels(count: int, generator: torch.Generator) -> Tensor:
     """Levels spread evenly over [0, 1)."""
-    return torch.rand(count, generator=generator)
+    return torch.rand(count, generator=generator, device=generator.device)
 
 
 def straight_path(latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +65,7 @@ def timesteps_of(level: Tensor, count: int) -> Tensor:
 
 
 class Batches:
-    """Latents (n, ...) with token ids (n, captions, T); `draw` is a function of the step alone."""
+    """Latents (n, ...) with token ids (n, captions, T), on `device`; `draw` is a function of the step alone."""
 
     def __init__(
         self,
@@ -72,40 +76,49 @@ class Batches:
         device: str,
         levels: Levels = logit_normal_levels,
     ):
-        self.latents, self.tokens, self.empty = latents, tokens, empty
+        self.latents, self.tokens, self.empty = (t.to(device) for t in (latents, tokens, empty))
         self.batch_size, self.device, self.levels = batch_size, device, levels
 
     def draw(self, step: int, drop_captions: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Latents, token ids, noise and noise level of one batch."""
-        generator = torch.Generator().manual_seed(step)
-        chosen = torch.randint(len(self.latents), (self.batch_size,), generator=generator)
-        which = torch.randint(self.tokens.shape[1], (self.batch_size,), generator=generator)
-        latents = self.latents[chosen].float()
-        tokens = self.tokens[chosen, which]
+        generator = torch.Generator(self.device).manual_seed(step)
+        where: dict[str, Any] = {"generator": generator, "device": self.device}
+        chosen = torch.randint(len(self.latents), (self.batch_size,), **where)
+        which = torch.randint(self.tokens.shape[1], (self.batch_size,), **where)
+        latents, tokens = self.latents[chosen].float(), self.tokens[chosen, which]
         if drop_captions:
-            dropped = torch.rand(self.batch_size, generator=generator) < CAPTION_DROPOUT
+            unread = (torch.rand(tokens.shape, **where) < WORD_DROPOUT) & (tokens > UNKNOWN_ID)
+            tokens = tokens.masked_fill(unread, UNKNOWN_ID)
+            dropped = torch.rand(self.batch_size, **where) < CAPTION_DROPOUT
             tokens = torch.where(dropped[:, None], self.empty, tokens)
-        noise = torch.randn(latents.shape, generator=generator)
-        level = self.levels(self.batch_size, generator)
-        return tuple(t.to(self.device) for t in (latents, tokens, noise, level))
+        noise = torch.randn(latents.shape, **where)
+        return latents, tokens, noise, self.levels(self.batch_size, generator)
+
+
+def _compiled(model: nn.Module, device: str) -> Any:
+    """The model as it is called in training. Compiling takes minutes on a CPU, and saves no time there."""
+    # static shapes: a later stage with more frames would otherwise be compiled for any number of them, and slower
+    return model if device == "cpu" else torch.compile(model, dynamic=False)
 
 
 def train_flow(
-    model: nn.Module,
+    parts: nn.ModuleDict,
     velocity: Velocity,
     batches: Batches,
     *,
     num_steps: int,
     learning_rate: float,
     folder: Path,
-    name: str = "flow",
+    name: str,
     path: NoisePath = straight_path,
-    compiled: bool = True,
-) -> nn.Module:
-    """Train `model` to say what `path` asks for, some captions dropped, and return it with averaged weights."""
-    model.to(batches.device)
-    # static shapes: a later stage with more frames would otherwise be compiled for any number of them, and slower
-    ask = torch.compile(model, dynamic=False) if compiled else model
+) -> None:
+    """Train `parts` in place to say what `path` asks for, some captions dropped; they end with averaged weights.
+
+    Args:
+        parts: `transformer` and the text encoders that `velocity` calls.
+    """
+    parts.to(batches.device).train()
+    ask = _compiled(parts["transformer"], batches.device)
 
     def loss(step: int) -> Tensor:
         latents, tokens, noise, level = batches.draw(step, drop_captions=True)
@@ -114,7 +127,7 @@ def train_flow(
             predicted = velocity(ask, mixed, level, tokens, None)
         return (predicted.float() - target).square().mean()
 
-    return Stage(name, model, loss, num_steps, learning_rate, folder, muon=True).run()
+    Stage(name, parts, loss, num_steps, learning_rate, folder, muon=True).run()
 
 
 def distil_guidance(
@@ -128,20 +141,23 @@ def distil_guidance(
     folder: Path,
     strength: float = 1.0,
 ) -> nn.Module:
-    """Teach `student`, which takes a guidance scale g, the teacher's u + w (c - u) with w = 1 + strength (g - 1)."""
+    """Teach `student`, which takes a guidance scale g, the teacher's u + w (c - u) with w = 1 + strength (g - 1).
+
+    The text encoders that `velocity` calls stay as they are, if their weights ask for no gradient.
+    """
     teacher.to(batches.device).requires_grad_(False)
     student.to(batches.device)
-    ask, answer = torch.compile(teacher), torch.compile(student)
+    ask, answer = (_compiled(model, batches.device) for model in (teacher, student))
 
     def loss(step: int) -> Tensor:
         latents, tokens, noise, sigma = batches.draw(step, drop_captions=False)
-        generator = torch.Generator().manual_seed(step)
         low, high = GUIDANCE_RANGE
-        guidance = (low + (high - low) * torch.rand(len(latents), generator=generator)).to(batches.device)
+        chances = torch.rand(len(latents), generator=torch.Generator().manual_seed(step))
+        guidance = (low + (high - low) * chances).to(batches.device)
         mixed, _ = straight_path(latents, noise, sigma)
         with autocast(batches.device):
             with torch.no_grad():
-                empty = batches.empty.to(batches.device).expand_as(tokens)
+                empty = batches.empty.expand_as(tokens)
                 both = velocity(
                     ask, mixed.repeat(2, *[1] * (mixed.ndim - 1)), sigma.repeat(2), torch.cat([empty, tokens]), None
                 ).float()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,12 @@ from tqdm import tqdm
 
 from tiny_training.muon import Muon
 
-CHECKPOINT_EVERY_STEPS = 500
+CHECKPOINT_EVERY_SECONDS = 240
 WARMUP_STEPS = 200
-DECAY_FRACTION = 0.3
+HOLD_STEPS = 4000  # at the full rate, which falls with the root of the step after them
+DECAY_FRACTION = 0.15
 MAX_GRADIENT_NORM = 1.0
+AVERAGED_SHARE = 12  # the averaged weights are of about the last one of so many parts of the training
 
 
 def optimizers_for(model: nn.Module, learning_rate: float, muon: bool = False) -> list[torch.optim.Optimizer]:
@@ -34,10 +37,14 @@ def optimizers_for(model: nn.Module, learning_rate: float, muon: bool = False) -
 
 
 def learning_rate_factor(step: int, num_steps: int) -> float:
-    """Linear warm-up, constant, linear decay to zero over the last DECAY_FRACTION of the steps."""
+    """Linear warm-up, constant, then 1 / sqrt(step), and a linear decay to zero over the last DECAY_FRACTION.
+
+    Before that last part nothing depends on `num_steps`, so that a training can be prolonged.
+    """
     warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+    falling = min(1.0, (HOLD_STEPS / (step + 1)) ** 0.5)
     decay = min(1.0, (num_steps - step) / (DECAY_FRACTION * num_steps))
-    return min(warmup, decay)
+    return min(warmup, falling) * decay
 
 
 @dataclass
@@ -55,7 +62,6 @@ class Stage:
     learning_rate: float
     folder: Path
     muon: bool = False
-    average_decay: float = 0.999
     average: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -73,16 +79,17 @@ class Stage:
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, signal.default_int_handler)
         optimizers = optimizers_for(self.model, self.learning_rate, self.muon)
-        start = self._resume(optimizers)
-        bar = tqdm(range(start, self.num_steps), initial=start, total=self.num_steps, desc=self.name, mininterval=5)
-        running = None
+        start = step = self._resume(optimizers)
+        bar = tqdm(range(start, self.num_steps), initial=start, total=self.num_steps, desc=self.name, mininterval=20)
+        running, saved = None, time.monotonic()
         try:
             for step in bar:
                 running = self._step(step, optimizers, running)
                 if step % 50 == 0:
                     bar.set_postfix(loss=f"{running.item():.4f}", refresh=False)
-                if (step + 1) % CHECKPOINT_EVERY_STEPS == 0:
+                if time.monotonic() > saved + CHECKPOINT_EVERY_SECONDS:
                     self._save(step + 1, optimizers)
+                    saved = time.monotonic()
         except KeyboardInterrupt:
             self._save(step, optimizers)
             raise SystemExit(f"{self.name}: interrupted at step {step}; run again to resume") from None
@@ -106,12 +113,11 @@ class Stage:
     @torch.no_grad()
     def _update_average(self, step: int) -> None:
         state = self.model.state_dict()
-        decay = min(self.average_decay, (step + 1) / (step + 10))
-        for key, value in state.items():
-            if key not in self.average or not value.is_floating_point():
-                self.average[key] = value.clone()
-            else:
-                self.average[key].lerp_(value, 1 - decay)
+        if not self.average:
+            self.average = {key: value.clone() for key, value in state.items()}
+        numbers = [key for key, value in state.items() if value.is_floating_point()]
+        weight = AVERAGED_SHARE / (step + 1 + AVERAGED_SHARE)
+        torch._foreach_lerp_([self.average[key] for key in numbers], [state[key] for key in numbers], weight)
 
     def _save(self, step: int, optimizers: list[torch.optim.Optimizer]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -9,21 +9,22 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """The matrix (rows, columns) with all its singular values brought near 1."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / (wide.norm() + 1e-7)
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Matrices (..., rows, columns) with all their singular values brought near 1."""
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    x = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide is matrix else x.T
+    return x if wide is matrices else x.mT
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, then an orthogonal update of each parameter seen as (output channels, everything else).
 
     The step is as large as AdamW's would be (0.2 times the root of the longer side), so that both share a rate.
+    Parameters of one shape are worked on together.
     """
 
     def __init__(self, parameters: list[Tensor], lr: float, weight_decay: float):
@@ -32,16 +33,22 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = {}
             for kernel in group["params"]:
                 if kernel.grad is not None:
-                    self._update(kernel, group["lr"], group["weight_decay"])
+                    alike.setdefault(kernel.shape, []).append(kernel)
+            for kernels in alike.values():
+                self._update(kernels, group["lr"], group["weight_decay"])
 
-    def _update(self, kernel: Tensor, lr: float, weight_decay: float) -> None:
-        state = self.state[kernel]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(kernel)
-        momentum = state["momentum"]
-        momentum.lerp_(kernel.grad, 1 - MOMENTUM)
-        update = orthogonalized(kernel.grad.lerp(momentum, MOMENTUM).flatten(1))
-        kernel.mul_(1 - lr * weight_decay)
-        kernel.sub_(update.reshape(kernel.shape), alpha=lr * 0.2 * max(update.shape) ** 0.5)
+    def _update(self, kernels: list[Tensor], lr: float, weight_decay: float) -> None:
+        for kernel in kernels:
+            if "momentum" not in self.state[kernel]:
+                self.state[kernel]["momentum"] = torch.zeros_like(kernel)
+        gradients = [kernel.grad for kernel in kernels]
+        momenta = [self.state[kernel]["momentum"] for kernel in kernels]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+        updates = orthogonalized(torch.stack([update.flatten(1) for update in ahead]))
+        torch._foreach_mul_(kernels, 1 - lr * weight_decay)
+        steps = [update.reshape(kernel.shape) for update, kernel in zip(updates, kernels, strict=True)]
+        torch._foreach_sub_(kernels, steps, alpha=lr * 0.2 * max(updates.shape[1:]) ** 0.5)

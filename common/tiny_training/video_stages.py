@@ -1,107 +1,118 @@
 """The stages that the training of every tiny video pipeline goes through; a train_tiny.py names its own parts."""
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from tiny_training import clips, data, flow, text, video_vae
-from tiny_training.clips import MAX_TEXT_LENGTH, NUM_FRAMES, SEED, SIZE, Plan, Scenes
+from tiny_training import flow, report, video_vae
+from tiny_training.plan import NUM_FRAMES, SIZE, Material, Plan
+from tiny_training.sources import Source, rendered
+from tiny_training.video_vae import Crops
 
-TEXT_BATCH, TEXT_LEARNING_RATE = 64, 2e-3
-STILL_LEARNING_RATE, CLIP_LEARNING_RATE = 2e-3, 1.5e-3
+STILL_LEARNING_RATE, CLIP_LEARNING_RATE = 2e-3, 1e-3
+ENCODE_BATCH = 8
+UNSEEN_CLIPS = 32
 
 
-def load_scenes(folder: Path, plan: Plan, args: argparse.Namespace) -> Scenes:
-    """Render what is not rendered yet. Raises SystemExit where a held-out prompt is a training caption."""
-    held_out = clips.held_out_prompts(folder)
-    tokenizer = text.build_tokenizer(MAX_TEXT_LENGTH)
-    captions, tokens = clips.tokenized_captions(tokenizer, plan, held_out)
-    return Scenes(
-        moving=data.rendered_clips(plan.num_clips, SEED, SIZE, NUM_FRAMES, args.data),
-        stills=data.rendered_clips(plan.num_stills, SEED, SIZE, 1, args.data),
-        tokenizer=tokenizer,
-        captions=captions,
-        tokens=tokens,
-        empty=text.tokenize(tokenizer, [""], MAX_TEXT_LENGTH),
-        held_out=held_out,
+def trained_autoencoder(
+    autoencoder: nn.Module, phases: tuple[Crops, ...], material: Material, plan: Plan, args: argparse.Namespace
+) -> nn.Module:
+    """The autoencoder, trained in place on everything that moves."""
+    pixels = rendered(material.everything, plan.vae_examples, args.pixels)
+    return video_vae.train_video_vae(
+        autoencoder,
+        pixels,
+        [replace(crops, count=crops.count * plan.batch_factor) for crops in phases],
+        num_steps=plan.vae_steps,
+        learning_rate=4e-3,
+        folder=args.work,
+        device=args.device,
     )
 
 
-def started(module: nn.Module, args: argparse.Namespace, name: str) -> nn.Module:
-    """The module with the weights of the part `name` of the pipeline that training goes on from, if one is given."""
-    if args.start_from is not None:
-        trained = type(module).from_pretrained(args.start_from / name)  # type: ignore[operator]
-        module.load_state_dict(trained.state_dict())
-    return module
-
-
-def encoded_scenes(
-    autoencoder: nn.Module, scenes: Scenes, plan: Plan, args: argparse.Namespace
+def encoded_examples(
+    autoencoder: nn.Module, material: Material, plan: Plan, args: argparse.Namespace
 ) -> tuple[np.ndarray, np.ndarray]:
     """Latents of first frames and of clips, float16 (n, C, f, h, w), kept in the work folder; not normalised."""
 
-    def encode(pixels: np.ndarray, name: str, batch_size: int) -> np.ndarray:
+    def encode(source: Source, count: int, name: str) -> np.ndarray:
+        pixels = rendered(source, count, args.pixels)
         # another length of training is another autoencoder, with other latents
-        path = args.work / f"latents-{name}-{plan.vae_steps}.npy"
-        return video_vae.encoded_clips(autoencoder, pixels, path, args.device, batch_size)
+        path = args.work / f"latents-{name}-{count}-{plan.vae_steps}.npy"
+        return video_vae.encoded_clips(autoencoder, pixels, path, args.device, ENCODE_BATCH)
 
-    return encode(scenes.stills, "stills", 64), encode(scenes.moving, "clips", 8)
+    assert material.clips is not None
+    return encode(material.stills, plan.stills, "stills"), encode(material.clips, plan.clips, "clips")
 
 
-def train_text_encoder(
-    encoder: nn.Module, scenes: Scenes, plan: Plan, args: argparse.Namespace, masked: bool
-) -> nn.Module:
-    """Train in place and return; `masked` hides the padding, as the pipeline will."""
-    text.train_text_encoders(
-        encoder,
-        None,
-        scenes.tokens.flatten(0, 1),
-        scenes.captions,
-        num_steps=plan.text_steps,
-        batch_size=TEXT_BATCH,
-        learning_rate=TEXT_LEARNING_RATE,
-        folder=args.work,
-        device=args.device,
-        masked=masked,
-    )
-    return encoder
+def fidelity(autoencoder: nn.Module, material: Material, args: argparse.Namespace) -> float:
+    """Mean PSNR in dB of clips of subjects that nothing was trained on, after encoding and decoding."""
+    clips = [material.unseen.pixels(index) for index in range(2 if args.smoke else UNSEEN_CLIPS)]
+    return video_vae.clip_psnr(autoencoder, np.stack(clips), args.device)
 
 
 def train_transformer(
-    transformer: nn.Module,
+    parts: nn.ModuleDict,
     ask: flow.Velocity,
     latents: tuple[Tensor, Tensor],
-    scenes: Scenes,
+    material: Material,
     plan: Plan,
     args: argparse.Namespace,
     *,
-    levels: Sequence[flow.Levels],
+    levels: flow.Levels = flow.logit_normal_levels,
     path: flow.NoisePath = flow.straight_path,
-) -> nn.Module:
-    """Train on first frames, which have a fifth of the tokens, then on clips.
+) -> None:
+    """Train transformer and text encoder in place, on first frames, which have a fifth of the tokens, then on clips.
 
     Args:
         latents: of first frames and of clips, as the transformer sees them, float16.
-        levels: the noise levels that are trained at, of first frames and of clips.
+        levels: the noise levels that are trained at.
     """
+    assert material.clips is not None
     stages = (
-        ("stills", plan.still_steps, plan.still_batch, STILL_LEARNING_RATE),
-        ("clips", plan.clip_steps, plan.clip_batch, CLIP_LEARNING_RATE),
+        ("stills", material.stills, plan.still_steps, plan.still_batch, STILL_LEARNING_RATE),
+        ("clips", material.clips, plan.clip_steps, plan.clip_batch, CLIP_LEARNING_RATE),
     )
-    for (name, num_steps, batch_size, rate), part, drawn in zip(stages, latents, levels, strict=True):
-        tokens = scenes.tokens[: len(part)]
-        transformer = flow.train_flow(
-            transformer,
+    for (name, source, num_steps, batch_size, rate), part in zip(stages, latents, strict=True):
+        tokens = material.tokens(source, len(part))
+        flow.train_flow(
+            parts,
             ask,
-            flow.Batches(part, tokens, scenes.empty, batch_size, args.device, drawn),
+            flow.Batches(part, tokens, material.empty, batch_size * plan.batch_factor, args.device, levels),
             num_steps=num_steps,
             learning_rate=rate,
             folder=args.work,
             name=f"flow-{name}",
             path=path,
-            compiled=not args.smoke,
         )
-    return transformer
+
+
+def sampler(pipeline: DiffusionPipeline, batch_size: int = 8, **arguments: Any) -> report.Sample:
+    """Samples from a video pipeline with its own `arguments`; the noise of a prompt depends on its number alone."""
+    pipeline.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def sample(prompts: list[str], num_inference_steps: int) -> Tensor:
+        parts = []
+        for start in tqdm(range(0, len(prompts), batch_size), desc=f"sample, {num_inference_steps} steps"):
+            batch = prompts[start : start + batch_size]
+            frames = pipeline(
+                batch,
+                height=SIZE,
+                width=SIZE,
+                num_frames=NUM_FRAMES,
+                num_inference_steps=num_inference_steps,
+                generator=[torch.Generator().manual_seed(start + i) for i in range(len(batch))],
+                output_type="pt",
+                **arguments,
+            ).frames
+            parts.append(frames.transpose(1, 2))  # (n, F, 3, H, W) -> (n, 3, F, H, W)
+        return torch.cat(parts).float().cpu()
+
+    return sample

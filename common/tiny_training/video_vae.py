@@ -1,24 +1,20 @@
 """Trains a small video autoencoder (Wan's or CogVideoX's) on rendered clips, and encodes the clips.
 
-A pass over a whole clip costs as much as a dozen passes over a small crop of a few frames, so training goes
-through phases: many small crops first, a few whole pictures at the end.
+Training goes through phases: single frames, then small crops of many clips, at the end whole clips.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_training.arrays import filled_array
 from tiny_training.loop import Stage
 from tiny_training.precision import autocast
 from tiny_training.vae import KL_WEIGHT, reconstruction_loss
-
-COLOUR_WEIGHT = 2.0
-COLOUR_SIDE = 4  # pixels
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ def draw_crops(pixels: np.ndarray, crops: Crops, step: int) -> np.ndarray:
 def train_video_vae(
     vae: nn.Module,
     pixels: np.ndarray,
-    phases: tuple[Crops, ...],
+    phases: Sequence[Crops],
     *,
     num_steps: int,
     learning_rate: float,
@@ -79,16 +75,11 @@ def train_video_vae(
             noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step)).to(device)
             clip = vae.decode(mean + (0.5 * logvar).exp() * noise).sample
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return reconstruction_loss(clip.float(), target) + COLOUR_WEIGHT * _colour_error(clip, target) + KL_WEIGHT * kl
+        return reconstruction_loss(clip.float(), target) + KL_WEIGHT * kl
 
     Stage("vae", vae, loss, num_steps, learning_rate, folder, muon=True).run()
     set_memory_format(vae, channels_last=False)
     return vae
-
-
-def _colour_error(clip: Tensor, target: Tensor) -> Tensor:
-    """Mean square of errors averaged over small squares: absolute errors alone leave an axis of colour out for long."""
-    return F.avg_pool2d((clip.float() - target).flatten(1, 2), COLOUR_SIDE).square().mean()
 
 
 @torch.no_grad()
@@ -107,11 +98,11 @@ def encoded_clips(
 
 
 @torch.no_grad()
-def clip_psnr(vae: nn.Module, pixels: np.ndarray, batch_size: int = 8) -> float:
+def clip_psnr(vae: nn.Module, pixels: np.ndarray, device: str = "cpu", batch_size: int = 8) -> float:
     """Mean over clips, uint8 (n, F, H, W, 3), of the PSNR in dB of what comes out of the autoencoder."""
     values = []
     for start in range(0, len(pixels), batch_size):
-        target = to_tensor(pixels[start : start + batch_size])
+        target = to_tensor(pixels[start : start + batch_size], device)
         clip = vae.decode(vae.encode(target).latent_dist.mean).sample.clamp(-1, 1)
         values.append(-10 * ((clip - target).square().mean((1, 2, 3, 4)) / 4).log10())
     return float(torch.cat(values).mean())
