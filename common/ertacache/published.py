@@ -15,8 +15,7 @@ from ertacache import solver
 from ertacache.cache import Cache, Call, Coefficients
 
 MIN_FACTOR = 0.05  # of phi: the paper clips at 0, but a zero step repeats a sigma, which multistep solvers make NaN of
-# What phi measures the error of reuse by: |o_i|_1, or |o_i - o_{i+1}|_1. Both are quoted; the second is so small at
-# many steps that phi is at its minimum wherever steps are reused in a row (docs/method.md).
+# What phi measures the error of reuse by: |o_i|_1, or |o_i - o_{i+1}|_1. Both are quoted; see docs/method.md.
 PHI_OVER = ("output", "change")
 
 
