@@ -137,7 +137,6 @@ def test_the_ridge_is_chosen_on_prompts_left_out():
         np.einsum("pid,pjd->pij", columns, columns),
         np.einsum("pid,pd->pi", columns, rest),
         np.einsum("pd,pd->p", rest, rest),
-        np.zeros(7),
     )
     rows = list(range(8))
     ridge = linear.best_ridge(rows)

@@ -8,6 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from toys import ToyPipeline, curved
 
+from compare.study import kept_calibration
 from ertacache.calibration import Calibration
 from ertacache.cli import kept, settings
 from ertacache.cli.folder import ModelFolder
@@ -208,27 +209,27 @@ def test_a_file_that_is_asked_for_is_taken_whatever_it_holds(pipe, folder, monke
 
 def test_a_comparison_takes_a_file_on_its_own_prompts(pipe, folder):
     made, path = obtain(pipe, folder)
-    assert kept.kept_calibration(pipe, asked(folder), MODEL) == made
-    assert kept.kept_calibration(pipe, asked(folder, "--num-calibration-prompts", "3"), MODEL) is None
+    assert kept_calibration(pipe, asked(folder), MODEL) == made
+    assert kept_calibration(pipe, asked(folder, "--num-calibration-prompts", "3"), MODEL) is None
     (folder / "calibration.txt").write_text("a\nsomething else\n")
-    assert kept.kept_calibration(pipe, asked(folder), MODEL) is None
+    assert kept_calibration(pipe, asked(folder), MODEL) is None
     assert kept.kept_path(pipe, asked(folder), MODEL) == path  # which run.sh takes all the same
 
 
 def test_a_comparison_takes_a_file_on_more_prompts(pipe, folder):
     made = obtain(pipe, folder, "--num-calibration-prompts", "4")[0]
-    assert kept.kept_calibration(pipe, asked(folder), MODEL) == made
+    assert kept_calibration(pipe, asked(folder), MODEL) == made
 
 
 def test_a_comparison_takes_a_file_of_just_the_asked_effort(pipe, folder):
     """Since it says what an effort brings."""
     best = obtain(pipe, folder, "--effort", "best")[0]
-    assert kept.kept_calibration(pipe, asked(folder, "--effort", "best"), MODEL) == best
-    assert kept.kept_calibration(pipe, asked(folder), MODEL) is None
+    assert kept_calibration(pipe, asked(folder, "--effort", "best"), MODEL) == best
+    assert kept_calibration(pipe, asked(folder), MODEL) is None
 
 
 @pytest.mark.parametrize("count", [None, "two", 9])
 def test_a_file_that_does_not_say_its_prompts_is_not_compared(count, pipe, folder):
     made, path = obtain(pipe, folder)
     path.write_text(json.dumps(replace(made, prompts={**made.prompts, "count": count}).to_dict()))
-    assert kept.kept_calibration(pipe, asked(folder), MODEL) is None
+    assert kept_calibration(pipe, asked(folder), MODEL) is None
