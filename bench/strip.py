@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import ertacache
-from compare.pictures import DIFFERENCE_GAIN, difference, pick_frames, shrink_png
+from compare.pictures import DIFFERENCE_GAIN, difference, pick_frames
 from compare.results import Row, best_rival, read_results
 from compare.rivals import Tuner, all_rivals
 from compare.teacache_method import latents_run
@@ -62,9 +62,7 @@ def main() -> None:
     strips = [("ERTACache", count / chosen.num_inference_steps, ours)]
     if rival is not None:
         strips.append((rival.method, rival.compute_fraction, sampler.sample_rival(rival)))
-    path = write_atomically(folder / "strip.png", figure(sampler.sample(), strips))
-    shrink_png(path, colours=256)
-    print(path)
+    print(write_atomically(folder / "strip.webp", figure(sampler.sample(), strips)))
 
 
 class _Sampler:
@@ -104,7 +102,7 @@ class _Sampler:
 
 
 def figure(reference: Tensor, strips: Sequence[tuple[str, float, Tensor]]) -> bytes:
-    """PNG: rows of pictures with what they are at the left.
+    """Draw, as lossless WebP, rows of pictures with what they are at the left.
 
     Args:
         reference: uncached pictures (n, 3, H, W), or videos (n, F, 3, H, W), in [0, 1].
@@ -127,7 +125,7 @@ def figure(reference: Tensor, strips: Sequence[tuple[str, float, Tensor]]) -> by
             cell.axis("off")
     drawn.subplots_adjust(0, 0, 1, 1, 0.03, 0.03)
     buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=DPI)
+    drawn.savefig(buffer, format="webp", dpi=DPI, pil_kwargs={"lossless": True, "quality": 90, "method": 6})
     pyplot.close(drawn)
     return buffer.getvalue()
 

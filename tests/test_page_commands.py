@@ -127,7 +127,7 @@ def test_a_strip_is_drawn(words, tmp_path, monkeypatch):
     small += ["--num-inference-steps", "4"]
     parse, main = settings.parse, strip["main"]
     monkeypatch.setattr(settings, "parse", lambda folder, argv, *rest: parse(folder, [*argv, *small], *rest))
-    drawn = tmp_path / "strip.png"
+    drawn = tmp_path / "strip.webp"
     monkeypatch.setitem(main.__globals__, "write_atomically", lambda path, data: drawn.write_bytes(data) and path)
     monkeypatch.setattr(sys, "argv", [words[0], str(ROOT / folder), results])
     with imports_from(ROOT / folder):

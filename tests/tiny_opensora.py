@@ -1,10 +1,11 @@
 """What the Open-Sora tests share: golden vectors, and a pipeline with random weights. Holds no test.
 
-The vectors were made by running the original (hpcaitech/Open-Sora, tag v1.2.0) on a CPU. OPENSORA_VECTORS names a
-folder with others of the same format to test instead.
+The vectors were made by running the original (hpcaitech/Open-Sora, tag v1.2.0) on a CPU, and lie here xz-compressed.
+OPENSORA_VECTORS names a folder with others of the same format, compressed or not, to test instead.
 """
 
 import json
+import lzma
 import os
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -62,7 +63,8 @@ def info_of(name: str) -> dict[str, Any]:
 
 
 def load_vector(name: str) -> Vector:
-    tensors = load_file(VECTORS / f"{name}.safetensors")
+    packed, plain = VECTORS / f"{name}.safetensors.xz", VECTORS / f"{name}.safetensors"
+    tensors = load(lzma.decompress(packed.read_bytes())) if packed.exists() else load_file(plain)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -38,12 +38,12 @@ def vbench_name(prompt: str, index: int) -> str:
 
 
 def shrink_png(path: str | Path, colours: int = 64) -> None:
-    """Reduce a PNG to a palette, in place; its texts stay. Charts need 64 colours, pictures 256 with dithering."""
+    """Reduce a PNG to a palette, in place; its texts stay. Charts need 64 colours, pictures 256."""
     with Image.open(path) as picture:
         texts = PngImagePlugin.PngInfo()
         for key, value in picture.info.items():
             if isinstance(key, str) and isinstance(value, str):
                 texts.add_text(key, value)
-        dither = Image.Dither.NONE if colours < 256 else Image.Dither.FLOYDSTEINBERG
-        small = picture.convert("RGB").quantize(colours, dither=dither)
+        # dithering would treble the file; without k-means a rare colour, such as a yellow star's, is lost
+        small = picture.convert("RGB").quantize(colours, kmeans=8, dither=Image.Dither.NONE)
     small.save(path, optimize=True, pnginfo=texts)
