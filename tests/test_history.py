@@ -9,7 +9,7 @@ from toys import ToyPipeline, ToyTransformer, curved
 
 import ertacache
 from ertacache.attach import attached
-from ertacache.cache import Cache, Coefficients
+from ertacache.cache import Cache, Coefficients, Row, combine
 from ertacache.fit.record import Recording
 from ertacache.fit.runs import in_micro_batches
 from ertacache.fit.step_by_step import StepFit
@@ -165,3 +165,10 @@ def test_a_cache_that_begins_again_forgets_the_run_before():
 
 def test_a_cache_without_coefficients_keeps_one_output():
     assert Cache([0], Coefficients.of_outputs([])).history.maxlen == 1
+
+
+def test_one_output_is_plain_with_a_coefficient_of_one_and_nothing_beside_it():
+    newest, older, latents = torch.ones(3), torch.full((3,), 5.0), torch.full((3,), 7.0)
+    assert combine([newest, older], Row([1.0]), latents) is newest
+    for row, wanted in ((Row([2.0]), 2.0), (Row([1.0, 0.5]), 3.5), (Row([1.0], 1.0), 8.0)):
+        assert combine([newest, older], row, latents).tolist() == [wanted] * 3

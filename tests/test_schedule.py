@@ -133,6 +133,20 @@ def test_the_size_of_outputs_and_of_weights_changes_no_schedule(size):
     )
 
 
+def test_costs_are_those_of_outputs_in_other_units():
+    outputs, gains, paths = smooth_outputs(9, 1), np.full(9, -0.1), np.array([[4, 2, 0]])
+    costs, small = (SegmentCosts(s * outputs @ outputs.T, gains)(paths)[0, 5:] for s in (1, 1e-6))
+    assert small == pytest.approx(1e-6 * costs, rel=1e-4, abs=1e-15)
+
+
+def test_the_ridge_leaves_what_outputs_span_next_to_free():
+    """Of a straight line, which two outputs span, all but a thousandth of what plain reuse would cost."""
+    line = np.stack([np.ones(10), np.arange(10.0)], axis=1) @ np.random.default_rng(0).normal(size=(2, 30))
+    gram, gains = line @ line.T, np.full(10, -0.1)
+    two, one = (SegmentCosts(gram, gains)(np.array([path]))[0, 8] for path in ([4, 2], [4, 4]))
+    assert two < 0.02 * one
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_silent_output_does_no_harm():
     outputs = smooth_outputs(8, 9)
