@@ -419,7 +419,7 @@ def test_embedded_pipeline_is_small():
 def test_checked_in_calibrations_belong_to_the_embedded_pipeline():
     tiny = WanPipeline.from_pretrained(FOLDER / "tiny", dtype=torch.float32)
     tiny.scheduler = schedulers.make_scheduler("unipc", "official", 14.0)
-    files = sorted((FOLDER / "calibration").glob("tiny-*unipc-official-shift14*.json"))
+    files = sorted((FOLDER.parent / "tests/golden/calibrations/wan").glob("tiny-*unipc-official-shift14*.json"))
     assert files
     for path in files:
         with ertacache.apply(tiny, path) as applied:
