@@ -140,11 +140,11 @@ def test_costs_are_those_of_outputs_in_other_units():
 
 
 def test_the_ridge_leaves_what_outputs_span_next_to_free():
-    """Of a straight line, which two outputs span, all but a thousandth of what plain reuse would cost."""
+    """Of a straight line, which two outputs span, a tenth is left of what plain reuse costs: that is the ridge."""
     line = np.stack([np.ones(10), np.arange(10.0)], axis=1) @ np.random.default_rng(0).normal(size=(2, 30))
     gram, gains = line @ line.T, np.full(10, -0.1)
     two, one = (SegmentCosts(gram, gains)(np.array([path]))[0, 8] for path in ([4, 2], [4, 4]))
-    assert two < 0.02 * one
+    assert two < 0.15 * one
 
 
 @pytest.mark.filterwarnings("error")
