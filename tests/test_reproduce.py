@@ -20,6 +20,7 @@ from ertacache.fit import recipe
 
 FOLDER = Path(__file__).parents[1] / "ERTACache4FLUX"
 PROMPTS = ["a red circle at the left", "a large blue star at the top"]
+ONE = ["--num-prompts", "1", "--computed-steps", "3"]
 TIMED = ("denoise_seconds", "speedup")
 
 
@@ -77,31 +78,31 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(pipe, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(Comparison, "_metrics", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(pipe, tmp_path / "a")
+            run(pipe, tmp_path / "a", *ONE)
     assert not (tmp_path / "a" / "results.json").exists()
 
     again = []
     with monkeypatch.context() as patch:
         patch.setattr(Comparison, "_metrics", lambda self, p: again.append(1) or original(self, p))
         patch.setattr(recipe, "calibrate", lambda *_, **__: pytest.fail("calibrated once more"))
-        run(pipe, tmp_path / "a")
-    # the reference, ours and fewer steps at two costs: two of the five were done
-    assert len(again) == 3
-    run(pipe, tmp_path / "b")
+        run(pipe, tmp_path / "a", *ONE)
+    # of the reference, ours and fewer steps two were done
+    assert len(again) == 1
+    run(pipe, tmp_path / "b", *ONE)
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
-    assert len(rows(tmp_path / "a")) == 5
+    assert len(rows(tmp_path / "a")) == 3
     meta = json.loads((tmp_path / "a" / "results.meta.json").read_text())
     assert meta["command"].startswith("sh reproduce.sh --model tiny --num-inference-steps 6 ")
-    assert set(meta["predicted"]) == {"ertacache 4", "ertacache 3"} and min(meta["predicted"].values()) > 10
+    assert set(meta["predicted"]) == {"ertacache 3"} and meta["predicted"]["ertacache 3"] > 10
     assert f"Made by `{meta['command']}`." in (tmp_path / "a" / "table.md").read_text()
 
 
 def test_another_cost_is_added_to_what_was_measured(pipe, tmp_path, monkeypatch):
     measured, original = [], Comparison._metrics
     monkeypatch.setattr(Comparison, "_metrics", lambda self, p: measured.append(1) or original(self, p))
-    run(pipe, tmp_path, "--computed-steps", "4")
+    run(pipe, tmp_path, "--num-prompts", "1", "--computed-steps", "4")
     first = len(measured)
-    run(pipe, tmp_path, "--computed-steps", "4,3")
+    run(pipe, tmp_path, "--num-prompts", "1", "--computed-steps", "4,3")
     assert (first, len(measured)) == (3, 5)  # the reference, ours and fewer steps; then the latter two once more
 
 

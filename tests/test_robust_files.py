@@ -290,7 +290,7 @@ def test_killed_while_writing_nothing_is_half(made, tmp_path):
     source = made.save(tmp_path / "source.json")
     out = tmp_path / "out"
     generator = random.Random(1)
-    for _ in range(4):
+    for _ in range(2):
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "common")}
         process = subprocess.Popen([sys.executable, "-c", WRITER, out, source], stdout=subprocess.PIPE, env=environment)
         process.stdout.readline()
