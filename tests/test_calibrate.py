@@ -16,7 +16,7 @@ from ertacache.cache import Cache, Coefficients
 from ertacache.errors import CalibrationError
 from ertacache.fit import recipe
 from ertacache.fit.record import gram_matrix
-from ertacache.fit.step_by_step import fit_step_by_step
+from ertacache.fit.step_by_step import OUTPUTS, fit_step_by_step
 from ertacache.published import PHI_OVER
 from ertacache.replay import cache_of
 
@@ -169,6 +169,14 @@ def test_a_caller_in_inference_mode_changes_nothing():
 def test_calibration_is_deterministic():
     pipe = ToyPipeline(curved)
     assert calibrate(pipe, computed_steps=5) == calibrate(pipe, computed_steps=5)
+
+
+def test_every_step_but_the_first_is_fitted_to_as_many_outputs_as_there_are():
+    made = calibrate(ToyPipeline(curved), computed_steps=7)
+    seen = [min(sum(k <= step for k in made.computed_steps), OUTPUTS) for step in range(12)]
+    assert made.computed_steps[-1] < 11 and max(seen) == OUTPUTS
+    assert list(map(len, made.coefficients)) == seen
+    assert [row == [1.0] for row in made.coefficients] == [step == 0 for step in range(12)]
 
 
 def test_micro_batches_change_nothing():
