@@ -30,7 +30,7 @@ def picture_sheet(pictures: Tensor, prompts: list[str], path: Path, scale: int =
         sheet.paste(tile, (left, top))
         text = textwrap.fill(prompt, CHARACTERS - 2)
         draw.multiline_text((left + 2, top + tile.height + 2), text, fill="black", spacing=1)
-    sheet.save(path)
+    _save(sheet, path)
 
 
 def clip_sheet(clips: Tensor, prompts: list[str], frames: list[int], path: Path, scale: int = 2) -> None:
@@ -52,4 +52,9 @@ def clip_sheet(clips: Tensor, prompts: list[str], frames: list[int], path: Path,
             pixels = (clip[:, frame].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
             tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(tile, (TEXT_WIDTH + column * (width + GAP), top))
-    sheet.save(path)
+    _save(sheet, path)
+
+
+def _save(sheet: Image.Image, path: Path) -> None:
+    """Save with 256 colours: the sheets are checked in."""
+    sheet.quantize(256, kmeans=8, dither=Image.Dither.NONE).save(path, optimize=True)
