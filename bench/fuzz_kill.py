@@ -7,6 +7,7 @@ Writes bench/results/fuzz_kill.json.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import random
@@ -29,16 +30,13 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from toys import ToyPipeline, curved
 
-CALIBRATIONS = [(count, again) for again in range(30) for count in (3, 4, 5, 6)]
-
-
-def work(out: Path, ready: Any = None) -> None:
+def work(out: Path, rounds: int, ready: Any = None) -> None:
     """Calibrations through a ledger, each saved as a file too, and their results as one file at the end."""
     if ready is not None:
         ready.set()
     ledger = Ledger(out / ".progress", {"subject": "toy"})
     results = {}
-    for count, again in CALIBRATIONS:
+    for count, again in itertools.product((3, 4, 5, 6), range(rounds)):
         made = ledger.get(f"calibration {count} {again}", lambda count=count: calibrated(count))
         Calibration.from_dict(made).save(out / f"c{count}.json")
         results[f"{count} {again}"] = made["coefficients"]
@@ -53,11 +51,11 @@ def calibrated(count: int) -> dict[str, Any]:
     return made.to_dict()
 
 
-def start(out: Path) -> multiprocessing.Process:
+def start(out: Path, rounds: int) -> multiprocessing.Process:
     """A process at work; it starts as a copy of this one, which has loaded everything."""
     context = multiprocessing.get_context("fork")
     ready = context.Event()
-    process = context.Process(target=work, args=(out, ready))
+    process = context.Process(target=work, args=(out, rounds, ready))
     process.start()
     ready.wait()
     return process
@@ -77,16 +75,17 @@ def looked_at(out: Path) -> tuple[int, int]:
 
 def kill_often(kills: int, seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
+    rounds = -(-kills // 3)  # enough work for so many lives
     files = leftovers = 0
     with tempfile.TemporaryDirectory() as folder:
         out, calm = Path(folder) / "killed", Path(folder) / "calm"
         began = time.monotonic()
-        process = start(calm)
+        process = start(calm, rounds)
         process.join()
         whole_run = time.monotonic() - began
         assert process.exitcode == 0
         for _ in tqdm(range(kills), unit="kill", mininterval=1):
-            process = start(out)
+            process = start(out, rounds)
             # short lives, so that the last one is still at work: what is done is not done again
             time.sleep(rng.random() * max(0.02, 1.5 * whole_run / kills))
             process.kill()
@@ -94,7 +93,7 @@ def kill_often(kills: int, seed: int) -> dict[str, Any]:
             found, temporary = looked_at(out) if out.exists() else (0, 0)
             files, leftovers = files + found, max(leftovers, temporary)
         finished_before = (out / "results.json").exists()
-        process = start(out)
+        process = start(out, rounds)
         process.join()
         assert process.exitcode == 0
         same = (out / "results.json").read_text() == (calm / "results.json").read_text()

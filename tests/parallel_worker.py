@@ -1,4 +1,4 @@
-"""What each of several processes does in test_robust_parallel.py: `torchrun parallel_worker.py JOB MODEL FOLDER`."""
+"""What each of several processes does in test_robust_parallel.py: `torchrun parallel_worker.py FOLDER JOB:MODEL ...`."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ def data_parallel(name: str, folder: Path, state: PartialState) -> None:
         made = [tiny_models.call(pipe, name, prompts=(prompt,)) for prompt in mine]
     gathered = gather_object(made)
     if state.is_main_process:
-        torch.save(gathered, folder / "results.pt")
+        torch.save(gathered, folder / f"{name}.pt")
 
 
 def context_parallel(name: str, folder: Path, state: PartialState) -> None:
@@ -43,7 +43,7 @@ def context_parallel(name: str, folder: Path, state: PartialState) -> None:
         shared.append((tiny_models.call(pipe, name), applied.computed_calls, applied.reused_calls))
         ertacache.remove(pipe)
         shared.append((tiny_models.call(pipe, name), 0, 0))
-    torch.save({"alone": alone, "shared": shared}, folder / f"rank{state.process_index}.pt")
+    torch.save({"alone": alone, "shared": shared}, folder / f"{name}-rank{state.process_index}.pt")
 
 
 def on_cpu() -> None:
@@ -55,8 +55,10 @@ def on_cpu() -> None:
 
 
 if __name__ == "__main__":
-    job, model, out = sys.argv[1:]
+    out, *jobs = sys.argv[1:]
     torch.set_num_threads(1)
     on_cpu()
-    {f.__name__: f for f in (data_parallel, context_parallel)}[job](model, Path(out), PartialState(cpu=True))
-    PartialState().destroy_process_group()
+    state = PartialState(cpu=True)
+    for job, _, model in (text.partition(":") for text in jobs):
+        {f.__name__: f for f in (data_parallel, context_parallel)}[job](model, Path(out), state)
+    state.destroy_process_group()
