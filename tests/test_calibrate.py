@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from diffusers import UniPCMultistepScheduler
 from test_attach import run
@@ -15,7 +16,9 @@ from ertacache.attach import attached
 from ertacache.cache import Cache, Coefficients
 from ertacache.errors import CalibrationError
 from ertacache.fit import recipe
+from ertacache.fit.predict import mean_range
 from ertacache.fit.record import gram_matrix
+from ertacache.fit.schedule import choose_steps
 from ertacache.fit.step_by_step import OUTPUTS, fit_step_by_step
 from ertacache.published import PHI_OVER
 from ertacache.replay import cache_of
@@ -119,8 +122,8 @@ def test_the_predicted_quality_is_that_of_prompts_left_out(method):
         pipe = ToyPipeline(curved)
         runs = recorded_runs(pipe, [PROMPTS[i] for i in rest], seeds=rest, num_inference_steps=12)
         if method == "ertacache":
-            coefficients = fit_step_by_step(runs, made.computed_steps)
-            fit = replace(made, coefficients=coefficients.outputs)
+            schedule = choose_steps(runs.record, 4)  # no more than the rest told
+            fit = replace(made, computed_steps=schedule, coefficients=fit_step_by_step(runs, schedule).outputs)
         else:
             fit = recipe.fit_paper(runs, len(made.computed_steps), None, PHI_OVER[0], "fast")
         pixels = []
@@ -131,6 +134,15 @@ def test_the_predicted_quality_is_that_of_prompts_left_out(method):
         psnrs += (-10 * (pixels[0] - pixels[1]).square().flatten(1).mean(1).log10()).tolist()
     assert made.predicted["psnr"] == pytest.approx(np.mean(psnrs), abs=0.02) and made.predicted["folds"] == 2
     assert made.predicted["psnr_p10"] < made.predicted["psnr"]
+
+
+def test_the_range_of_the_prediction_is_students():
+    values = torch.tensor([50.0, 41.0, 44.0, 48.0, 39.0, 52.0, 47.0, 43.0])
+    interval = scipy.stats.t.interval(0.9, 7, loc=float(values.mean()), scale=float(values.std()) / 8**0.5)
+    assert mean_range(values) == pytest.approx(list(interval), abs=0.05)
+    made = calibrate(ToyPipeline(curved), computed_steps=4)
+    low, high = made.predicted["psnr_range"]
+    assert low < made.predicted["psnr"] < high and f"({low:.1f} to {high:.1f})" in made.summary()
 
 
 def state(pipe) -> tuple:

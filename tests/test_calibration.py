@@ -80,6 +80,7 @@ def test_truncated_file_is_one_clear_line(made, tmp_path):
         ("latent_shape", "4x4"),
         ("dtype", 7),
         ("predicted", {"psnr": "high"}),
+        ("predicted", {"psnr": 50.0, "psnr_p10": 45.0, "folds": 2, "psnr_range": 3.0}),
         ("guidance_scale", "3"),
     ],
 )

@@ -37,8 +37,9 @@ class Calibration:
         model, scheduler: what identifies them; see provenance.py and solver.py.
         prompts: sha256 and count of the calibration prompts and seeds.
         settings: plain arguments of the pipeline, the goal and the effort.
-        predicted: quality on prompts not fitted to: psnr and psnr_p10 (worst decile) in dB to the uncached result, and
-            folds of the cross-validation (older files: 1, and left_out prompts); None if not predicted.
+        predicted: quality on prompts not fitted to: psnr, its psnr_range (nine times of ten, absent in older files) and
+            psnr_p10 (worst decile) in dB to the uncached result, and folds of the cross-validation (older files: 1, and
+            left_out prompts); None if not predicted.
         versions, date: of the software and the day it was made.
     """
 
@@ -145,6 +146,16 @@ class Calibration:
             return [sum(c) for c in self.coefficients]
         return list(self.step_factors or [1.0] * self.num_inference_steps)
 
+    def quality(self) -> str:
+        """Say the predicted quality in one line, with the range that its mean has nine times of ten."""
+        assert self.predicted
+        low, high = self.predicted.get("psnr_range") or (None, None)
+        spread = "" if low is None else f" ({low:.1f} to {high:.1f})"
+        return (
+            f"{self.predicted['psnr']:.1f} dB PSNR to the uncached result{spread}, worst decile "
+            f"{self.predicted['psnr_p10']:.1f} dB"
+        )
+
     def summary(self) -> str:
         """Summarise for a person: schedule, speed-up, predicted quality, provenance."""
         computed, total = len(self.computed_steps), self.num_inference_steps
@@ -165,11 +176,7 @@ class Calibration:
             how = f"{self.predicted['folds']}-fold cross-validation"
             if left_out is not None:
                 how = f"on {printable(left_out)} of them that were left out"
-            lines.insert(
-                1,
-                f"predicted  {self.predicted['psnr']:.1f} dB PSNR to the uncached result, worst decile "
-                f"{self.predicted['psnr_p10']:.1f} dB ({count} calibration prompts, {how})",
-            )
+            lines.insert(1, f"predicted  {self.quality()} ({count} calibration prompts, {how})")
         return "\n".join(lines)
 
 

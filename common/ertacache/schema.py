@@ -221,6 +221,8 @@ def _validate_provenance(c: "Calibration", require: Require) -> None:
         "predicted",
         f"null or an object with the numbers {', '.join(keys)}",
     )
+    spread = (c.predicted or {}).get("psnr_range", [0, 0])
+    require(is_list(spread, is_number) and len(spread) == 2, "predicted", "an object whose psnr_range is two numbers")
 
 
 def is_int(value: Any) -> TypeGuard[int]:

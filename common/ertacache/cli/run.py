@@ -147,7 +147,4 @@ def _report(settings: Settings, record: dict[str, Any], calibration: Calibration
             line += f", temporal error {sum(record['compare']['temporal_error']) / count:.4f}"
         print(line)
     elif calibration and calibration.predicted:
-        print(
-            f"predicted PSNR to the uncached result: {calibration.predicted['psnr']:.1f} dB "
-            f"(worst decile {calibration.predicted['psnr_p10']:.1f}); --compare measures it"
-        )
+        print(f"predicted: {calibration.quality()}; --compare measures it")
