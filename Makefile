@@ -32,6 +32,7 @@ bench:
 	$(PYTHON) bench/prompts_needed.py
 	$(PYTHON) bench/scaling.py
 	$(PYTHON) bench/changed_weights.py
+	$(PYTHON) bench/ablation.py
 	$(PYTHON) bench/published_parts.py
 	$(PYTHON) bench/fuzz_calibration.py
 	$(PYTHON) bench/fuzz_kill.py
@@ -43,7 +44,7 @@ figures:
 		$(PYTHON) -m compare.table "$$results" --into "$$folder/README.md" && \
 		$(PYTHON) -m compare.plots "$$results" --out "$$folder/figures" || exit 1; \
 	done
-	$(PYTHON) -m compare.ablation_table bench/results/flux_tiny.json --into docs/method.md
+	$(PYTHON) bench/ablation.py --page
 	$(PYTHON) -m compare.overview $(wildcard $(foreach page,$(PAGES),bench/results/$(firstword $(subst :, ,$(page))).json)) --into README.md
 	$(PYTHON) bench/speed_page.py
 	$(PYTHON) bench/changed_weights.py --page

@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from toys import ToyPipeline, curved
 
+
 def work(out: Path, rounds: int, ready: Any = None) -> None:
     """Calibrations through a ledger, each saved as a file too, and their results as one file at the end."""
     if ready is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from step_timer import Call
 
-from compare.ablation_schedules import uniform_schedule
+from compare.recorded import uniform_schedule
 from compare.rivals.base import replaced
 from ertacache import provenance, solver
 from ertacache.calibration import Calibration

@@ -63,7 +63,7 @@ def row(method: str = "ertacache", role: str = "ours", asked: int | None = 14, *
 
 
 def rows() -> list[Row]:
-    """A reference, ours and twelve rivals at three costs, and an ablation."""
+    """A reference, ours and twelve rivals at three costs."""
     found = [row("none", "reference", None, psnr=120.0, psnr_p10=120.0, ssim=1.0, lpips=0.0, speedup=1.0)]
     for asked in (14, 11, 9):
         loss = 0.9 * (14 - asked)
@@ -90,8 +90,6 @@ def rows() -> list[Row]:
                     denoise_seconds=1.2 * cost,
                 )
             )
-        for index, variant in enumerate(("uniform schedule", "dynamic programming", "+ swap search")):
-            found.append(row(variant, "ablation", asked, psnr=45.0 + 5 * index - loss))
     return found
 
 

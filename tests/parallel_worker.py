@@ -1,4 +1,4 @@
-"""What each of several processes does in test_robust_parallel.py: `torchrun parallel_worker.py FOLDER JOB:MODEL ...`."""
+"""What several processes do in test_robust_parallel.py: `torchrun parallel_worker.py FOLDER JOB:MODEL ...`."""
 
 import sys
 from pathlib import Path

@@ -30,7 +30,6 @@ from test_attach import run
 from toys import ToyPipeline, curved
 
 import ertacache
-from compare import ablation_schedules
 from ertacache.attach import attached
 from ertacache.cache import Row, combine
 from ertacache.fit.record import Recording, gram_matrix
@@ -293,13 +292,6 @@ def test_gram_matrix_in_pieces_is_the_whole(monkeypatch):
     whole = np.stack([o.double().flatten().numpy() for o in outputs])
     monkeypatch.setattr("ertacache.fit.record.GRAM_VALUES", 6 * 7)
     assert np.allclose(gram_matrix(outputs), whole @ whole.T / 150)
-
-
-def test_the_policy_takes_seconds_at_a_thousand_steps():
-    errors = np.random.default_rng(0).random((1000, 1000)).cumsum(axis=1)
-    start = time.process_time()
-    assert len(ablation_schedules.best_schedule(errors, 500)) == 500
-    assert time.process_time() - start < 20
 
 
 def test_growth_is_the_exponent():

@@ -14,6 +14,7 @@ from page_texts import COMMANDS
 ROOT = Path(__file__).parents[1]
 CUT_DOWN = ["--layers", "0.02", "--scale", "0.1", "--steps", "3", "--computed", "2", "--repeats", "1"]
 SMALL = {
+    "ablation.py": ["flux", "--prompts", "2", "--held-out", "1", "--computed-steps", "3"],
     "changed_weights.py": ["--prompts", "1", "--calibration-prompts", "2"],
     "few_steps.py": ["flux", "--steps", "2", "--held-out", "1", "--repeats", "1"],
     "fuzz_calibration.py": ["--seconds", "1"],

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from PIL import Image
 from tiny_pipelines import tiny_module
 
 import ertacache
-from compare import ablation
-from compare.recorded import recorded_runs
+from compare.recorded import linear_extrapolation, plain_calibration, recorded_runs
+from ertacache.calibration import calibration_fields
 from ertacache.cli import command
+from ertacache.fit.published import fit_published
 from ertacache.metrics import psnr
 
 FOLDER = Path(__file__).parents[1] / "ERTACache4FLUX"
@@ -69,8 +71,11 @@ def test_margins_over_reuse_extrapolation_and_the_paper(pipe):
             return float(psnr(sample(pipe, prompts), reference).mean())
 
     mine = quality(ours)
-    assert mine > quality(ablation.residual_reuse(runs, ours.computed_steps)) + 8
-    assert mine > quality(ablation.linear_extrapolation(runs, ours.computed_steps)) + 4
+    schedule = ours.computed_steps
+    residuals = asdict(fit_published(runs.record, schedule=schedule, adjust=False, error_model=False))
+    lines = calibration_fields(linear_extrapolation(runs.record, schedule))
+    assert mine > quality(plain_calibration(runs, "paper", **residuals)) + 8
+    assert mine > quality(plain_calibration(runs, "ertacache", computed_steps=schedule, **lines)) + 4
     assert mine > quality(paper) + 6
 
 

@@ -1,17 +1,11 @@
-"""The published method by hand: its threshold rule and its error model; and the schedules of the ablation."""
-
-from itertools import combinations
+"""The published method by hand: its threshold rule and its error model."""
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from toys import ToyPipeline, curved
 
-from compare.ablation_schedules import best_schedule, reuse_errors, uniform_schedule
 from compare.recorded import recorded_runs
-from ertacache.errors import CalibrationError
 from ertacache.fit.published import (
     fit_error_model,
     fit_published,
@@ -91,47 +85,3 @@ def test_the_residual_that_is_reused_is_the_last_computed_one(record):
 def test_parts_can_be_left_out(record):
     bare = fit_published(record, schedule=[0, 4], adjust=False, error_model=False)
     assert bare.step_factors == [1.0] * 8 and bare.adjusted_sigmas is None and bare.error_model == [None] * 8
-
-
-# -- schedules of the ablation -----------------------------------------------------------------------------
-
-
-def cost_of(schedule: list[int], errors: np.ndarray) -> float:
-    """Summed error of the reused steps, written down directly."""
-    total, last = 0.0, 0
-    for step in range(len(errors)):
-        last = step if step in schedule else last
-        total += 0.0 if step in schedule else errors[last, step]
-    return total
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(2, 9), st.integers(0, 10_000), st.data())
-def test_dynamic_programming_equals_brute_force(num_steps, seed, data):
-    errors = np.random.default_rng(seed).random((num_steps, num_steps))
-    count = data.draw(st.integers(1, num_steps))
-    found = best_schedule(errors, count)
-    rivals = [[0, *rest] for rest in combinations(range(1, num_steps), count - 1)]
-    assert found[0] == 0 and len(found) == len(set(found)) == count and found == sorted(found)
-    assert cost_of(found, errors) == pytest.approx(min(cost_of(r, errors) for r in rivals))
-
-
-def test_reuse_errors_are_distances_times_gains():
-    outputs = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]])
-    errors = reuse_errors(outputs @ outputs.T, np.array([0.5, -1.0, 2.0]))
-    assert errors[0, 1] == pytest.approx(1.0 * np.sqrt(5))  # |c_1| |o_1 - o_0|
-    assert errors[1, 2] == pytest.approx(2.0 * np.sqrt(9 + 4))
-    assert errors[0, 0] == 0
-
-
-def test_uniform_schedule():
-    assert uniform_schedule(10, 5) == [0, 2, 4, 6, 8]
-    assert uniform_schedule(7, 7) == list(range(7))
-
-
-@pytest.mark.parametrize("count", [0, 11, -1])
-def test_impossible_counts_are_refused(count):
-    with pytest.raises(CalibrationError, match="between 1 and 10"):
-        best_schedule(np.ones((10, 10)), count)
-    with pytest.raises(CalibrationError, match="between 1 and 10"):
-        threshold_for(np.ones((10, 10)), count)

@@ -183,19 +183,6 @@ def test_a_calibration_prompt_is_not_measured_on(pipe, tmp_path):
         run(pipe, tmp_path / "o", "--prompts", str(tmp_path / "p.txt"))
 
 
-def test_every_part_of_the_ablation_is_a_row(pipe, tmp_path):
-    small = ["--computed-steps", "3", "--seeds", "3", "--num-prompts", "1", "--effort", "fast"]
-    run(pipe, tmp_path / "o", "--methods", "ertacache,ablation", *small)
-    made = json.loads((tmp_path / "o" / "results.json").read_text())
-    assert [row["role"] for row in made] == ["reference", "ours", *["ablation"] * (len(made) - 2)]
-    assert all(len(row["computed_steps"]) == row["asked_steps"] == 3 for row in made[1:])
-    # rows whose names say the same schedule have the same one
-    schedules = {row["method"]: row["computed_steps"] for row in made}
-    ours = [steps for name, steps in schedules.items() if name.startswith("our schedule")]
-    assert len(ours) == 4 and all(steps == schedules["ertacache"] for steps in ours)
-    assert schedules["uniform schedule, residual reuse"] == schedules["uniform schedule, fitted"] == [0, 2, 4]
-
-
 def test_calibrations_go_where_a_flag_says_from_here(pipe, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text("a red circle\n")

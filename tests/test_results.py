@@ -107,7 +107,6 @@ def test_the_margin_is_over_the_best_comparable_rival_of_each_metric() -> None:
         row("a", "rival", psnr=50.0, ssim=0.9, lpips=0.03),
         row("b", "rival", psnr=49.0, ssim=0.95, lpips=0.02),
         row("costly", "rival", psnr=70.0, ssim=1.0, lpips=0.0, comparable=False),
-        row("variant", "ablation", psnr=71.0),
     ]
     assert best_rival(section, "psnr").method == "a" and best_rival(section, "lpips").method == "b"
     found = {label: (difference, method) for label, difference, method in margins(section)}
@@ -124,18 +123,12 @@ def test_the_table_has_a_section_for_each_cost_and_ours_in_bold() -> None:
         assert "PSNR, dB ↑ (p10)" in section and "LPIPS ↓ (p10)" in section
         assert "Margin of ours over the best comparable rival in each metric: PSNR +1" in section
         assert "pyramid\\_attention\\_broadcast [1] |" in section and "[1] does not reach the asked cost" in section
-        assert "uniform schedule" in section_of(f"tiny FLUX: ablation, {asked} of 28 steps computed", markdown)
 
 
 def test_what_a_metric_cannot_tell_from_nothing_is_not_shown_as_nothing() -> None:
     lpips = METRICS["lpips"]
     assert [lpips.show(v) for v in (0.0, 0.00004, 0.00006)] == ["0.0000", "<0.0001", "0.0001"]
     assert lpips.show(0.00004, sign=True) == "+0.0000"
-
-
-def test_an_ablation_has_no_knobs() -> None:
-    section = section_of("tiny FLUX: ablation, 14 of 28 steps computed", table_markdown(rows(), load_published()))
-    assert "| Variant | Cost ↓ |" in section and "Knob" not in section
 
 
 def test_published_rows_are_those_of_the_model_and_labelled() -> None:

@@ -14,11 +14,11 @@ from tiny_models import NAMES, NUM_STEPS, call, expected, fitted, make
 from toys import ToyPipeline, curved
 
 import ertacache
-from compare.ablation_schedules import best_schedule, reuse_errors
 from ertacache.attach import FiniteCheck
 from ertacache.errors import NumericsError
 from ertacache.fit.least_squares import RIDGE, fit_combination, solve_towards_plain
 from ertacache.fit.record import gram_matrix
+from ertacache.fit.schedule import path_schedule
 
 
 def spoil(pipe, at_call: int, value: float):
@@ -215,8 +215,7 @@ def test_one_prompt_and_equal_columns():
 
 def test_equal_steps_of_a_gram_matrix_have_a_schedule():
     outputs = [torch.ones(1, 4)] * 6
-    errors = reuse_errors(gram_matrix(outputs), np.ones(6))
-    assert len(best_schedule(errors, 3)) == 3
+    assert len(path_schedule(gram_matrix(outputs), np.ones(6), 3, 6)) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Record the uncached runs for studies of the method's parts, and make calibrations of such parts."""
+"""Record the uncached runs for studies of the method's parts, and what such parts are compared with."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from ertacache.calibration import Calibration
+from ertacache.cache import Coefficients
+from ertacache.calibration import Calibration, check_computed_steps
 from ertacache.fit.recipe import bare_calibration, provenance_of
+from ertacache.fit.record import Record
 from ertacache.fit.runs import Runs, quiet, record_runs
 
 
@@ -21,3 +23,23 @@ def recorded_runs(pipe: Any, prompts: Sequence[str], *, seeds: Sequence[int], **
 def plain_calibration(runs: Runs, method: str, **fitted: Any) -> Calibration:
     """A calibration of given parts for recorded runs, without a predicted quality."""
     return replace(bare_calibration(runs.record, method, **fitted), **provenance_of(runs, None, {}))
+
+
+def uniform_schedule(num_steps: int, computed_steps: int) -> list[int]:
+    """K steps spread evenly over the indices, starting at 0."""
+    check_computed_steps(num_steps, computed_steps)
+    return [i * num_steps // computed_steps for i in range(computed_steps)]
+
+
+def linear_extrapolation(record: Record, schedule: Sequence[int]) -> Coefficients:
+    """Extrapolate the last two computed outputs linearly, over sigma (or timestep without sigmas)."""
+    axis = record.sigmas or record.timesteps
+    rows: list[list[float]] = []
+    last: list[int] = []
+    for step in range(record.num_steps):
+        last = [step, *last][:2] if step in schedule else last
+        slope = 0.0
+        if len(last) == 2 and step != last[0]:
+            slope = (axis[step] - axis[last[0]]) / (axis[last[0]] - axis[last[1]])
+        rows.append([1 + slope, -slope] if slope else [1.0])
+    return Coefficients.of_outputs(rows)

@@ -13,7 +13,7 @@ from typing import Any
 from compare.pages import ResultsError
 from ertacache.files import write_atomically
 
-ROLES = ("reference", "ours", "rival", "ablation")
+ROLES = ("reference", "ours", "rival")
 # A rival is compared when its cost lies in [ours, ours + COMPARABLE_BAND], as a fraction of transformer FLOPs.
 COMPARABLE_BAND = 0.05
 

@@ -3,11 +3,9 @@
 Ours and the rivals are calibrated and tuned on the calibration prompts, and measured on held-out ones.
 """
 
-import functools
 import hashlib
 import json
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,11 @@ from typing import Any
 from torch import Tensor
 
 import ertacache
-from compare import ablation, processes
+from compare import processes
 from compare.comparison import Comparison, Contender
 from compare.ledger import Ledger
 from compare.lpips import Lpips, LpipsUnavailableError, load_lpips
 from compare.pictures import vbench_name
-from compare.recorded import recorded_runs
 from compare.rivals import NotApplicable, Rival, Tuner
 from compare.study_output import row_of, write_outcome
 from compare.teacache_method import latents_run
@@ -37,10 +34,9 @@ from ertacache.cli.kept import (
 )
 from ertacache.cli.settings import Settings
 from ertacache.errors import ERTACacheError, UsageError
-from ertacache.fit.runs import Runs
 
 OURS = {"ertacache": None, "ertacache-best": "best"}  # name -> effort; None for that of the settings
-OUR_METHODS = ("none", *OURS, "paper", "ablation")
+OUR_METHODS = ("none", *OURS, "paper")
 TIMING_REPEATS = 5
 NUM_TUNING_PROMPTS = 2
 STATIC_RIVALS = ("fewer-steps", "multistep")
@@ -123,23 +119,12 @@ class Study:
 
     def _ours(self) -> list[Contender]:
         asked = self.chosen.methods.split(",") if self.chosen.methods != "all" else OUR_METHODS
-        recorded = functools.cache(self._recorded)  # once, and only where an ablation is still to be made
         contenders = []
         for count in self.counts:
             for name in (name for name in OURS if name in asked):
                 contenders.append(self._static(name, "ours", count, self.calibration(name, count)))
             if "paper" in asked:
                 contenders.append(self._static("paper", "rival", count, self.calibration("paper", count)))
-            if "ablation" in asked:
-                ours = self.calibration("ertacache", count)  # kept where it was asked for already
-                name, make = (
-                    f"ablation {count} {_version(ours)}",
-                    functools.partial(self._ablation, recorded, count, ours),
-                )
-                plain = self.ledger.get(name, make)
-                contenders += [
-                    self._static(name, "ablation", count, Calibration.from_dict(c)) for name, c in plain.items()
-                ]
         return contenders
 
     def _static(self, method: str, role: str, count: int, calibration: Calibration) -> Contender:
@@ -175,21 +160,6 @@ class Study:
         if method in OURS:
             asking |= {"method": "ertacache", "effort": OURS[method] or self.chosen.effort}
         return Settings(**asking)
-
-    def _recorded(self) -> Runs:
-        prompts = self.calibration_prompts
-        return recorded_runs(
-            self.pipe,
-            prompts,
-            seeds=range(len(prompts)),
-            micro_batch=self.chosen.micro_batch,
-            memory_limit=self.chosen.memory_limit(),
-            **self.arguments,
-        )
-
-    def _ablation(self, recorded: Callable[[], Runs], count: int, ours: Calibration) -> dict[str, Any]:
-        parts = ablation.ablations(recorded(), ours.computed_steps, phi_over(self.chosen))
-        return {name: calibration.to_dict() for name, calibration in parts.items()}
 
     def _tuned_rivals(self) -> list[Contender]:
         runs = [

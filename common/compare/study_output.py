@@ -58,8 +58,7 @@ def write_outcome(
     study: "Study", rows: list[Row], contenders: list[Contender], reference: Contender, comparison: Comparison
 ) -> None:
     """Write results.json, table.md and report.html into the study's folder, in the main process."""
-    shown = [c for c in contenders if c.role != "ablation"]
-    curves = _curves(shown, comparison)
+    curves = _curves(contenders, comparison)
     if not processes.is_main():
         return
     meta = {
@@ -75,7 +74,7 @@ def write_outcome(
     }
     write_results(study.out / "results.json", rows, meta)
     write_atomically(study.out / "table.md", table_markdown(rows, command=meta["command"]))
-    examples = [example for c in [reference, *shown] for example in _examples(c, comparison)]
+    examples = [example for c in [reference, *contenders] for example in _examples(c, comparison)]
     write_report(study.out / "report.html", rows, examples, curves, meta)
     print(f"results.json, table.md and report.html are in {study.out}")
 

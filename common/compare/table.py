@@ -49,15 +49,14 @@ def load_published() -> dict[str, Any]:
 
 
 def all_tables(rows: Sequence[Row], published: Mapping[str, Any] | None) -> list[Table]:
-    """Per model: a comparison and an ablation for each number of computed steps, then the paper's rows."""
+    """Per model: a comparison for each number of computed steps, then the paper's rows."""
     tables = []
     for model in dict.fromkeys(row.model for row in rows):
         mine = [row for row in rows if row.model == model]
         asked = sorted({row.asked_steps for row in mine if row.asked_steps}, reverse=True)
         reference = [row for row in mine if row.role == "reference"]
         sections = [[row for row in mine if row.asked_steps == steps] for steps in asked]
-        tables += [_comparison(reference, one) for one in sections if any(r.role != "ablation" for r in one)]
-        tables += [_ablation(one) for one in sections if any(r.role == "ablation" for r in one)]
+        tables += [_comparison(reference, one) for one in sections]
         if published is not None:
             tables.append(_published(mine, published))
     return tables
@@ -112,7 +111,7 @@ def margin_text(section: Sequence[Row]) -> str:
 
 
 def _comparison(reference: Sequence[Row], section: Sequence[Row]) -> Table:
-    shown = [row for row in section if row.role != "ablation"]
+    shown = list(section)
     # ours first, then the comparable rivals from best to worst, then those that could not reach the cost
     shown.sort(key=lambda r: (r.role != "ours", not r.comparable, -(r.psnr if r.psnr is not None else -1e9)))
     lead = next((row for row in shown if row.role == "ours"), shown[0])
@@ -126,17 +125,6 @@ def _comparison(reference: Sequence[Row], section: Sequence[Row]) -> Table:
         table.add([method, knob_text(row), *_measured(row, table, temporal)], row.role == "ours")
     if any(row.role == "ours" for row in shown):
         table.remarks.append(margin_text(shown))
-    return table
-
-
-def _ablation(section: Sequence[Row]) -> Table:
-    shown = [row for row in section if row.role == "ablation"]
-    first = shown[0]
-    title = f"{first.model}: ablation, {first.asked_steps} of {first.num_inference_steps} steps computed"
-    temporal = any(row.temporal_error is not None for row in shown)
-    table = Table(title, _header(["Variant"], temporal))
-    for row in [*shown, *(r for r in section if r.role == "ours")]:
-        table.add([row.method, *_measured(row, table, temporal)], row.role == "ours")
     return table
 
 
