@@ -33,7 +33,7 @@ ALWAYS = 1e9  # threshold; memory is that of a run that reuses whenever it may
 
 
 def live_bytes(device: torch.device) -> int:
-    """Bytes of all storages on the device that a Python object refers to; those of `gc.freeze` are left out."""
+    """Bytes of all storages that a Python object refers to; those of `gc.freeze` are left out."""
     sizes: dict[int, int] = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor) and thing.device.type == device.type:

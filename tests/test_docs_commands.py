@@ -75,6 +75,9 @@ def check_script(folder: Path, name: str, argv: list[str]) -> None:
             argv = argv[2:]
         assert all((ROOT / word).exists() for word in argv)
         return
+    if Path(name).parent.name == "bench":
+        check_python([f"{Path(name).with_suffix('.py')}", *argv], folder)
+        return
     # UsageError for an unknown flag or a value of the wrong type
     if name == "reproduce.sh":
         reproduce.parse(folder, argv)
