@@ -30,7 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # seconds at most, in order of worth
-PARTS = {"flux": 125, "wan": 85, "rivals": 110, "compiled": 170, "cogvideox": 60, "opensora": 60, "offload": 60}
+PARTS = {"flux": 125, "wan": 100, "rivals": 110, "compiled": 170, "cogvideox": 60, "opensora": 60, "offload": 60}
 LEAST = 20.0  # seconds without which a part is not begun
 LAST = 15.0  # seconds that are kept for ending
 PATIENCE = 5.0  # seconds for a killed process to be gone
@@ -154,9 +154,9 @@ def run_all(
             else:
                 ended.append(worker.run(min(limits[name], left)))
             print(line_of(ended[-1]), flush=True)
-            took = round(time.monotonic() - began, 1)
-            date = datetime.now(UTC).strftime("%Y-%m-%d")
-            write(folder / "run.json", {"date": date, "dry": dry, "seconds": took, "parts": ended})
+            if ended[-1]["status"] != NO_PART_CAN_RUN:  # of such a run nothing is to be kept
+                took, date = round(time.monotonic() - began, 1), datetime.now(UTC).strftime("%Y-%m-%d")
+                write(folder / "run.json", {"date": date, "dry": dry, "seconds": took, "parts": ended})
     return ended
 
 
@@ -262,6 +262,9 @@ def _stop(*_: Any) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _stop)
-    code = main()
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        code = 130
     sys.stdout.flush()
     os._exit(code)  # a process that cannot be killed is not waited for

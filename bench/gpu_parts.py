@@ -30,7 +30,7 @@ from ertacache.calibration import Calibration
 
 FEW = 6  # steps where a step's cost is all that is asked for; half of them computed
 CHECKED = 4  # steps of a run that is looked at, not timed
-ROUNDS = 3  # of uncached and cached runs in turns, at most
+SHORTEST = 2  # the same of models whose steps take seconds
 OFFLOADED = 0.25  # of FLUX's blocks: the host's copy of all of them takes long to make
 TOLERANCE = 1e-2  # of a graph's result in half precision, relative
 SMALLEST = Request(0.02, 0.07, 17, width=0.01)  # for a CPU
@@ -97,7 +97,7 @@ class Session:
     def call(self, subject: Subject, steps: int) -> Call:
         return caller(subject.pipe, subject.arguments, steps, self.device.type)
 
-    def rows(self, subject: Subject, steps: int, counts: Sequence[int], variant: str, rounds: int = ROUNDS) -> None:
+    def rows(self, subject: Subject, steps: int, counts: Sequence[int], variant: str, rounds: int) -> None:
         """One row a number of computed steps; uncached and cached runs in turns, the rows saved after each round."""
         call, pipe = self.call(subject, steps), subject.pipe
         calibrations = [subject.calibration(call, steps, count) for count in counts]
@@ -106,9 +106,9 @@ class Session:
         runs: list[list[Timings]] = [[] for _ in attachings]
         peaks = [0] * len(attachings)
         before = self.record.setdefault("rows", [])[:]
-        short = self.call(subject, CHECKED)  # the first runs load libraries and take memory
+        short = self.call(subject, SHORTEST)  # the first runs load libraries and take memory
         short()
-        with ertacache.apply(pipe, subject.calibration(short, CHECKED, CHECKED // 2)):
+        with ertacache.apply(pipe, subject.calibration(short, SHORTEST, 1)):
             short()
         for _ in range(1 if self.dry else rounds):
             began = time.monotonic()
@@ -140,14 +140,13 @@ class Session:
         """Bytes on the device since `forget_peak`; 0 on a CPU."""
         return 0 if self.dry else torch.cuda.max_memory_allocated()
 
-    def checks(self, subject: Subject, graph: bool = False) -> None:
-        """Equality with every step computed, synchronisation, and a graph's replay."""
-        pipe, call = subject.pipe, self.call(subject, CHECKED)
+    def checks(self, subject: Subject, steps: int, graph: bool = False) -> None:
+        """Equality with every step computed, synchronisation, and a graph's replay, in runs of so many steps."""
+        pipe, call = subject.pipe, self.call(subject, steps)
         name = dtype_name(subject)
-        half = subject.calibration(call, CHECKED, CHECKED // 2)
-        self.add(
-            f"all_computed_{name}", lambda: all_computed(pipe, call, plain(subject.calibration(call, CHECKED, CHECKED)))
-        )
+        half = subject.calibration(call, steps, steps // 2)
+        everything = plain(subject.calibration(call, steps, steps))
+        self.add(f"all_computed_{name}", lambda: all_computed(pipe, call, everything))
         self.add(f"host_syncs_{name}", lambda: host_syncs(pipe, call, half))
         if graph:
             self.add(f"graph_replay_{name}", lambda: graph_replay(pipe, call, half, TOLERANCE))
@@ -178,11 +177,11 @@ def dtype_name(subject: Subject) -> str:
 def flux(session: Session) -> None:
     """FLUX.1-dev whole: its 28 steps, checks, then both once more in float16."""
     subject, (steps, *counts) = session.subject("flux"), session_counts(session)
-    session.rows(subject, steps, counts, f"eager, {dtype_name(subject)}")
-    session.checks(subject, graph=True)
+    session.rows(subject, steps, counts, f"eager, {dtype_name(subject)}", rounds=3)
+    session.checks(subject, CHECKED, graph=True)
     other = session.converted(subject, torch.float16)
     session.rows(other, steps, counts[:1], f"eager, {dtype_name(other)}", rounds=1)
-    session.checks(other)
+    session.checks(other, CHECKED)
 
 
 def session_counts(session: Session) -> tuple[int, ...]:
@@ -195,8 +194,8 @@ def few_steps(session: Session, name: str, dtypes: Sequence[torch.dtype | None] 
     subject = session.subject(name)
     for dtype in dtypes:
         subject = session.converted(subject, dtype)
-        session.rows(subject, FEW, [FEW // 2], f"eager, {dtype_name(subject)}")
-        session.checks(subject)
+        session.rows(subject, FEW, [FEW // 2], f"eager, {dtype_name(subject)}", rounds=2)
+        session.checks(subject, SHORTEST)
 
 
 wan = partial(few_steps, name="wan")

@@ -109,8 +109,9 @@ def test_parts_are_skipped_when_the_time_is_over(tmp_path):
 
 
 def test_without_a_device_the_first_part_says_so_for_all(tmp_path):
-    ended = run_parts(["hopeless", "good"], tmp_path)
-    assert {one["status"] for one in ended.values()} == {gpu.NO_PART_CAN_RUN}
+    ended = gpu.run_all(["hopeless", "good"], tmp_path, 60, False, LIMITS, module="gpu_stubs")
+    assert [one["status"] for one in ended] == [gpu.NO_PART_CAN_RUN] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["hopeless.json"]
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="--dry"):
             gpu_parts.run("flux", tmp_path, 0.0, False, print)
