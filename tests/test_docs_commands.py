@@ -76,7 +76,9 @@ def check_script(folder: Path, name: str, argv: list[str]) -> None:
         assert all((ROOT / word).exists() for word in argv)
         return
     if Path(name).parent.name == "bench":
-        check_python([f"{Path(name).with_suffix('.py')}", *argv], folder)
+        script = Path(name).with_suffix(".py")
+        if (ROOT / script).exists():
+            check_python([str(script), *argv], folder)
         return
     # UsageError for an unknown flag or a value of the wrong type
     if name == "reproduce.sh":

@@ -1,6 +1,7 @@
 """Trains a small image autoencoder (any diffusers VAE with `encode` and `decode`) on rendered scenes."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,15 @@ from tiny_training.precision import autocast
 KL_WEIGHT = 2e-4  # makes the latents noisy by a twentieth, so that the decoder forgives a generator as much
 EDGE_WEIGHT = 0.5
 SQUARE_WEIGHT = 4.0
+
+
+def finished_vae(fresh: Any, folder: Path) -> Any:
+    """The autoencoder in `folder`. Raises SystemExit where it is of other parts than `fresh`, a new one."""
+    found = type(fresh).from_pretrained(folder, dtype=torch.float32)
+    shapes, wanted = ({k: v.shape for k, v in vae.state_dict().items()} for vae in (found, fresh))
+    if shapes != wanted:
+        raise SystemExit(f"{folder} has other parts than tiny_parts.py: leave --vae out, and one is trained")
+    return found
 
 
 def reconstruction_loss(picture: Tensor, target: Tensor) -> Tensor:
