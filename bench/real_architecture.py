@@ -117,7 +117,8 @@ def made(kind: type, request: Request, **config: Any) -> Any:
     torch.manual_seed(0)
     with created_on(request):
         model = kind(**config)
-    return model.to(request.device).eval().requires_grad_(False)
+    # also what is made in float32 whatever the default, as loading a checkpoint in the dtype would
+    return model.to(request.device, request.dtype).eval().requires_grad_(False)
 
 
 def folder_module(folder: str, name: str) -> ModuleType:

@@ -1,5 +1,6 @@
 """bench/gpu.sh: all parts cut down on a CPU, parts that go wrong, and what must be carried."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -13,7 +14,9 @@ import gpu
 import gpu_page
 import gpu_parts
 import pytest
+import real_models
 import speed_page
+import subjects
 import torch
 from pipelines import made
 
@@ -120,6 +123,17 @@ def test_without_a_device_the_first_part_says_so_for_all(tmp_path):
 def test_every_part_has_a_function_and_they_fit_the_time_without_the_longest():
     assert all(callable(getattr(gpu_parts, name)) for name in gpu.PARTS)
     assert sum(gpu.PARTS.values()) - max(gpu.PARTS.values()) <= 9 * 60 - gpu.LAST
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", "cogvideox", "opensora"])
+def test_the_models_run_in_the_dtype_that_a_device_gives_them(name):
+    """The dry run has none of the halves."""
+    model = real_models.MODELS[name]
+    frames = 17 if "num_frames" in model.size else None
+    cut = dataclasses.replace(gpu_parts.SMALLEST, frames=frames, dtype=model.dtype)
+    subject = subjects.real_subject(name, cut, None, None)
+    assert {part.dtype for part in subject.pipe.transformer.parameters()} == {model.dtype}
+    assert subjects.caller(subject.pipe, subject.arguments, 1)()[0].isfinite().all()
 
 
 # -- what is checked ---------------------------------------------------------------------------------------
