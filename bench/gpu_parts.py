@@ -7,7 +7,7 @@ same code runs on models cut down to a block or two of one attention head.
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +19,7 @@ import torch
 from device_checks import all_computed, graph_replay, host_syncs
 from real_architecture import Request
 from real_models import MODELS
-from record import attempted, machine, write
+from record import attempted, failure, machine, write
 from step_timer import Call, Timings, compare, time_run
 from subjects import Subject, caller, real_subject
 from synthetic import grid_and_shape
@@ -44,6 +44,7 @@ class Session:
         name: of the part, and of its file.
         until: what time.monotonic() says when the part is ended; no round begins that would last longer.
         say: told each result in a line.
+        failures: what could not be measured; the rest of the part goes on.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Session:
     dry: bool
     say: Callable[[str], None]
     record: dict[str, Any] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -88,10 +90,13 @@ class Session:
     def save(self) -> None:
         write(self.name, self.record, self.folder)
 
-    def add(self, key: str, work: Callable[[], Any]) -> None:
-        """Put what `work` returns into the record, or how it failed."""
-        self.record[key] = attempted(work)
-        self.say(f"{key}: {self.record[key]}")
+    def add(self, key: str, work: Callable[[], Any], into: dict[str, Any] | None = None) -> None:
+        """Put what `work` returns, a dictionary, into the record, or how it failed."""
+        found = attempted(work)
+        (self.record if into is None else into)[key] = found
+        if "error" in found:
+            self.failures.append(f"{key}: {found['error']}")
+        self.say(f"{key}: {found}")
         self.save()
 
     def call(self, subject: Subject, steps: int) -> Call:
@@ -99,6 +104,12 @@ class Session:
 
     def rows(self, subject: Subject, steps: int, counts: Sequence[int], variant: str, rounds: int) -> None:
         """One row a number of computed steps; uncached and cached runs in turns, the rows saved after each round."""
+        found = attempted(partial(self._rows, subject, steps, counts, variant, rounds))
+        if found is not None:
+            self.failures.append(f"{variant}: {found['error']}")
+            self.say(self.failures[-1])
+
+    def _rows(self, subject: Subject, steps: int, counts: Sequence[int], variant: str, rounds: int) -> None:
         call, pipe = self.call(subject, steps), subject.pipe
         calibrations = [subject.calibration(call, steps, count) for count in counts]
         output_bytes = grid_and_shape(pipe, call)[3]
@@ -244,32 +255,37 @@ def rivals(session: Session) -> None:
     calibration = subject.calibration(call, steps, count)
     output_bytes = grid_and_shape(pipe, call)[3]
     session.record |= {"computed_steps": count, "num_inference_steps": steps, "rivals": []}
-    plain_peak = None
     ways = [("none", nullcontext), *gpu_caches.computing_as_many(pipe, calibration)]
     for name, attach in ways:
         entry: dict[str, Any] = {"method": name}
-        try:
-            session.forget_peak()
-            with attach(), gpu_caches.computed_steps(pipe) as made:
-                call()
-            peak = session.peak()
-            plain_peak = peak if plain_peak is None else plain_peak
-            entry |= {"computed_steps": made[0], "peak_bytes": peak, "extra_bytes": peak - plain_peak}
-            entry["extra_latents"] = (peak - plain_peak) / output_bytes
-            with attach():  # the first run loaded what the cache needs
-                timings = time_run(pipe, call, session.device, split=False)
-            entry |= {"seconds": timings.loop}
-        except NotApplicable as reason:
-            entry |= {"not_applicable": str(reason)}
-        except Exception as problem:
-            entry |= attempted(partial(_raise, problem))
         session.record["rivals"].append(entry)
-        session.say(f"{entry}")
-        session.save()
+        session.add(name, partial(_measure_rival, session, pipe, call, attach, output_bytes, entry), {})
 
 
-def _raise(problem: Exception) -> None:
-    raise problem
+def _measure_rival(
+    session: Session,
+    pipe: Any,
+    call: Call,
+    attach: Callable[[], AbstractContextManager[Any]],
+    output_bytes: int,
+    entry: dict[str, Any],
+) -> dict[str, Any]:
+    """Fill a cache's entry, and return it."""
+    first = session.record["rivals"][0]
+    try:
+        session.forget_peak()
+        with attach(), gpu_caches.computed_steps(pipe) as made:
+            call()
+        entry |= {"computed_steps": made[0], "peak_bytes": session.peak()}
+        entry["extra_bytes"] = entry["peak_bytes"] - first["peak_bytes"]
+        entry["extra_latents"] = entry["extra_bytes"] / output_bytes
+        with attach():  # the first run loaded what the cache needs
+            entry["seconds"] = time_run(pipe, call, session.device, split=False).loop
+    except NotApplicable as reason:
+        entry["not_applicable"] = str(reason)
+    except Exception as problem:
+        entry |= failure(problem)
+    return entry
 
 
 def offload(session: Session) -> None:
@@ -279,11 +295,8 @@ def offload(session: Session) -> None:
     calibration = subject.calibration(call, CHECKED, CHECKED // 2)
     session.record |= {"rows": [], "offload": {}}
     for kind in ("model", "sequential"):
-        session.record["offload"][kind] = attempted(
-            partial(gpu_caches.weights_moved, subject.pipe, call, calibration, kind, session.device)
-        )
-        session.say(f"{kind} offloading: {session.record['offload'][kind]}")
-        session.save()
+        moved = partial(gpu_caches.weights_moved, subject.pipe, call, calibration, kind, session.device)
+        session.add(kind, moved, session.record["offload"])
 
 
 def run(name: str, folder: Path, until: float, dry: bool, say: Callable[[str], None]) -> None:
@@ -291,4 +304,7 @@ def run(name: str, folder: Path, until: float, dry: bool, say: Callable[[str], N
     if not dry and not torch.cuda.is_available():
         raise SystemExit("no CUDA device: sh bench/gpu.sh --dry runs everything cut down on a CPU")
     part: Callable[[Session], None] = globals()[name]
-    part(Session(name, folder, until, dry, say))
+    session = Session(name, folder, until, dry, say)
+    part(session)
+    if session.failures:
+        raise RuntimeError("; ".join(session.failures))

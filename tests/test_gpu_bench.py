@@ -125,6 +125,18 @@ def test_every_part_has_a_function_and_they_fit_the_time_without_the_longest():
     assert sum(gpu.PARTS.values()) - max(gpu.PARTS.values()) <= 9 * 60 - gpu.LAST
 
 
+def test_what_cannot_be_measured_is_said_and_the_rest_of_the_part_goes_on(tmp_path, monkeypatch):
+    def failing(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu_parts, "compare", failing)
+    monkeypatch.setattr(gpu_parts, "all_computed", failing)
+    with pytest.raises(RuntimeError, match=r"float32: OutOfMemoryError.*; all_computed_float32: OutOfMemoryError"):
+        gpu_parts.run("opensora", tmp_path, time.monotonic() + 60, True, lambda _: None)
+    record = json.loads((tmp_path / "opensora.json").read_text())
+    assert "error" in record["all_computed_float32"] and record["host_syncs_float32"]["by_the_cache"] == 0
+
+
 @pytest.mark.parametrize("name", ["flux", "wan", "cogvideox", "opensora"])
 def test_the_models_run_in_the_dtype_that_a_device_gives_them(name):
     """The dry run has none of the halves."""
