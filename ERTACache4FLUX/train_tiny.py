@@ -73,7 +73,7 @@ class FluxVelocity:
 def trained_autoencoder(material: Material, plan: Plan, args: argparse.Namespace) -> AutoencoderKL:
     """Trained on everything, with the scale that gives its latents unit power; or a finished one, where it is given."""
     if args.vae:
-        return vae.finished_vae(build_vae(), args.vae).to(args.device)
+        return vae.finished_vae(build_vae(), args.vae, 1, 3, SIZE, SIZE).to(args.device)
     pixels = rendered(material.everything, plan.vae_examples, args.pixels)
     autoencoder = vae.train_vae(
         build_vae(),

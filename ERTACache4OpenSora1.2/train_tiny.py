@@ -121,10 +121,11 @@ def trained_autoencoder(
     material: Material, steps: Plan, args: argparse.Namespace
 ) -> tuple[OpenSoraVAE, np.ndarray, np.ndarray]:
     """The autoencoder, and the latents of first frames and of clips."""
-    autoencoder = build_vae().to(args.device)
+    autoencoder = build_vae()
     if args.vae:
-        autoencoder = finished_vae(autoencoder, args.vae).to(args.device)
-    elif not args.smoke:
+        autoencoder = finished_vae(autoencoder, args.vae, 1, 3, NUM_FRAMES, SIZE, SIZE, seen_as=Clips)
+    autoencoder.to(args.device)
+    if not args.vae and not args.smoke:
         load_picture_part(autoencoder, args.picture_vae or args.work.parent / "flux" / "vae")
 
     def frames(source: Source, count: int, name: str) -> np.ndarray:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from tiny_pipelines import imports_from
 
 from tiny_training import flow, judge, loop, plan, text, train_all
@@ -23,7 +24,7 @@ from tiny_training.loop import Stage, optimizers_for, small_checkpoints
 from tiny_training.muon import Muon, orthogonalized
 from tiny_training.plan import SMOKE, as_far_as_trained
 from tiny_training.sources import SceneSet, rendered
-from tiny_training.vae import reconstruction_loss
+from tiny_training.vae import finished_vae, reconstruction_loss
 from tiny_training.video_vae import Crops, draw_crops, set_memory_format
 
 ROOT = Path(__file__).parent.parent
@@ -220,6 +221,16 @@ def test_what_is_packed_is_as_much_as_fits_and_nearly_exact(tmp_path):
     assert {name: len(part) for name, part in Lessons.read(path).latents.items()} == {"stills": 900, "clips": 900}
 
 
+def test_a_finished_autoencoder_must_make_the_latents_that_the_transformer_is_for(tmp_path):
+    def autoencoder(channels: int, width: int) -> AutoencoderKL:
+        return AutoencoderKL(block_out_channels=(width,), latent_channels=channels, norm_num_groups=2)
+
+    autoencoder(2, 4).save_pretrained(tmp_path)
+    assert finished_vae(autoencoder(2, 8), tmp_path, 1, 3, 8, 8).config.block_out_channels == [4]
+    with pytest.raises(SystemExit, match=r"makes latents \(1, 2, 8, 8\).* for \(1, 3, 8, 8\)"):
+        finished_vae(autoencoder(3, 4), tmp_path, 1, 3, 8, 8)
+
+
 def test_a_model_that_does_not_compile_is_trained_as_it_is(monkeypatch, capsys):
     model = torch.nn.Linear(2, 1)
     before = torch.get_float32_matmul_precision()
@@ -284,7 +295,8 @@ def test_training_runs_from_scenes_to_a_measured_pipeline_and_resumes(folder, tm
     assert torch.load(tmp_path / f"flow-{stage}.pt", weights_only=True)["step"] == 3
 
     packed, away = tmp_path / "packed.safetensors", tmp_path / "away"
-    train("--pack", str(packed))
+    finished = ["--vae", str(ROOT / folder / "tiny/vae")] if stage == "stills" else []
+    train("--pack", str(packed), *finished)
     clock = itertools.count(0, 10)  # of the training alone: ten seconds a look
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(plan, "time", loop.time)

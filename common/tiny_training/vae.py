@@ -1,5 +1,6 @@
 """Trains a small image autoencoder (any diffusers VAE with `encode` and `decode`) on rendered scenes."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,21 @@ EDGE_WEIGHT = 0.5
 SQUARE_WEIGHT = 4.0
 
 
-def finished_vae(fresh: Any, folder: Path) -> Any:
-    """The autoencoder in `folder`. Raises SystemExit where it is of other parts than `fresh`, a new one."""
+@torch.no_grad()
+def finished_vae(fresh: Any, folder: Path, *shape: int, seen_as: Callable[[Any], Any] = lambda vae: vae) -> Any:
+    """The autoencoder in `folder`. Raises SystemExit where its latents have another shape than those of `fresh`.
+
+    Args:
+        fresh: a new one, of which tiny_parts.py knows the latents.
+        shape: of the pixels that both are asked for.
+        seen_as: gives an autoencoder diffusers' `encode`.
+    """
     found = type(fresh).from_pretrained(folder, dtype=torch.float32)
-    shapes, wanted = ({k: v.shape for k, v in vae.state_dict().items()} for vae in (found, fresh))
-    if shapes != wanted:
-        raise SystemExit(f"{folder} has other parts than tiny_parts.py: leave --vae out, and one is trained")
+    given, wanted = (tuple(seen_as(vae).encode(torch.zeros(shape)).latent_dist.mean.shape) for vae in (found, fresh))
+    if given != wanted:
+        raise SystemExit(
+            f"{folder} makes latents {given}, and the transformer is for {wanted}: leave --vae out to train one"
+        )
     return found
 
 

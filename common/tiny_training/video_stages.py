@@ -28,7 +28,7 @@ def trained_autoencoder(
 ) -> nn.Module:
     """The autoencoder, trained in place on everything that moves; or a finished one, where it is given."""
     if args.vae:
-        return finished_vae(autoencoder, args.vae).to(args.device)
+        return finished_vae(autoencoder, args.vae, 1, 3, NUM_FRAMES, SIZE, SIZE).to(args.device)
     pixels = rendered(material.everything, plan.vae_examples, args.pixels)
     return video_vae.train_video_vae(
         autoencoder,
