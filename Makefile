@@ -27,7 +27,7 @@ test:
 # Not the comparisons: run `sh reproduce.sh` in a model folder, and copy its results by hand (CONTRIBUTING.md).
 bench:
 	$(PYTHON) bench/latency.py --tiny --memory
-	$(PYTHON) bench/latency.py --device cpu
+	$(PYTHON) bench/latency.py
 	$(PYTHON) bench/few_steps.py
 	$(PYTHON) bench/prompts_needed.py
 	$(PYTHON) bench/scaling.py
