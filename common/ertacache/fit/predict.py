@@ -13,7 +13,7 @@ FOLDS = 2
 
 
 def cross_validate(runs: Runs, fitted_to: Callable[[Sequence[int]], Cache]) -> dict[str, Any] | None:
-    """PSNR in dB to the uncached results, mean and worst decile; None for a single prompt.
+    """PSNR in dB to the uncached results: mean, worst decile and each prompt's; None for a single prompt.
 
     Fold i leaves out the prompts i, i + FOLDS, ...
 
@@ -27,4 +27,5 @@ def cross_validate(runs: Runs, fitted_to: Callable[[Sequence[int]], Cache]) -> d
         left_out = list(range(fold, len(runs), FOLDS))
         rows = [row for row in range(len(runs)) if row not in left_out]
         values[left_out] = psnr(runs.pixels(fitted_to(rows)), runs.record.pixels)[left_out].float()
-    return {"psnr": float(values.mean()), "psnr_p10": float(worst_decile(values, True)), "folds": FOLDS}
+    found = {"psnr": float(values.mean()), "psnr_p10": float(worst_decile(values, True)), "folds": FOLDS}
+    return {**found, "each": values.tolist()}
