@@ -157,6 +157,8 @@ def check_arguments(calibration: Calibration, pipe: Any, arguments: dict[str, tu
         arguments: value and default of each; see `provenance.arguments_of`.
     """
     known = dict(calibration.settings)
+    if not known:  # of a file that was not made by `calibrate`
+        arguments = {}
     if calibration.guidance_scale is not None:
         known["guidance_scale"] = calibration.guidance_scale
     if "guidance_scale" not in arguments and (scale := getattr(pipe, "guidance_scale", None)) is not None:

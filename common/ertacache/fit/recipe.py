@@ -210,7 +210,7 @@ def _check_request(pipe: Any, prompts: Any, micro_batch: int, arguments: Mapping
         raise CalibrationError("a calibration is applied to this pipeline: ertacache.remove(pipe) before you calibrate")
     if not isinstance(micro_batch, int) or micro_batch < 1:
         raise CalibrationError(f"micro_batch is {micro_batch!r}: it must be a whole number from 1")
-    if not (prompts is None or isinstance(prompts, (str, list, tuple)) or isinstance(prompts, Sequence)):
+    if not (prompts is None or isinstance(prompts, Sequence)):
         raise CalibrationError(
             f"prompts is a {type(prompts).__name__}: give texts, or None with per_prompt={{'prompt_embeds': ...}}"
         )
@@ -219,7 +219,7 @@ def _check_request(pipe: Any, prompts: Any, micro_batch: int, arguments: Mapping
     ]
     if embedded and prompts is not None:
         raise CalibrationError(
-            f"give prompts or {embedded[0]}, not both: ertacache.calibrate(pipe, None, per_prompt={{'{embedded[0]}': ...}})"
+            f"give prompts or {embedded[0]}, not both: calibrate(pipe, None, per_prompt={{'{embedded[0]}': ...}})"
         )
 
 
@@ -337,12 +337,14 @@ class Cost:
         self.bar, self.steps, computed = bar, steps, _computed_steps(self.goal, steps)
         if computed is not None:
             check_computed_steps(steps, computed)
+        spent = bar.n  # by a recording that could not be repeated
         bar.total = most_evaluations(self.effort, prompts, steps, steps if computed is None else computed)
         if self.goal[0] == "min_psnr":
             if self.effort == "fast" or prompts < FOLDS:
                 raise CalibrationError("min_psnr needs a prediction: two prompts or more, and more effort than fast")
             # a calibration for every K that bisection tries
             bar.total = prompts * steps + (steps.bit_length() + 1) * (bar.total - prompts * steps)
+        bar.total += spent
         known = f", {computed} computed" if computed is not None else ""
         self._print(bar, f"at most {self._in_runs(bar.total)} for {prompts} prompts of {steps} steps{known}")
 

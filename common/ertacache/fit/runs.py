@@ -1,4 +1,4 @@
-"""Run the pipeline on the calibration prompts again: with the same noise every time, in one batch where that is right."""
+"""Run the pipeline on the calibration prompts again, with the same noise every time; in one batch where that is right."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -157,6 +157,7 @@ class Runs:
 
         def keep(step: int, latents: Tensor, stream: int) -> None:
             trial.stepped(step, latents, stream)
+            self.bar.update(1 if stream == 0 else 0)
             if step + 1 >= TRIED_STEPS and not stream:
                 raise TriedError
 
