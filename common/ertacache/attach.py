@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ertacache.cache import Cache
-from ertacache.errors import MismatchWarning, NumericsError, StateError
+from ertacache.cache import Cache, Coefficients
+from ertacache.errors import MismatchError, MismatchWarning, NumericsError, StateError
 from ertacache.intercept import (
     ATTACHED,
     Interception,
@@ -62,6 +62,20 @@ class FiniteCheck:
                     f"the model output at step {step} ({'computed' if computes(step) else 'reused'}) holds NaN or Inf, "
                     "so the result would too; in float16 an overflow is likely: use bfloat16 or float32"
                 )
+
+
+class Refused(Cache):
+    """The cache of a run that cannot be played: the first thing that it is asked raises why."""
+
+    def __init__(self, error: MismatchError):
+        super().__init__((), Coefficients.of_outputs([]))
+        self.error = error
+
+    def computes(self, step: int) -> bool:
+        raise self.error
+
+    def output(self, step: int, call: Any, scheduler: Any = None) -> Tensor:
+        raise self.error
 
 
 class PipelineCall(NamedTuple):
@@ -256,6 +270,12 @@ class Attachment:
         made.put_on()
         return made
 
+    def follow_copy(self, pipe: Any) -> None:
+        """Answer the networks of a deep copy of the pipeline too: torch copies modules without what stands before."""
+        if self.interceptions:
+            for name, network in networks_of(pipe).items():
+                self._intercepted(name, network)
+
     def _follow_compiled(self) -> None:
         """Move in front of a wrapper that `torch.compile` has put around a network since."""
         for name, network in networks_of(self.pipe).items():
@@ -284,6 +304,7 @@ class Attachment:
     def call_of(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
         """Know of one call of the pipeline or a copy, and end with it the run that it began."""
         thread = threading.get_ident()
+        self.finish()  # of a grid that was set before, for a loop that never came
         outer, self.calls[thread] = self.calls.get(thread), PipelineCall(pipe, args, kwargs)
         try:
             yield
@@ -368,7 +389,12 @@ class Attachment:
             return method.original(*args, **kwargs)
         self._follow_compiled()
         result = method.original(*args, **kwargs)
-        cache = self.begin(scheduler)
+        try:
+            cache = self.begin(scheduler)
+        except MismatchError as error:
+            if thread in self.calls:
+                raise
+            cache = Refused(error)  # a server may set the grid before the pipeline sets another one
         self.runs[thread] = Run(cache, [(scheduler, host_grid(scheduler)[0])], list(self.blanks))
         return result
 

@@ -5,7 +5,6 @@ hooks of offloading, LoRA layers and `module.compile()` do lies behind it, in wh
 """
 
 import copy
-import copyreg
 import functools
 import inspect
 import types
@@ -106,7 +105,7 @@ class CompileCall:
         self.interception.compile(*args, **kwargs)
 
     def __reduce__(self) -> Any:
-        return types.MethodType, (nn.Module.compile, self.interception.module)
+        return class_method, (self.interception.module, "compile")
 
 
 class Method:
@@ -145,12 +144,22 @@ class Method:
         return made
 
     def __reduce__(self) -> Any:
-        return types.MethodType, (getattr(type(self.scheduler), self.name), self.scheduler)  # a pickled one's
+        return class_method, (self.scheduler, self.name)  # nothing is attached to a pickled scheduler
+
+
+def empty(kind: type) -> Any:
+    """An object of a class without anything in it, for pickles."""
+    return object.__new__(kind)
+
+
+def class_method(owner: Any, name: str) -> Any:
+    """An object's method as its class has it, for pickles."""
+    return types.MethodType(getattr(type(owner), name), owner)
 
 
 def bare_copy(part: Any) -> Any:
     """A shallow copy of an object, however it is pickled."""
-    made = object.__new__(type(part))
+    made = empty(type(part))
     made.__dict__.update(part.__dict__)
     return made
 
@@ -202,11 +211,13 @@ def followed_class(pipeline_class: type) -> type:
         attachment = self.__dict__.get(ATTACHED)
         memo[id(attachment)] = attachment  # one for all copies: what a run holds belongs to the run
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if attachment is not None:
+            attachment.follow_copy(made)
         return made
 
     def __reduce_ex__(self: Any, _: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name != ATTACHED}
-        return copyreg.__newobj__, (pipeline_class,), state  # type: ignore[attr-defined]
+        return empty, (pipeline_class,), state
 
     methods = (__call__, __copy__, __deepcopy__, __reduce_ex__)
     names = {"__module__": pipeline_class.__module__, "__qualname__": pipeline_class.__qualname__}

@@ -136,3 +136,76 @@ SIZE = {"height": SIDE, "width": SIDE}
 
 def flux_case(kind: str = "FluxPipeline", **arguments: Any) -> Case:
     return Case(flux(kind), {**SIZE, **arguments})
+
+
+# -- Stable Diffusion 3 ----------------------------------------------------------------------------------------
+
+
+def sd3(kind: str = "StableDiffusion3Pipeline", scheduler: Any = None, **parts: Any) -> Any:
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=POOLED,
+        out_channels=4,
+        pos_embed_max_size=8,
+    )
+    pipe = getattr(diffusers, kind)(
+        transformer=randomised(transformer),
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(),
+        **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")),
+        **parts,
+    )
+
+    def encode(prompt: Any = None, *_: Any, negative_prompt: Any = None, **__: Any) -> tuple:
+        count = 1 if isinstance(prompt, str) else len(prompt)
+        negative = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * count
+        return (
+            embedded(prompt, TOKENS, WIDTH),
+            embedded(negative, TOKENS, WIDTH),
+            embedded(prompt, POOLED),
+            embedded(negative, POOLED),
+        )
+
+    return encoding(pipe, encode)
+
+
+# -- PixArt ----------------------------------------------------------------------------------------------------
+
+
+def pixart(kind: str = "PixArtAlphaPipeline", scheduler: Any = None, side: int = 8) -> Any:
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=3,  # of 1024 pixels, sizes take a third of the width each
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        cross_attention_dim=24,
+        caption_channels=WIDTH,
+        sample_size=side,
+        norm_num_groups=4,
+    )
+    pipe = getattr(diffusers, kind)(
+        tokenizer=None,
+        text_encoder=None,
+        vae=autoencoder(),
+        transformer=randomised(transformer, scale=0.1),
+        scheduler=scheduler or diffusers.DPMSolverMultistepScheduler(),
+    )
+
+    def encode(prompt: Any, *_: Any, negative_prompt: Any = "", **__: Any) -> tuple:
+        count = 1 if isinstance(prompt, str) else len(prompt)
+        negative = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt] * count
+        mask = torch.ones(count, TOKENS, dtype=torch.long)
+        return embedded(prompt, TOKENS, WIDTH), mask, embedded(negative, TOKENS, WIDTH), mask
+
+    return encoding(pipe, encode)
+
+
+PIXART = {**SIZE, "use_resolution_binning": False, "clean_caption": False}
