@@ -15,7 +15,7 @@ FOLDS = 2
 
 
 def cross_validate(runs: Runs, fitted_to: Callable[[Sequence[int]], Cache]) -> dict[str, Any] | None:
-    """PSNR in dB to the uncached results: mean, its range, worst decile; None for a single prompt.
+    """PSNR in dB to the uncached results: mean, its range, worst decile and each prompt's; None for a single prompt.
 
     Fold i leaves out the prompts i, i + FOLDS, ...
 
@@ -29,6 +29,11 @@ def cross_validate(runs: Runs, fitted_to: Callable[[Sequence[int]], Cache]) -> d
         left_out = list(range(fold, len(runs), FOLDS))
         rows = [row for row in range(len(runs)) if row not in left_out]
         values[left_out] = psnr(runs.pixels(fitted_to(rows)), runs.record.pixels)[left_out].float()
+    return {**quality_of(values), "each": values.tolist()}
+
+
+def quality_of(values: Tensor) -> dict[str, Any]:
+    """What a file says of the PSNR in dB of prompts that were left out, (P,)."""
     return {
         "psnr": float(values.mean()),
         "psnr_range": mean_range(values),
