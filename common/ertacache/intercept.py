@@ -159,8 +159,9 @@ def followed_class(pipeline_class: type) -> type:
 
     @functools.wraps(original)  # pipelines' calls are inspected for their arguments
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        around = getattr(self.__dict__.get(ATTACHED), "around", None)  # of an attachment that sees whole calls
         try:
-            return original(self, *args, **kwargs)
+            return original(self, *args, **kwargs) if around is None else around(self, original, args, kwargs)
         finally:
             attachment = self.__dict__.get(ATTACHED)
             if attachment is not None:

@@ -55,7 +55,11 @@ def fit_combination(columns: Sequence[Tensor], target: Tensor, ridge: float = RI
     few prompts with the largest errors. So prompt p weighs 1 / (E_p + q median E), E_p its squared error under
     the coefficients of the round before: iteratively reweighted least squares for sum_p log(E_p + q median E).
     """
-    products = grams([*columns, target])
+    return solve_products(grams([*columns, target]), ridge)
+
+
+def solve_products(products: Array, ridge: float = RIDGE) -> list[float]:
+    """The same from the inner products of columns and target (P, m + 1, m + 1), as `grams` gives them."""
     matrices, vectors, squares = products[:, :-1, :-1], products[:, :-1, -1], products[:, -1, -1]
     weights = np.ones(len(squares))
     for _ in range(REWEIGHTINGS if len(squares) > 1 else 1):

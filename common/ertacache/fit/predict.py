@@ -7,12 +7,13 @@ import torch
 
 from ertacache.cache import Cache
 from ertacache.fit.runs import Runs
-from ertacache.metrics import psnr, worst_decile
+from ertacache.fit.together import Together
+from ertacache.metrics import worst_decile
 
 FOLDS = 2
 
 
-def cross_validate(runs: Runs, fitted_to: Callable[[Sequence[int]], Cache]) -> dict[str, Any] | None:
+def cross_validate(runs: Runs | Together, fitted_to: Callable[[Sequence[int]], Cache]) -> dict[str, Any] | None:
     """PSNR in dB to the uncached results, mean and worst decile; None for a single prompt.
 
     Fold i leaves out the prompts i, i + FOLDS, ...
@@ -26,5 +27,5 @@ def cross_validate(runs: Runs, fitted_to: Callable[[Sequence[int]], Cache]) -> d
     for fold in range(FOLDS):
         left_out = list(range(fold, len(runs), FOLDS))
         rows = [row for row in range(len(runs)) if row not in left_out]
-        values[left_out] = psnr(runs.pixels(fitted_to(rows)), runs.record.pixels)[left_out].float()
+        values[left_out] = runs.quality(fitted_to(rows))[left_out]
     return {"psnr": float(values.mean()), "psnr_p10": float(worst_decile(values, True)), "folds": FOLDS}

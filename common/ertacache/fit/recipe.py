@@ -19,11 +19,13 @@ from ertacache.fit.record import Record
 from ertacache.fit.runs import MICRO_BATCH, Runs, quiet, record_runs
 from ertacache.fit.schedule import choose_steps
 from ertacache.fit.step_by_step import StepFit, fit_last_step, fit_step_by_step
+from ertacache.fit.together import Together
 from ertacache.published import PHI_OVER
 from ertacache.replay import cache_of
 from ertacache.schema import CALIBRATED_METHODS
 
 EFFORTS = ("fast", "balanced", "best")
+AnyRuns = Runs | Together
 BEST_RUNS = 100  # uncached runs that effort "best" may cost in all
 
 
@@ -95,14 +97,26 @@ def calibrate(
             make: Make = lambda k: fit_paper(runs, k, threshold, phi_over, effort)  # noqa: E731
         else:
             make = lambda k: fit(runs, k, effort)  # noqa: E731
-        wanted = _computed_steps(goal, runs.record.num_steps)
-        made = make(wanted) if min_psnr is None else _smallest(runs, make, min_psnr)
+        made, asked = _reached(runs, make, goal)
     cost.close(runs)
-    asked = {"goal": goal[0], "goal_value": goal[1]}
-    if goal[0] == "speedup":
-        asked = {"goal": "computed_steps", "goal_value": wanted}
     said = {"effort": effort} if method == "ertacache" else {"phi_over": phi_over}
     return replace(made, **provenance_of(runs, model_id, {**asked, **said}))
+
+
+def calibrate_runs(runs: AnyRuns, goal: tuple[str, Any], effort: str, **settings: Any) -> Calibration:
+    """Calibrate on runs that were recorded before, for a goal ("speedup", 2.0); `settings` go to the file as well."""
+    with quiet(runs.pipe), torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
+        made, asked = _reached(runs, lambda k: fit(runs, k, effort), goal)
+    return replace(made, **provenance_of(runs, None, {**asked, "effort": effort, **settings}))
+
+
+def _reached(runs: AnyRuns, make: "Make", goal: tuple[str, Any]) -> tuple[Calibration, dict[str, Any]]:
+    """The calibration that reaches a goal, and the goal as a file says it."""
+    wanted = _computed_steps(goal, runs.record.num_steps)
+    made = _smallest(runs, make, goal[1]) if goal[0] == "min_psnr" else make(wanted)
+    if goal[0] == "speedup":
+        return made, {"goal": "computed_steps", "goal_value": wanted}
+    return made, {"goal": goal[0], "goal_value": goal[1]}
 
 
 def most_evaluations(effort: str, prompts: int, steps: int, computed: int) -> int:
@@ -121,17 +135,20 @@ def most_evaluations(effort: str, prompts: int, steps: int, computed: int) -> in
 Make = Callable[[int | None], Calibration]  # computed steps -> a calibration with its predicted quality
 
 
-def fit(runs: Runs, computed_steps: int | None, effort: str) -> Calibration:
+def fit(runs: AnyRuns, computed_steps: int | None, effort: str) -> Calibration:
     """Choose the steps, fit, predict."""
     assert computed_steps is not None  # only the published threshold leaves it open
     record = runs.record
     check_computed_steps(record.num_steps, computed_steps)
     if computed_steps == record.num_steps:
         return _all_computed(runs, effort)
-    schedule = choose_steps(record, computed_steps)
+    schedule = choose_steps(record, computed_steps, runs.gram())
     coefficients = fit_step_by_step(runs, schedule)
-    refined = _refined(runs, schedule, coefficients) if effort == "best" else None
-    if refined is not None:  # the last step leads to what the others aim at
+    refined = None
+    if effort == "best":
+        assert isinstance(runs, Runs)  # one batch, since it nudges all of it at once
+        refined = _refined(runs, schedule, coefficients)
+    if refined is not None and isinstance(runs, Runs):  # the last step leads to what the others aim at
         coefficients = fit_last_step(runs, schedule, refined.coefficients)
     predicted = None
     if effort != "fast":
@@ -150,7 +167,7 @@ def _refined(runs: Runs, schedule: list[int], start: Coefficients) -> Refined | 
     return refined if refined is not None and refined.ridge is not None else None
 
 
-def _fitted_to(runs: Runs, rows: Sequence[int], schedule: list[int], refined: Refined | None) -> Cache:
+def _fitted_to(runs: AnyRuns, rows: Sequence[int], schedule: list[int], refined: Refined | None) -> Cache:
     """The fit to some prompts, while all of them run."""
     if refined is None:
         return StepFit(schedule, runs.record.latents, rows)
@@ -159,7 +176,7 @@ def _fitted_to(runs: Runs, rows: Sequence[int], schedule: list[int], refined: Re
     return StepFit(schedule, runs.record.latents, rows, given=refined.without(left_out), first=last)
 
 
-def _all_computed(runs: Runs, effort: str) -> Calibration:
+def _all_computed(runs: AnyRuns, effort: str) -> Calibration:
     n = runs.record.num_steps
     made = bare_calibration(runs.record, "ertacache", computed_steps=list(range(n)), coefficients=[[1.0]] * n)
     return made if effort == "fast" else replace(made, predicted=cross_validate(runs, lambda _: cache_of(made)))
@@ -185,7 +202,7 @@ def fit_paper(
     return replace(made, predicted=predicted)
 
 
-def _smallest(runs: Runs, make: Make, min_psnr: float) -> Calibration:
+def _smallest(runs: AnyRuns, make: Make, min_psnr: float) -> Calibration:
     """The calibration with the fewest computed steps whose predicted PSNR reaches `min_psnr`.
 
     Bisects, which takes the prediction to grow with the number of steps; where it ripples, the result still
@@ -274,7 +291,7 @@ class Cost:
             bar.write(f"calibration: {text}", file=sys.stderr)
 
 
-def provenance_of(runs: Runs, model_id: str | None, effort: dict[str, Any]) -> dict[str, Any]:
+def provenance_of(runs: AnyRuns, model_id: str | None, effort: dict[str, Any]) -> dict[str, Any]:
     pipe = runs.pipe
     plain = {k: v for k, v in {**runs.kwargs, **effort}.items() if isinstance(v, (int, float, str, bool))}
     return {

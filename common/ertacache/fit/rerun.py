@@ -7,13 +7,7 @@ from torch import Tensor
 
 from ertacache.cache import Cache, Call, Coefficients
 from ertacache.fit.store import TrajectoryStore
-
-
-class GivenOutput:
-    """A call of the scheduler's step whose model output is known."""
-
-    def __init__(self, model_output: Tensor, sample: Tensor):
-        self.model_output, self.sample = model_output, sample
+from ertacache.solver import StepCall
 
 
 class Rerun(Cache):
@@ -42,8 +36,8 @@ class Rerun(Cache):
 
     def output(self, step: int, call: Call, scheduler: Any = None) -> Tensor:
         if step in self.given:
-            like = call.model_output
-            call = GivenOutput(self.given[step].to(like.device, like.dtype), call.sample)
+            assert isinstance(call, StepCall)
+            call = call.with_output(self.given[step].to(call.model_output.device, call.model_output.dtype))
         elif step in self.schedule and self.store is not None:
             self.outputs.append(self.store.keep(call.model_output))
         return super().output(step, call, scheduler)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ertacache.attach import Structure, attached
+from ertacache.attach import Attachment, Structure, attached
 from ertacache.cache import Cache
 from ertacache.errors import CalibrationError
-from ertacache.fit.record import Record, Recording
+from ertacache.fit.record import Array, Record, Recording, gram_matrix
 from ertacache.intercept import Interception, uncompiled
+from ertacache.metrics import psnr
 from ertacache.solver import first_output
 
 MICRO_BATCH = 8
@@ -56,6 +57,14 @@ class Runs:
         """Mean squared error (P,) of the final latents under a cache."""
         return self.record.squared_errors(self.latents(cache))
 
+    def quality(self, cache: Cache) -> Tensor:
+        """PSNR (P,) in dB of the decoded results under a cache to the recorded ones."""
+        return psnr(self.pixels(cache), self.record.pixels).float()
+
+    def gram(self) -> Array:
+        """The Gram matrix of the recorded outputs."""
+        return gram_matrix(self.record.outputs)
+
     def subset(self, rows: Sequence[int]) -> "Runs":
         """The runs of some prompts, with a record of their own."""
         return replace(
@@ -80,14 +89,19 @@ class Runs:
                 stepped(step, latents)
 
         options = {"call": self._call, "stepped": keep, "check": "step", "structure": self._structure()}
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
-        with attached(self.pipe, cache.begin, **options) as attachment:
-            result = self.pipe(
-                prompt=self.prompts, generator=generators, output_type="pt" if decode else "latent", **self.kwargs
-            )
+        with self._attached(cache.begin, **options) as attachment:
+            result = self._again("pt" if decode else "latent")
             self._learn(attachment.structure)
         # the scheduler's own last latents: what a pipeline returns as "latent" may be scaled or unpacked
         return (first_output(result) if decode else last[0]).detach().float().cpu()
+
+    def _attached(self, begin: Callable[[Any], Cache], **options: Any) -> AbstractContextManager[Attachment]:
+        return attached(self.pipe, begin, **options)
+
+    def _again(self, output_type: str) -> Any:
+        """Call the pipeline with the same noise."""
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
+        return self.pipe(prompt=self.prompts, generator=generators, output_type=output_type, **self.kwargs)
 
     def _structure(self) -> Structure | None:
         """Of the transformer's output for these prompts."""

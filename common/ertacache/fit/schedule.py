@@ -20,10 +20,11 @@ RIDGE = 1e-3  # relative to the size of each output, towards reusing the newest 
 EARLY = 3.0  # how much more an early error weighs, as an exponent
 
 
-def choose_steps(record: Record, computed_steps: int) -> list[int]:
-    """Choose the K computed steps."""
+def choose_steps(record: Record, computed_steps: int, gram: Array | None = None) -> list[int]:
+    """Choose the K computed steps, by the record's own Gram matrix unless another is given."""
     weights = error_weights(record.num_steps)
-    return path_schedule(gram_matrix(record.outputs), np.asarray(record.gains), computed_steps, OUTPUTS, weights)
+    gram = gram_matrix(record.outputs) if gram is None else gram
+    return path_schedule(gram, np.asarray(record.gains), computed_steps, OUTPUTS, weights)
 
 
 def error_weights(num_steps: int) -> Array:
