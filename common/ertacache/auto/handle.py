@@ -318,8 +318,9 @@ class Enabled:
         except (CalibrationError, TypeError, RuntimeError):  # wrong arguments, which the call itself will refuse
             return _Call(goal, None, None, True)
         given = kwargs.get(CALLBACK)
-        plain = callable(given) and not hasattr(given, "tensor_inputs")  # of diffusers' own kind, which it looks for
-        seen = SeenCallback(given, self._is_watching) if plain else None
+        seen = None
+        if given is not None and callable(given) and not hasattr(given, "tensor_inputs"):  # diffusers looks for those
+            seen = SeenCallback(given, self._is_watching)
         unseen = any(
             name.startswith(CALLBACKS) and callable(value) and not (seen and value is given)
             for name, value in again.arguments.items()
@@ -458,10 +459,9 @@ class Enabled:
     def _runs_of(self, current: _Call, watching: Watching) -> WatchedRuns:
         assert current.again is not None
         again, record, bar = current.again, watching.record(torch.empty(0)), tqdm(disable=True)
-        lend = lambda *a, **k: self._follower.lend(*a, **k)  # noqa: E731  # of the attachment of that time
-        return WatchedRuns(
-            self.pipe, again.prompts(), again.seeds, again.plain(), 1, bar, record, current.structure, again, lend
-        )
+        lend = lambda *args, **options: self._follower.lend(*args, **options)  # noqa: E731  # the one of that time
+        known = (again.prompts(), again.seeds, again.plain(), 1, bar, record, current.structure)
+        return WatchedRuns(self.pipe, *known, again=again, lend=lend)
 
     def _forget_some(self, known: _Known) -> None:
         """Drop what was watched at the settings used longest ago, until the rest is within the limit."""
@@ -528,7 +528,7 @@ class Enabled:
         """Make the calls again on accelerated trajectories, and fit to where they led uncached."""
         steps, samples = known.setting.num_steps, known.samples
         computed, effort = goal.computed_steps(steps), self.options.effort
-        decode = all(part.again is not None and part.again.decodes for part in known.watched)
+        decode = all(part.again.decodes for part in known.watched)
         if not decode:
             if goal.name == "min_psnr":
                 raise CalibrationError("min_psnr needs decoded results, and the watched calls gave latents")
@@ -550,6 +550,8 @@ class Enabled:
             return replace(made, settings={**made.settings, "fitted_psnr": float(fitted.mean())})
         finally:
             bar.close()
+            for part in known.watched:
+                part.again.encoded.clear()
             free = getattr(self.pipe, "maybe_free_model_hooks", None)
             if free is not None:  # calls that were stopped on the way have left their models where they were
                 free()

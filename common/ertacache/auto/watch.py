@@ -1,9 +1,10 @@
 """Watch a user's own runs: record them as they pass by, and keep what it takes to make each call again."""
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ertacache.fit.rerun import Rerun
 from ertacache.fit.runs import Runs
 from ertacache.intercept import Interception
 
+ENCODE = "encode_prompt"
 CALLBACK = "callback_on_step_end"
 CALLBACKS = "callback"  # what the names of a call's callbacks and of their options begin with
 
@@ -63,6 +65,7 @@ class PipelineCall:
                 raise CalibrationError(f"{type(pipe).__name__} takes *{name}: its calls cannot be made again")
             given = bound.arguments[name]
             self.arguments.update(given if starred is inspect.Parameter.VAR_KEYWORD else {name: given})
+        self.encoded: list[Any] = []  # while a fit makes the call again and again
         self.takes_output_type = "output_type" in parameters
         # before the call, which moves them on
         self.noise = {id(g): Noise(g.device, g.get_state()) for g in _generators(self.arguments)}
@@ -89,7 +92,28 @@ class PipelineCall:
             torch.set_rng_state(self.host_state)
             for device, state in self.device_states.items():
                 torch.cuda.set_rng_state(state, device)
-            return pipe(**arguments)
+            with self._encoding_once(pipe):
+                return pipe(**arguments)
+
+    @contextmanager
+    def _encoding_once(self, pipe: Any) -> Iterator[None]:
+        """Remember what the prompt is encoded to: a text encoder may be as large as the transformer."""
+        encode, own, turn = getattr(pipe, ENCODE, None), vars(pipe).get(ENCODE), itertools.count()
+
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            place = next(turn)
+            if place == len(self.encoded):
+                self.encoded.append(encode(*args, **kwargs))  # type: ignore[misc]
+            return _cloned(self.encoded[place])
+
+        if encode is not None:
+            vars(pipe)[ENCODE] = remembered
+        try:
+            yield
+        finally:
+            vars(pipe).pop(ENCODE, None)
+            if own is not None:
+                vars(pipe)[ENCODE] = own
 
     def plain(self) -> dict[str, Any]:
         """Arguments that a calibration file names."""
@@ -125,6 +149,12 @@ def _restored(value: Any) -> Any:
     if type(value) is dict:
         return {key: _restored(item) for key, item in value.items()}
     return value
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return type(value)(map(_cloned, value)) if type(value) in (list, tuple) else value
 
 
 def _generators(value: Any) -> list[torch.Generator]:
@@ -180,7 +210,7 @@ class Watching(Recording):
         """Whether the run came to its last step."""
         return self.failure is not None or len(self.latents) == len(self.timesteps) + 1
 
-    def _try(self, keep: Callable[[], None]) -> None:
+    def _try(self, keep: Callable[[], Any]) -> None:
         if self.failure is not None:
             return
         try:
@@ -214,18 +244,16 @@ class Uncached(Cache):
 class WatchedRuns(Runs):
     """The runs of one call of the user's, which is made again as it was: no micro-batches."""
 
-    again: PipelineCall | None = None
-    lend: Callable[..., AbstractContextManager[Attachment]] | None = None  # the attachment that is there already
+    again: PipelineCall = field(kw_only=True)
+    lend: Callable[..., AbstractContextManager[Attachment]] = field(kw_only=True)  # what is attached already
 
     def __len__(self) -> int:
         return len(self.record)
 
     def _attached(self, begin: Callable[[Any], Cache], **options: Any) -> AbstractContextManager[Attachment]:
-        assert self.lend is not None
         return self.lend(begin, **options)
 
     def _again(self, output_type: str) -> Any:
-        assert self.again is not None
         return self.again.again(self.pipe, output_type)
 
     def _call(self, interception: Interception, args: tuple, kwargs: dict[str, Any]) -> Any:
