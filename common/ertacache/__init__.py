@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ertacache._version import __version__
 from ertacache.api import Applied, apply, remove
-from ertacache.calibration import Calibration
+from ertacache.calibration import Bundle, Calibration
 from ertacache.errors import (
     CalibrationError,
     EnableWarning,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Applied",
+    "Bundle",
     "Calibration",
     "CalibrationError",
     "ERTACacheError",

@@ -17,7 +17,7 @@ from ertacache import checks, provenance, solver
 from ertacache.api import remove
 from ertacache.attach import Run, Structure
 from ertacache.auto.follow import Chosen, Follower
-from ertacache.auto.setting import Goal, Setting, fits_goal, present_weights, setting_of
+from ertacache.auto.setting import KEY, Goal, Setting, fits, present_weights, setting_of
 from ertacache.auto.store import Store
 from ertacache.auto.watch import (
     CALLBACK,
@@ -405,14 +405,16 @@ class Enabled:
 
     def _stored(self, known: _Known, goal: Goal) -> Calibration | None:
         """The calibration that another process or an earlier one has left, if it is for this setting."""
-        found = self.store.load(known.setting.name(goal))
         wanted = EFFORTS.index(self.options.effort)
-        if found is None or not fits_goal(found, goal):
-            return None
-        effort = found.settings.get("effort")
-        if effort in EFFORTS and EFFORTS.index(effort) < wanted:
-            return None
-        known.calibrations[goal.label(known.setting.num_steps)] = found
+
+        def good(found: Calibration) -> bool:
+            effort = found.settings.get("effort")
+            enough = effort not in EFFORTS or EFFORTS.index(effort) >= wanted
+            return enough and fits(found, known.setting, goal, self.pipe)
+
+        found = self.store.find(known.setting.name(goal), good)
+        if found is not None:
+            known.calibrations[goal.label(known.setting.num_steps)] = found
         return found
 
     def _accelerated(self, known: _Known, calibration: Calibration, scheduler: Any, call: StepCall) -> Cache:
@@ -544,6 +546,7 @@ class Enabled:
                 parts = [with_pixels(replace(part, bar=bar), decode) for part in known.watched]
                 runs = Together(parts, bar)
                 made = calibrate_runs(runs, goal.asked(), effort)
+                made.settings[KEY] = known.setting.key
                 if not decode or not runs.solved or made.predicted:
                     return made
                 fitted = torch.cat([part.quality(one) for part, one in zip(parts, runs.solved, strict=True)])

@@ -11,12 +11,13 @@ from torch import nn
 
 from ertacache import provenance, solver
 from ertacache.attach import transformers_of
-from ertacache.calibration import Calibration, computed_steps_for
+from ertacache.calibration import Calibration, computed_steps_for, to_json
 from ertacache.errors import CalibrationError
 from ertacache.intercept import uncompiled
 
 HASH_LENGTH = 16  # hexadecimal digits of a setting's name
 TIMESTEP_DIGITS, SIGMA_DIGITS = 1, 4  # within the tolerance of a grid; a run is compared once more when it begins
+KEY = "setting"  # in the settings of a calibration: the hash of what it was made at
 GOALS = ("speedup", "computed_steps", "min_psnr")
 LORA = "lora_"  # in the names of the parameters that an adapter adds
 
@@ -85,8 +86,8 @@ class Setting:
 
     def name(self, goal: Goal) -> str:
         """The name of its calibration's file, without folder."""
-        kind = re.sub(r"[^a-z0-9]+", "-", self.facts["models"][0]["class"].lower()).strip("-")
-        return f"{kind}-n{self.num_steps}-{goal.label(self.num_steps)}-{self.key}.json"
+        kind = self.facts["models"][0]["class"]
+        return _file_name(kind, self.num_steps, goal.label(self.num_steps), self.key)
 
 
 def setting_of(pipe: Any, scheduler: Any, branches: int, beside: dict[str, Any]) -> Setting:
@@ -147,8 +148,47 @@ class _WithoutAdapters:
         return getattr(found, "base_layer", found)
 
 
-def fits_goal(calibration: Calibration, goal: Goal) -> bool:
-    """Whether a calibration was made for a goal."""
+def stored_name(calibration: Calibration) -> str:
+    """The name in a store of a calibration that may come from anywhere: by its setting, or by what it holds."""
+    kind, n, asked = calibration.model["class"], calibration.num_inference_steps, calibration.settings
+    label = f"k{len(calibration.computed_steps)}"
+    if asked.get("goal") == "min_psnr" and isinstance(asked.get("goal_value"), (int, float)):
+        label = Goal("min_psnr", asked["goal_value"]).label(n)
+    key = asked.get(KEY)
+    if not isinstance(key, str) or not re.fullmatch(rf"[0-9a-f]{{{HASH_LENGTH}}}", key):
+        key = hashlib.sha256(to_json(calibration.to_dict()).encode()).hexdigest()[:8]
+    return _file_name(kind, n, label, key)
+
+
+def _file_name(kind: str, num_steps: int, label: str, key: str) -> str:
+    return f"{re.sub(r'[^a-z0-9]+', '-', kind.lower()).strip('-')[:60]}-n{num_steps}-{label}-{key}.json"
+
+
+def fits(calibration: Calibration, setting: Setting, goal: Goal, pipe: Any) -> bool:
+    """Whether a calibration was made for a setting and a goal; one that `calibrate` made is compared field by field."""
+    if calibration.method != "ertacache" or not _fits_goal(calibration, goal):
+        return False
+    if KEY in calibration.settings:
+        return calibration.settings[KEY] == setting.key
+    [model, *others], facts = setting.facts["models"], setting.facts
+    wanted = {"class": model["class"], "config_sha256": model["config"], "weights_fingerprint": model["weights"]}
+    return (
+        not others
+        and all(calibration.model.get(name) == value for name, value in wanted.items())
+        and calibration.dtype == model["dtype"]
+        and calibration.scheduler == facts["scheduler"]
+        and calibration.guidance_scale == getattr(pipe, "guidance_scale", None)
+        and _same_numbers(calibration.timesteps, facts["timesteps"], TIMESTEP_DIGITS)
+        and _same_numbers(calibration.sigmas, facts["sigmas"], SIGMA_DIGITS)
+    )
+
+
+def _same_numbers(values: list[float], rounded: list[float], digits: int) -> bool:
+    return len(values) == len(rounded) and all(abs(a - b) < 10**-digits for a, b in zip(values, rounded, strict=True))
+
+
+def _fits_goal(calibration: Calibration, goal: Goal) -> bool:
     if goal.name == "min_psnr":
-        return calibration.settings.get("goal_value") == goal.value
+        asked = calibration.settings
+        return asked.get("goal") == "min_psnr" and asked.get("goal_value") == goal.value
     return len(calibration.computed_steps) == goal.computed_steps(calibration.num_inference_steps)

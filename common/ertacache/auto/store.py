@@ -4,7 +4,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -40,26 +40,34 @@ class Store:
 
     def __init__(self, folder: str | Path | None = None):
         self.folder = Path(folder) if folder is not None else default_folder()
-        self._damaged: set[str] = set()
+        self._read: dict[str, tuple[int, Calibration | None]] = {}  # when each file was written, and what it held
 
     def load(self, name: str) -> Calibration | None:
         """The calibration of that name; None where there is none, or a damaged one, which is said once."""
         path = self.folder / name
         try:
-            if not path.exists():
-                return None
-            return Calibration.load(path)
-        except (CalibrationError, OSError) as error:
-            if name not in self._damaged:
-                self._damaged.add(name)
-                warnings.warn(f"a stored calibration is left out, and made anew ({error})", EnableWarning, stacklevel=2)
+            written = path.stat().st_mtime_ns
+            known = self._read.get(name)
+            if known is None or known[0] != written:
+                known = self._read[name] = (written, _loaded(path))
+            return known[1]
+        except FileNotFoundError:
             return None
+        except OSError as error:
+            warnings.warn(f"a stored calibration is left out ({error})", EnableWarning, stacklevel=3)
+            return None
+
+    def find(self, name: str, fits: Callable[[Calibration], bool]) -> Calibration | None:
+        """The calibration of that name, or any other that fits; what a file holds decides."""
+        for one in (name, *(other for other in self.names() if other != name)):
+            found = self.load(one)
+            if found is not None and fits(found):
+                return found
+        return None
 
     def save(self, name: str, calibration: Calibration) -> Path:
         """Write a calibration, whole or not at all. Raises OSError: it cannot be written."""
-        path = calibration.save(self.folder / name)
-        self._damaged.discard(name)
-        return path
+        return calibration.save(self.folder / name)
 
     def names(self) -> list[str]:
         """Of all files that may be calibrations."""
@@ -101,6 +109,14 @@ class Store:
                 yield True
             finally:
                 path.unlink(missing_ok=True)
+
+
+def _loaded(path: Path) -> Calibration | None:
+    try:
+        return Calibration.load(path)
+    except CalibrationError as error:
+        warnings.warn(f"a stored calibration is left out ({error})", EnableWarning, stacklevel=4)
+        return None
 
 
 def _is_at(file: TextIO, path: Path) -> bool:

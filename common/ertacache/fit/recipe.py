@@ -4,13 +4,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import date
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from ertacache import provenance, solver
 from ertacache.cache import Cache, Coefficients
-from ertacache.calibration import Calibration, calibration_fields, check_computed_steps, computed_steps_for
+from ertacache.calibration import Bundle, Calibration, calibration_fields, check_computed_steps, computed_steps_for
 from ertacache.errors import CalibrationError
 from ertacache.fit.end_to_end import Refined, fit_end_to_end, prompts_within
 from ertacache.fit.predict import FOLDS, cross_validate
@@ -29,12 +29,20 @@ AnyRuns = Runs | Together
 BEST_RUNS = 100  # uncached runs that effort "best" may cost in all
 
 
+@overload
+def calibrate(pipe: Any, prompts: str | Sequence[str], *, speedup: Sequence[float], **rest: Any) -> Bundle: ...
+
+
+@overload
+def calibrate(pipe: Any, prompts: str | Sequence[str], *, speedup: float | None = None, **rest: Any) -> Calibration: ...
+
+
 def calibrate(
     pipe: Any,
     prompts: str | Sequence[str],
     *,
     seeds: Sequence[int] = (0,),
-    speedup: float | None = None,
+    speedup: float | Sequence[float] | None = None,
     computed_steps: int | None = None,
     min_psnr: float | None = None,
     threshold: float | None = None,
@@ -46,8 +54,10 @@ def calibrate(
     progress: bool = True,
     model_id: str | None = None,
     **pipe_kwargs: Any,
-) -> Calibration:
+) -> Calibration | Bundle:
     """Calibrate a pipeline for one goal: speedup, computed_steps, min_psnr or threshold.
+
+    A list of `speedup` or of `num_inference_steps` makes a bundle, from one recording for each number of steps.
 
     Args:
         pipe: a diffusers pipeline with a transformer and a scheduler.
@@ -69,38 +79,47 @@ def calibrate(
         pipe_kwargs: everything else goes to the pipeline (num_inference_steps, height, width, ...).
 
     Returns:
-        The calibration, not saved yet. It computes all steps where fewer do not reach `min_psnr`; the published
-        method may compute fewer than asked for, where its threshold reaches no such number.
+        The calibration or the bundle, not saved yet. It computes all steps where fewer do not reach `min_psnr`; the
+        published method may compute fewer than asked for, where its threshold reaches no such number.
 
     Raises:
         CalibrationError: the request is not one of the above, or cannot be met.
         NumericsError: an output of the transformer holds NaN or Inf; it is looked at in every step.
         StateError: the pipeline's calls do not form runs that can be followed.
     """
-    goal = _goal(method, speedup=speedup, computed_steps=computed_steps, min_psnr=min_psnr, threshold=threshold)
+    speedups = list(speedup) if isinstance(speedup, Sequence) else [speedup]
+    given = pipe_kwargs.get("num_inference_steps")
+    counts = list(given) if isinstance(given, Sequence) else [given]
+    others = {"computed_steps": computed_steps, "min_psnr": min_psnr, "threshold": threshold}
+    goals = [_goal(method, speedup=one, **others) for one in speedups]
+    if not goals or not counts:
+        raise CalibrationError("speedup and num_inference_steps must not be empty")
     for name, value, allowed in (("phi_over", phi_over, PHI_OVER), ("effort", effort, EFFORTS)):
         if value not in allowed:
             raise CalibrationError(f"{name} is {value!r}: it must be one of {', '.join(allowed)}")
-    cost = Cost(goal, effort)
-    with quiet(pipe), torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
-        runs = record_runs(
-            pipe,
-            prompts,
-            seeds,
-            pipe_kwargs,
-            micro_batch=micro_batch,
-            progress=progress,
-            memory_limit=memory_limit,
-            on_begin=cost.announce,
-        )
-        if method == "paper":
-            make: Make = lambda k: fit_paper(runs, k, threshold, phi_over, effort)  # noqa: E731
-        else:
-            make = lambda k: fit(runs, k, effort)  # noqa: E731
-        made, asked = _reached(runs, make, goal)
-    cost.close(runs)
     said = {"effort": effort} if method == "ertacache" else {"phi_over": phi_over}
-    return replace(made, **provenance_of(runs, model_id, {**asked, **said}))
+    made: list[Calibration] = []
+    for count in counts:
+        cost = Cost(goals, effort)
+        with quiet(pipe), torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
+            runs = record_runs(
+                pipe,
+                prompts,
+                seeds,
+                pipe_kwargs if count is None else {**pipe_kwargs, "num_inference_steps": count},
+                micro_batch=micro_batch,
+                progress=progress,
+                memory_limit=memory_limit,
+                on_begin=cost.announce,
+            )
+            if method == "paper":
+                make: Make = lambda k: fit_paper(runs, k, threshold, phi_over, effort)  # noqa: B023,E731
+            else:
+                make = lambda k: fit(runs, k, effort)  # noqa: B023,E731
+            fitted = [_reached(runs, make, goal) for goal in goals]
+        cost.close(runs)
+        made += [replace(one, **provenance_of(runs, model_id, {**asked, **said})) for one, asked in fitted]
+    return made[0] if speedups == [speedup] and counts == [given] else Bundle(made)
 
 
 def calibrate_runs(runs: AnyRuns, goal: tuple[str, Any], effort: str, **settings: Any) -> Calibration:
@@ -261,22 +280,28 @@ def _computed_steps(goal: tuple[str, Any], steps: int) -> int | None:
 class Cost:
     """Print what a calibration costs before its first evaluation, and what it took."""
 
-    def __init__(self, goal: tuple[str, Any], effort: str):
-        self.goal, self.effort, self.steps = goal, effort, 0
+    def __init__(self, goals: list[tuple[str, Any]], effort: str):
+        self.goals, self.effort, self.steps = goals, effort, 0
 
     def announce(self, bar: Any, prompts: int, steps: int) -> None:
         """Print the most that it takes; raises CalibrationError for a K that cannot be."""
-        self.steps, computed = steps, _computed_steps(self.goal, steps)
-        if computed is not None:
-            check_computed_steps(steps, computed)
-        bar.total = most_evaluations(self.effort, prompts, steps, steps if computed is None else computed)
-        if self.goal[0] == "min_psnr":
-            if self.effort == "fast" or prompts < FOLDS:
-                raise CalibrationError("min_psnr needs a prediction: two prompts or more, and more effort than fast")
-            # a calibration for every K that bisection tries
-            bar.total = prompts * steps + (steps.bit_length() + 1) * (bar.total - prompts * steps)
-        known = f", {computed} computed" if computed is not None else ""
-        self._print(bar, f"at most {self._in_runs(bar.total)} for {prompts} prompts of {steps} steps{known}")
+        self.steps, recorded = steps, prompts * steps
+        bar.total, known = recorded, []
+        for goal in self.goals:
+            computed = _computed_steps(goal, steps)
+            if computed is not None:
+                check_computed_steps(steps, computed)
+                known.append(str(computed))
+            total = most_evaluations(self.effort, prompts, steps, steps if computed is None else computed) - recorded
+            if goal[0] == "min_psnr":
+                if self.effort == "fast" or prompts < FOLDS:
+                    raise CalibrationError(
+                        "min_psnr needs a prediction: two prompts or more, and more effort than fast"
+                    )
+                total *= steps.bit_length() + 1  # a calibration for every K that bisection tries
+            bar.total += total
+        said = f", {' and '.join(known)} computed" if known else ""
+        self._print(bar, f"at most {self._in_runs(bar.total)} for {prompts} prompts of {steps} steps{said}")
 
     def close(self, runs: Runs) -> None:
         """Print what it took."""
