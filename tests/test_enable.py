@@ -434,7 +434,7 @@ def test_a_pipeline_that_shares_parts_goes_uncached_and_is_told(flux):
     assert enabled.status()[0].accelerated == 1
     other = tiny_models.MODELS["flux"].make()
     other.scheduler, other.transformer = pipe.scheduler, pipe.transformer
-    with pytest.warns(ertacache.EnableWarning, match="outside of the enabled pipeline"):
+    with pytest.warns(ertacache.EnableWarning, match="another pipeline"):
         assert torch.equal(flux_call(other), tiny_models.expected("flux")[0])
     with pytest.raises(ertacache.StateError, match="attached already"):
         ertacache.enable(other)
@@ -458,6 +458,58 @@ def test_a_run_from_the_middle_goes_uncached_and_is_told(tmp_path):
     enable(pipe, tmp_path)
     with pytest.warns(ertacache.EnableWarning, match="starts at step 3"):
         assert torch.equal(pipe(**arguments, generator=noise(3))[0], expected)
+
+
+def test_copies_of_an_enabled_pipeline_are_enabled(ready):
+    pipe, enabled = ready
+    assert torch.equal(call(copied(pipe), 9), call(pipe, 9)) and enabled.status()[0].accelerated == 2
+
+
+def test_a_deep_copy_is_let_be_and_told(ready):
+    with pytest.warns(ertacache.EnableWarning, match="another pipeline"):
+        assert torch.equal(call(copy.deepcopy(ready[0]), 9), plain(9))
+
+
+def test_a_pipeline_made_of_an_enabled_one_is_let_be(flux):
+    pipe, _ = flux
+    other = FluxImg2ImgPipeline.from_pipe(pipe)
+    assert type(other) is FluxImg2ImgPipeline and other.transformer is pipe.transformer
+
+
+def test_several_runs_in_a_call_go_uncached_and_are_told(tmp_path):
+    class Twice(ToyPipeline):
+        def __call__(self, prompt, generator=None, num_inference_steps=8, output_type="pt"):
+            [latents] = super().__call__(prompt, generator, num_inference_steps, "latent")
+            return super().__call__(prompt, generator, num_inference_steps, output_type, latents)
+
+    pipe = Twice(curved)
+    enabled = enable(pipe, tmp_path)
+    with pytest.warns(ertacache.EnableWarning, match="several runs"):
+        assert torch.equal(call(pipe), call(Twice(curved)))
+    assert enabled.status()[0].watched == 0
+
+
+def test_an_adapter_warns_or_is_a_setting_of_its_own(tmp_path):
+    class Adapted(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer, self.lora_A = layer, torch.nn.Linear(1, 1)
+
+    def with_adapter(strict):
+        pipe = ToyPipeline(curved)
+        pipe.transformer.layer = torch.nn.Linear(2, 2)
+        torch.nn.init.ones_(pipe.transformer.layer.weight), torch.nn.init.zeros_(pipe.transformer.layer.bias)
+        enable(pipe, tmp_path, strict=strict)
+        for seed in range(SAMPLES):
+            call(pipe, seed)
+        pipe.transformer.layer = Adapted(pipe.transformer.layer)
+        return pipe
+
+    pipe = with_adapter(strict=False)
+    with pytest.warns(ertacache.MismatchWarning, match="weights differ"):
+        assert evaluations(pipe, lambda: call(pipe, 9)) == STEPS // 2
+    pipe = with_adapter(strict=True)
+    assert evaluations(pipe, lambda: call(pipe, 9)) == STEPS
 
 
 # -- trust and memory --------------------------------------------------------------------------------------

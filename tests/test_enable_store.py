@@ -105,7 +105,7 @@ def test_a_run_takes_the_calibration_that_fits_it(bundle):
     pipe = ToyPipeline(curved)
     with ertacache.apply(pipe, bundle) as applied:
         assert [evaluations(pipe, lambda s=s: call(pipe, 9, s)) for s in (6, 10)] == [3, 5]
-        with pytest.raises(MismatchError, match="10, 6 steps, and none for this grid of 8"):
+        with pytest.raises(MismatchError, match="grid of 8"):
             call(pipe, 9, 8)
         assert applied.reused_calls == 8
     with ertacache.apply(pipe, bundle, speedup=5):

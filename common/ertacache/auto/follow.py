@@ -29,13 +29,11 @@ class Unchecked(FiniteCheck):
 class Chosen(Cache):
     """Play what is chosen at the first step."""
 
-    def __init__(self, choose: Callable[[StepCall, Any], Cache]):
+    def __init__(self, choose: Callable[["Chosen", StepCall, Any], Cache]):
         super().__init__((), Coefficients.of_outputs([]))
         self.choose = choose
         self.chosen: Cache | None = None
-
-    def begin(self, scheduler: Any) -> Cache:
-        return self
+        self.facts: Any = None  # what the owner says of the run before it begins
 
     def computes(self, step: int) -> bool:
         return self.chosen is None or self.chosen.computes(step)
@@ -43,7 +41,7 @@ class Chosen(Cache):
     def output(self, step: int, call: Call, scheduler: Any = None) -> Tensor:
         if self.chosen is None:
             assert isinstance(call, StepCall)
-            self.chosen = self.choose(call, scheduler)
+            self.chosen = self.choose(self, call, scheduler)
         return self.chosen.output(step, call, scheduler)
 
     def end(self) -> None:
@@ -60,8 +58,9 @@ class Follower(Attachment):
     """An attachment for good, which sees whole calls and never refuses a run that it has not accelerated.
 
     Args:
-        owner: `in_call()` says whether this thread is in a call of the pipeline; `around` makes it; `choose` gives the
-            cache of a run; `not_followed` is told why a run goes uncached; `completed` which ones came to their end.
+        owner: `in_call()` says whether this thread is in a call of the pipeline; `around` makes it; `facts` are what is
+            to be read before a run, and `choose` gives its cache; `not_followed` is told why a run goes uncached,
+            `completed` which ones came to their end.
     """
 
     def __init__(self, pipe: Any, owner: Any):
@@ -95,11 +94,13 @@ class Follower(Attachment):
         return self.runs.get(threading.get_ident())
 
     def _begin(self, scheduler: Any) -> Cache:
-        return Chosen(self._choose).begin(scheduler)
+        cache = Chosen(self._choose)
+        cache.facts = self.owner.facts(scheduler)
+        return cache
 
-    def _choose(self, call: StepCall, scheduler: Any) -> Cache:
+    def _choose(self, cache: Chosen, call: StepCall, scheduler: Any) -> Cache:
         run = self.runs[threading.get_ident()]
-        chosen = self.owner.choose(run, call, scheduler)
+        chosen = self.owner.choose(run, cache.facts, call, scheduler)
         if isinstance(chosen, (Uncached, Watching)):
             run.finite = Unchecked()
         return chosen
@@ -117,7 +118,7 @@ class Follower(Attachment):
         if self.lent or not self.interceptions or self.owner.in_call():
             return super()._set_timesteps(method, args, kwargs)
         self.finish()
-        self.owner.not_followed("it was begun outside of the enabled pipeline, by another one that shares its parts?")
+        self.owner.not_followed("another pipeline made it, of the same parts or a copy: enable that one")
         return method.original(*args, **kwargs)
 
     def _step(self, method: Method, args: tuple, kwargs: dict[str, Any]) -> Any:

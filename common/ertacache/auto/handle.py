@@ -17,7 +17,7 @@ from ertacache import checks, provenance, solver
 from ertacache.api import remove
 from ertacache.attach import Run, Structure
 from ertacache.auto.follow import Chosen, Follower
-from ertacache.auto.setting import KEY, Goal, Setting, fits, present_weights, setting_of
+from ertacache.auto.setting import KEY, Goal, Setting, facts_of, fits, has_adapters
 from ertacache.auto.store import Store
 from ertacache.auto.watch import (
     CALLBACK,
@@ -35,6 +35,7 @@ from ertacache.errors import CalibrationError, EnableWarning, ERTACacheError, Mi
 from ertacache.fit.recipe import calibrate_runs, most_evaluations
 from ertacache.fit.runs import quiet
 from ertacache.fit.together import Together
+from ertacache.intercept import attachment_of
 from ertacache.replay import cache_of
 from ertacache.solver import StepCall
 
@@ -148,10 +149,20 @@ class _Known:
         return self.calibrations.get(goal.label(self.setting.num_steps))
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What was read before a run: the facts of its setting, its grid, and the weights with their adapters."""
+
+    found: dict[str, Any]
+    grid: tuple[list[float], list[float]]
+    weights: str | None
+
+
 @dataclass
 class _Call:
     """One call of the pipeline under way."""
 
+    pipe: Any
     goal: Goal
     again: PipelineCall | None
     callback: SeenCallback | None
@@ -234,6 +245,9 @@ class Enabled:
         self._follower = Follower(pipe, self)
         self._follower.attach()
 
+    def __deepcopy__(self, _: dict[int, Any]) -> "Enabled":
+        return self  # of a pipeline that is copied: one handle for both
+
     # -- what a user calls -------------------------------------------------------------------------------
 
     def disable(self) -> None:
@@ -293,8 +307,8 @@ class Enabled:
 
     def around(self, pipe: Any, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Make a call of the pipeline, and fit afterwards if enough was seen."""
-        if self.in_call() or self._fitting == threading.get_ident():
-            return call(pipe, *args, **kwargs)
+        if self.in_call() or self._fitting == threading.get_ident() or attachment_of(pipe.transformer) is None:
+            return call(pipe, *args, **kwargs)  # within another call, the fit's own, or of a deep copy
         goal = getattr(self._local, "goal", None) or self._goal
         self._enter(goal)
         try:
@@ -316,7 +330,7 @@ class Enabled:
         try:
             again = PipelineCall(pipe, call, args, kwargs)
         except (CalibrationError, TypeError, RuntimeError):  # wrong arguments, which the call itself will refuse
-            return _Call(goal, None, None, True)
+            return _Call(pipe, goal, None, None, True)
         given = kwargs.get(CALLBACK)
         seen = None
         if given is not None and callable(given) and not hasattr(given, "tensor_inputs"):  # diffusers looks for those
@@ -325,7 +339,7 @@ class Enabled:
             name.startswith(CALLBACKS) and callable(value) and not (seen and value is given)
             for name, value in again.arguments.items()
         )
-        return _Call(goal, again, seen, unseen)
+        return _Call(pipe, goal, again, seen, unseen)
 
     def _is_watching(self) -> bool:
         return self.in_call() and self._local.call.watching is not None
@@ -349,52 +363,63 @@ class Enabled:
 
     # -- a run -------------------------------------------------------------------------------------------
 
-    def choose(self, run: Run, call: StepCall, scheduler: Any) -> Cache:
+    def facts(self, scheduler: Any) -> _Facts | None:
+        """What is to be read of a run before it begins; None where it is let be."""
+        current: _Call = self._local.call
+        if current.goal == Goal("speedup", 1.0):
+            return None
+        try:
+            grid, model = solver.host_grid(scheduler), current.pipe.transformer
+            found = facts_of(current.pipe, scheduler, grid)
+            weights = provenance.weights_fingerprint(model) if has_adapters(model) else found["models"][0]["weights"]
+        except Exception as error:  # whatever it is: the run is the user's
+            self.not_followed(f"{type(error).__name__}: {error}")
+            return None
+        if self.options.strict:
+            found |= {"guidance_scale": getattr(current.pipe, "guidance_scale", None), "adapted": weights}
+        return _Facts(found, grid, weights)
+
+    def choose(self, run: Run, facts: _Facts | None, call: StepCall, scheduler: Any) -> Cache:
         """The cache of a run, at its first step."""
         current: _Call = self._local.call
-        current.runs += 1
-        current.watching = None
+        current.runs, current.watching = current.runs + 1, None
+        if facts is None:
+            return Uncached()
         try:
-            return self._chosen(current, run, call, scheduler)
+            return self._chosen(current, run, facts, call, scheduler)
         except Exception as error:  # whatever it is: the run is the user's
             self.not_followed(f"{type(error).__name__}: {error}")
             return Uncached()
 
-    def _chosen(self, current: _Call, run: Run, call: StepCall, scheduler: Any) -> Cache:
-        goal = current.goal
-        if goal == Goal("speedup", 1.0):
-            return Uncached()
-        known = current.known = self._known_of(current, run, call, scheduler)
-        calibration = known.calibration(goal) or self._stored(known, goal)
+    def _chosen(self, current: _Call, run: Run, facts: _Facts, call: StepCall, scheduler: Any) -> Cache:
+        goal, audit_every = current.goal, self.options.audit_every
+        known = current.known = self._known_of(current, run, facts, call)
+        calibration = known.calibration(goal) or self._stored(known, goal, current.pipe)
         if calibration is not None:
             known.turns += 1
-            due = self.options.audit_every is not None and known.turns % self.options.audit_every == 0
+            due = audit_every is not None and known.turns % audit_every == 0
             if due and self._may_watch(current) and current.again is not None and current.again.decodes:
                 current.audited = True
                 return self._watch(current, scheduler)
-            return self._accelerated(known, calibration, scheduler, call)
+            return self._accelerated(current, calibration, facts, call).begin(scheduler)
         if known.refused is not None or known.samples >= self.options.samples or not self._may_watch(current):
             return Uncached()
         return self._watch(current, scheduler)
 
-    def _known_of(self, current: _Call, run: Run, call: StepCall, scheduler: Any) -> _Known:
-        samples = max(1, call.sample.shape[0])
+    def _known_of(self, current: _Call, run: Run, facts: _Facts, call: StepCall) -> _Known:
+        samples, shape = max(1, call.sample.shape[0]), list(call.sample.shape[1:])
         seen = run.structure.shape[0] if run.structure is not None else samples
-        beside: dict[str, Any] = {}
-        if self.options.strict:
-            beside = {
-                "guidance_scale": getattr(self.pipe, "guidance_scale", None),
-                "latents": list(call.sample.shape[1:]),
-                "adapted": provenance.weights_fingerprint(self.pipe.transformer),
-            }
-        setting = setting_of(self.pipe, scheduler, run.calls * seen // samples, beside)
         current.calls, current.structure = run.calls, run.structure
+        beside = {"latents": shape} if self.options.strict else {}
+        branches = run.calls * seen // samples
+        setting = Setting({**facts.found, "branches": branches, **beside}, f", latents {shape}")
         known = self._known.pop(setting.key, None) or _Known(setting)
         self._known[setting.key] = known  # the last used at the end
         return known
 
     def _may_watch(self, current: _Call) -> bool:
-        return current.again is not None and not current.unseen_callback and current.runs == 1
+        ours = current.pipe.transformer is self.pipe.transformer  # which the fit will call
+        return ours and current.again is not None and not current.unseen_callback and current.runs == 1
 
     def _watch(self, current: _Call, scheduler: Any) -> Cache:
         assert current.again is not None
@@ -403,29 +428,30 @@ class Enabled:
         current.watching.begin(scheduler)
         return current.watching
 
-    def _stored(self, known: _Known, goal: Goal) -> Calibration | None:
+    def _stored(self, known: _Known, goal: Goal, pipe: Any) -> Calibration | None:
         """The calibration that another process or an earlier one has left, if it is for this setting."""
         wanted = EFFORTS.index(self.options.effort)
 
         def good(found: Calibration) -> bool:
             effort = found.settings.get("effort")
             enough = effort not in EFFORTS or EFFORTS.index(effort) >= wanted
-            return enough and fits(found, known.setting, goal, self.pipe)
+            return enough and fits(found, known.setting, goal, pipe)
 
         found = self.store.find(known.setting.name(goal), good)
         if found is not None:
             known.calibrations[goal.label(known.setting.num_steps)] = found
         return found
 
-    def _accelerated(self, known: _Known, calibration: Calibration, scheduler: Any, call: StepCall) -> Cache:
-        checks.check_grid(calibration, *solver.host_grid(scheduler))
-        checks.check_guidance(calibration, self.pipe)
+    def _accelerated(self, current: _Call, calibration: Calibration, facts: _Facts, call: StepCall) -> Cache:
+        known = current.known
+        assert known is not None
+        checks.check_grid(calibration, *facts.grid)
+        checks.check_guidance(calibration, current.pipe)
         checks.check_latents(calibration, call.sample.shape[1:])
-        weights = present_weights(self.pipe.transformer, known.setting)
-        if weights != calibration.model.get("weights_fingerprint") and weights not in known.warned_of:
-            known.warned_of.add(weights)
-            checks.check_weights(calibration, self.pipe.transformer)
-        return cache_of(calibration).begin(scheduler)
+        if facts.weights != calibration.model.get("weights_fingerprint") and facts.weights not in known.warned_of:
+            known.warned_of.add(facts.weights)
+            checks.check_weights(calibration, current.pipe.transformer)
+        return cache_of(calibration)
 
     def completed(self, run: Run) -> None:
         """Count a run that came to its end."""
@@ -442,6 +468,8 @@ class Enabled:
     def _watched(self, current: _Call) -> WatchedRuns | None:
         """Keep what was watched in a call that has ended; return it instead if it is for an audit."""
         watching, known = current.watching, current.known
+        if current.runs > 1 and known is not None and known.calibration(current.goal) is None:
+            self.not_followed("its call makes several runs, and is not watched")
         if watching is None or known is None or not watching.ended or current.runs != 1:
             return None
         try:
@@ -506,7 +534,7 @@ class Enabled:
     def _fit(self, known: _Known, goal: Goal) -> None:
         with self.store.lock(known.setting.name(goal)) as mine:
             # where another process fits the same, this one goes on uncached until that is done
-            if not mine or self._stored(known, goal) is not None:
+            if not mine or self._stored(known, goal, self.pipe) is not None:
                 return
             try:
                 made = self._fitted(known, goal)
@@ -591,14 +619,14 @@ class Enabled:
         promised, last = _promise(calibration)[0], known.audits[-AUDITS:]
         mean = sum(last) / len(last)
         if promised is not None and len(last) > 1 and mean < promised - AUDIT_MARGIN:
-            why = self._changed(known, calibration) or "prompts of another kind than those it was calibrated on?"
+            why = self._changed(calibration) or "prompts of another kind than those it was calibrated on?"
             said = f"the last {len(last)} audits measure {mean:.1f} dB, {promised:.1f} were promised: {why}"
             warnings.warn(said, EnableWarning, stacklevel=3)
 
-    def _changed(self, known: _Known, calibration: Calibration) -> str:
+    def _changed(self, calibration: Calibration) -> str:
         """What is known to have changed since a calibration."""
         changed = []
-        if present_weights(self.pipe.transformer, known.setting) != calibration.model.get("weights_fingerprint"):
+        if provenance.weights_fingerprint(self.pipe.transformer) != calibration.model.get("weights_fingerprint"):
             changed.append("the weights changed (an adapter?)")
         scale = getattr(self.pipe, "guidance_scale", None)
         if scale is not None and calibration.guidance_scale is not None and scale != calibration.guidance_scale:

@@ -58,31 +58,31 @@ class Goal:
         return f"psnr{self.value:g}" if computed is None else f"k{computed}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setting:
     """One setting, with what a person and a file need to tell it from others.
 
     Attributes:
-        facts: what is hashed.
-        num_steps: N.
+        facts: what is hashed: `facts_of`, branches (samples that the transformer sees for each one of the latents, 2
+            with classifier-free guidance), and what else counts, as with `strict`.
+        shown: what else a person is told.
     """
 
     facts: dict[str, Any]
-    num_steps: int
+    shown: str = ""
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
         text = json.dumps(self.facts, sort_keys=True, default=str)
         object.__setattr__(self, "key", hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH])
 
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Setting) and other.key == self.key
+    @property
+    def num_steps(self) -> int:
+        """N."""
+        return len(self.facts["timesteps"])
 
     def __str__(self) -> str:
-        return f"{self.facts['models'][0]['class']}, {self.num_steps} steps"
+        return f"{self.facts['models'][0]['class']}, {self.num_steps} steps{self.shown}"
 
     def name(self, goal: Goal) -> str:
         """The name of its calibration's file, without folder."""
@@ -90,15 +90,13 @@ class Setting:
         return _file_name(kind, self.num_steps, goal.label(self.num_steps), self.key)
 
 
-def setting_of(pipe: Any, scheduler: Any, branches: int, beside: dict[str, Any]) -> Setting:
-    """The setting of a run whose grid is set.
+def facts_of(pipe: Any, scheduler: Any, grid: tuple[list[float], list[float]]) -> dict[str, Any]:
+    """The facts of a run that is about to begin: of models, scheduler and its grid (timesteps, sigmas).
 
-    Args:
-        branches: samples that the transformer sees for each one of the latents: 2 with classifier-free guidance.
-        beside: what else counts, as with `strict`.
+    Reads from the device, so it belongs before the sampling loop.
     """
-    timesteps, sigmas = solver.host_grid(scheduler)
-    facts = {
+    timesteps, sigmas = grid
+    return {
         "models": [
             {
                 "class": provenance.class_name(model),
@@ -111,32 +109,24 @@ def setting_of(pipe: Any, scheduler: Any, branches: int, beside: dict[str, Any])
         "scheduler": solver.identity(scheduler),
         "timesteps": [round(t, TIMESTEP_DIGITS) + 0.0 for t in timesteps],
         "sigmas": [round(s, SIGMA_DIGITS) + 0.0 for s in sigmas],
-        "branches": branches,
-        **beside,
     }
-    return Setting(facts, len(timesteps))
 
 
 def base_fingerprint(model: nn.Module) -> str | None:
     """The fingerprint of a model's weights without adapters that lie beside them: that of the model before."""
-    model = uncompiled(model)
-    if any(LORA in name for name, _ in model.named_parameters()):
-        return provenance.weights_fingerprint(_WithoutAdapters(model))  # type: ignore[arg-type]
-    return provenance.weights_fingerprint(model)
+    return provenance.weights_fingerprint(_WithoutAdapters(model) if has_adapters(model) else model)  # type: ignore[arg-type]
 
 
-def present_weights(model: nn.Module, setting: Setting) -> str | None:
-    """The fingerprint of a model's weights with its adapters; not computed again where there are none."""
-    if any(LORA in name for name, _ in uncompiled(model).named_parameters()):
-        return provenance.weights_fingerprint(model)
-    return setting.facts["models"][0]["weights"]
+def has_adapters(model: nn.Module) -> bool:
+    """Whether adapters lie beside a model's weights."""
+    return any(LORA in name for name, _ in uncompiled(model).named_parameters())
 
 
 class _WithoutAdapters:
     """What a fingerprint reads of a module, without adapters and under the names of before they were loaded."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model = uncompiled(model)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.model.named_parameters():
