@@ -17,17 +17,28 @@ from typing import TYPE_CHECKING, Any
 
 from ertacache._version import __version__
 from ertacache.api import Applied, apply, remove
-from ertacache.calibration import Calibration
-from ertacache.errors import CalibrationError, ERTACacheError, MismatchError, MismatchWarning, NumericsError, StateError
+from ertacache.calibration import Bundle, Calibration
+from ertacache.errors import (
+    CalibrationError,
+    EnableWarning,
+    ERTACacheError,
+    MismatchError,
+    MismatchWarning,
+    NumericsError,
+    StateError,
+)
 
 if TYPE_CHECKING:
+    from ertacache.auto.handle import enable
     from ertacache.fit.recipe import calibrate
 
 __all__ = [
     "Applied",
+    "Bundle",
     "Calibration",
     "CalibrationError",
     "ERTACacheError",
+    "EnableWarning",
     "MismatchError",
     "MismatchWarning",
     "NumericsError",
@@ -35,6 +46,7 @@ __all__ = [
     "__version__",
     "apply",
     "calibrate",
+    "enable",
     "remove",
 ]
 
@@ -44,4 +56,8 @@ def __getattr__(name: str) -> Any:
         from ertacache.fit.recipe import calibrate
 
         return calibrate
+    if name == "enable":
+        from ertacache.auto.handle import enable
+
+        return enable
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

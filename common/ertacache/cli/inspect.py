@@ -1,11 +1,11 @@
-"""The command `ertacache`: inspect and validate calibration files."""
+"""The command `ertacache`: inspect calibration files, and look after the stored ones."""
 
 import json
 import sys
 from collections.abc import Sequence
 
 from ertacache.calibration import Calibration
-from ertacache.cli import command
+from ertacache.cli import command, stored
 from ertacache.schema import printable
 
 
@@ -15,13 +15,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> None:
-    parser = command.Parser(prog="ertacache", description="Inspect and validate ERTACache calibration files.")
+    parser = command.Parser(
+        prog="ertacache", description="Inspect ERTACache calibration files, and look after the stored ones."
+    )
     actions = parser.add_subparsers(dest="action", required=True, parser_class=command.Parser)
     inspect = actions.add_parser("inspect", help="print schedule, predicted quality and provenance")
     inspect.add_argument("file", metavar="FILE")
     inspect.add_argument("--json", action="store_true", help="print them as JSON")
     actions.add_parser("validate", help="check a file").add_argument("file", metavar="FILE")
+    stored.add_to(actions)
     chosen = parser.parse_args(argv)
+    if chosen.action in stored.ACTIONS:
+        stored.run(chosen, inspection)
+        return
     calibration = Calibration.load(chosen.file)
     if chosen.action == "inspect":
         print(json.dumps(described(calibration), indent=1) if chosen.json else inspection(calibration))

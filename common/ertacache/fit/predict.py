@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ertacache.cache import Cache
 from ertacache.fit.runs import Runs
-from ertacache.metrics import psnr, worst_decile
+from ertacache.metrics import worst_decile
 
 FOLDS = 2
 
@@ -28,7 +28,7 @@ def cross_validate(runs: Runs, fitted_to: Callable[[Sequence[int]], Cache]) -> d
     for fold in range(FOLDS):
         left_out = list(range(fold, len(runs), FOLDS))
         rows = [row for row in range(len(runs)) if row not in left_out]
-        values[left_out] = psnr(runs.pixels(fitted_to(rows)), runs.record.pixels)[left_out].float()
+        values[left_out] = runs.quality(fitted_to(rows))[left_out]
     return {**quality_of(values), "each": values.tolist()}
 
 

@@ -1,4 +1,4 @@
-"""Run the pipeline on the calibration prompts again, with the same noise every time; in one batch where that is right."""
+"""Run the calibration prompts again, with the same noise each time; as one batch where that is right."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ertacache.attach import Attachment, attached, blank_of, networks_of
-from ertacache.cache import Cache
+from ertacache.cache import Cache, Call
 from ertacache.errors import CalibrationError, ERTACacheError
 from ertacache.fit.lockstep import Lockstep, own_generators
 from ertacache.fit.record import Record, Recording
 from ertacache.intercept import Interception, attachment_of, uncompiled
+from ertacache.metrics import psnr
 
 MICRO_BATCH = 8
 # arguments of the pipeline that calibration sets itself; how many a prompt makes no part of a calibration
@@ -27,7 +28,17 @@ SAME = {torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 0.1}
 
 
 class TriedError(Exception):
-    """Ends a run after its first steps."""
+    """Ends a run at its first steps."""
+
+
+class Trial(Recording):
+    """Record the outputs of the first steps only."""
+
+    def output(self, step: int, call: Call, scheduler: Any = None) -> Tensor:
+        result = super().output(step, call, scheduler)
+        if step + 1 >= TRIED_STEPS:
+            raise TriedError
+        return result
 
 
 @dataclass
@@ -71,6 +82,10 @@ class Runs:
     def errors(self, cache: Cache) -> Tensor:
         """Mean squared error (P,) of the final latents under a cache."""
         return self.record.squared_errors(self.latents(cache))
+
+    def quality(self, cache: Cache) -> Tensor:
+        """PSNR (P,) in dB of the decoded results under a cache to the recorded ones."""
+        return psnr(self.pixels(cache), self.record.pixels).float()
 
     def subset(self, rows: Sequence[int]) -> "Runs":
         """The runs of some prompts, with a record of their own."""
@@ -141,28 +156,21 @@ class Runs:
 
     def _learn(self, attachment: Attachment, prompts: int) -> None:
         """Keep placeholders for one prompt, where the transformer makes nothing but a tensor with the batch first."""
-        blanks = attachment.blanks
-        plain = all(
-            isinstance(b, (tuple, Mapping)) and len(b) == 1 and isinstance(b[0], Tensor) and len(b[0]) % prompts == 0
-            for b in blanks
-        )
-        self.blanks = [blank_of(b, len(b[0]) // prompts) for b in blanks] if plain and blanks else None
+        blanks = attachment.blanks if all_plain(attachment.blanks, prompts) else []
+        self.blanks = [blank_of(b, len(b[0]) // prompts) for b in blanks] or None
 
     def _call(self, interception: Interception, args: tuple, kwargs: dict[str, Any]) -> Any:
         return in_micro_batches(interception, args, kwargs, self.micro_batch)
 
+    def _tried(self) -> "Runs":
+        return replace(self.first(1), alone=True)
+
     def repeats(self) -> bool:
         """Whether the first prompt alone, run for its first steps once more, gives the outputs that were recorded."""
-        trial, tried = Recording(), replace(self.first(1), alone=True)
-
-        def keep(step: int, latents: Tensor, stream: int) -> None:
-            trial.stepped(step, latents, stream)
-            self.bar.update(1 if stream == 0 else 0)
-            if step + 1 >= TRIED_STEPS and not stream:
-                raise TriedError
-
+        trial, tried = Trial(), self._tried()
         with suppress(TriedError):
-            tried._results(trial, keep, "latent", started=trial.started)
+            tried._results(trial, trial.stepped, "latent", started=trial.started)
+        self.bar.update(len(trial.outputs) * len(tried))
         pairs = zip(trial.outputs, tried.record.outputs, strict=False)
         return all(float((a.float() - b.float()).norm()) <= SAME[b.dtype] * float(b.float().norm()) for a, b in pairs)
 
@@ -224,9 +232,7 @@ def record_runs(
         with counted(pipe) as work:
             pixels = runs._run(recording, True, recording)
         runs.record = recording.record(pixels)
-        network = size_of(pipe.transformer) * count * sum(runs.record.branches)
-        total = network + sum(work.values())
-        runs.every_step = {name: round(value / total, 4) for name, value in work.items() if value > 1e-3 * total}
+        runs.every_step = shares(work, pipe, count * sum(runs.record.branches))
         return runs.repeats()
 
     if not runs.alone:
@@ -267,6 +273,20 @@ def counted(pipe: Any) -> Iterator[dict[str, float]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def shares(work: dict[str, float], pipe: Any, samples: float) -> dict[str, float]:
+    """Of each module in the work of steps in which the transformer sees so many samples."""
+    total = size_of(pipe.transformer) * samples + sum(work.values())
+    return {name: round(value / total, 4) for name, value in work.items() if value > 1e-3 * total}
+
+
+def all_plain(blanks: Sequence[Any], prompts: int) -> bool:
+    """Whether placeholders are of nothing but one tensor each, with the batch of so many prompts first."""
+    return all(
+        isinstance(b, (tuple, Mapping)) and len(b) == 1 and isinstance(b[0], Tensor) and len(b[0]) % prompts == 0
+        for b in blanks
+    )
 
 
 def size_of(module: nn.Module) -> int:
