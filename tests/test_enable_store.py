@@ -11,6 +11,7 @@ import ertacache
 from ertacache import Bundle, Calibration, MismatchError
 from ertacache.auto.store import HOME, Store, default_folder
 from ertacache.cli import inspect
+from ertacache.fit.runs import TRIED_STEPS
 
 pytestmark = pytest.mark.core
 
@@ -90,7 +91,7 @@ def bundle():
         pipe, list("abcd"), seeds=range(4), speedup=speedups, num_inference_steps=[10, 6], effort="fast", progress=False
     )
     recorded, fitted = 10 + 6, 5 + 2 + 3 + 1  # in batches of four
-    assert pipe.transformer.calls == recorded + fitted
+    assert pipe.transformer.calls == recorded + fitted + 2 * TRIED_STEPS  # for each number of steps
     return made
 
 
