@@ -209,3 +209,211 @@ def pixart(kind: str = "PixArtAlphaPipeline", scheduler: Any = None, side: int =
 
 
 PIXART = {**SIZE, "use_resolution_binning": False, "clean_caption": False}
+
+
+# -- LTX ---------------------------------------------------------------------------------------------------------
+
+
+def _guided_text(prompt: Any = None, negative_prompt: Any = None, width: int = WIDTH, **_: Any) -> tuple:
+    """Embeddings and masks of prompts and negative prompts."""
+    count = 1 if isinstance(prompt, str) else len(prompt)
+    negative = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * count
+    mask = torch.ones(count, TOKENS, dtype=torch.long)
+    return embedded(prompt, TOKENS, width), mask, embedded(negative, TOKENS, width), mask
+
+
+def ltx(kind: str = "LTXConditionPipeline") -> Any:
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        patch_size=1,
+        patch_size_t=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=WIDTH,
+    )
+    torch.manual_seed(1)
+    vae = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True, False),
+        decoder_spatio_temporal_scaling=(True, False),
+        decoder_inject_noise=(False, False),
+        upsample_residual=(False, False),
+        upsample_factor=(1, 1),
+        patch_size=1,
+        patch_size_t=1,
+    )
+    pipe = getattr(diffusers, kind)(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae.eval(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=randomised(transformer),
+    )
+    return encoding(pipe, _guided_text)
+
+
+VIDEO = {"height": 32, "width": 32, "num_frames": 9}
+
+
+def ltx2(kind: str = "LTX2Pipeline") -> Any:
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+
+    transformer = diffusers.LTX2VideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=4,
+        audio_cross_attention_dim=8,
+        num_layers=1,
+        caption_channels=16,
+        rope_double_precision=False,
+        rope_type="split",
+    )
+    connectors = LTX2TextConnectors(
+        caption_channels=16,
+        text_proj_in_factor=1,
+        video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=8,
+        video_connector_num_layers=1,
+        video_connector_num_learnable_registers=None,
+        audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=8,
+        audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=None,
+        connector_rope_base_seq_len=32,
+        rope_double_precision=False,
+        rope_type="split",
+    )
+    torch.manual_seed(1)
+    vae = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(False, False),
+        downsample_type=("spatial",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+        patch_size=1,
+    )
+    audio_vae = diffusers.AutoencoderKLLTX2Audio(
+        base_channels=4,
+        output_channels=2,
+        ch_mult=(1,),
+        num_res_blocks=1,
+        in_channels=2,
+        resolution=32,
+        latent_channels=2,
+        mid_block_add_attention=False,
+        mel_bins=8,
+    )
+    vocoder = LTX2Vocoder(
+        in_channels=16,
+        hidden_channels=8,
+        upsample_kernel_sizes=[4],
+        upsample_factors=[2],
+        resnet_kernel_sizes=[3],
+        resnet_dilations=[[1]],
+    )
+    pipe = getattr(diffusers, kind)(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae.eval(),
+        audio_vae=audio_vae.eval(),
+        text_encoder=None,
+        tokenizer=None,
+        connectors=connectors.eval(),
+        transformer=randomised(transformer),
+        vocoder=vocoder.eval(),
+    )
+    return encoding(pipe, lambda **given: _guided_text(**{**given, "width": 16}))
+
+
+LTX2 = {**VIDEO, "num_frames": 5, "use_cross_timestep": False, "spatio_temporal_guidance_blocks": [0]}
+
+
+# -- Z-Image, Qwen-Image, FLUX.2 -----------------------------------------------------------------------------------
+
+
+def z_image(kind: str = "ZImagePipeline", **parts: Any) -> Any:
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    randomised(transformer)
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        token.data.fill_(0.5)  # made empty
+    pipe = getattr(diffusers, kind)(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+        **parts,
+    )
+
+    def encode(prompt: Any, negative_prompt: Any = None, do_classifier_free_guidance: bool = True, **_: Any) -> tuple:
+        count = 1 if isinstance(prompt, str) else len(prompt)
+        negative = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * count
+        guided = list(embedded(negative, TOKENS, WIDTH)) if do_classifier_free_guidance else []
+        return list(embedded(prompt, TOKENS, WIDTH)), guided
+
+    return encoding(pipe, encode)
+
+
+def qwen(kind: str = "QwenImagePipeline") -> Any:
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(8, 4, 4),
+    )
+    torch.manual_seed(1)
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    pipe = getattr(diffusers, kind)(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae.eval(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=randomised(transformer),
+    )
+
+    def encode(prompt: Any, *_: Any, **__: Any) -> tuple:
+        found = embedded(prompt, TOKENS, WIDTH)
+        return found, torch.ones(len(found), TOKENS, dtype=torch.long)
+
+    return encoding(pipe, encode)
