@@ -42,6 +42,7 @@ class Runs:
         bar: progress bar, which counts a unit for each prompt of an evaluation.
         alone: whether each prompt is run in a call of its own; see lockstep.py.
         blanks: placeholders for one prompt, once the transformer ran; None where it must run at step 0.
+        fills: whether networks are given objects that they may fill at step 0 for later ones, such as key-value caches.
         every_step: shares of a step's work that other modules do, by name.
     """
 
@@ -55,6 +56,7 @@ class Runs:
     per_prompt: dict[str, list[Any]] = field(default_factory=dict)
     alone: bool = False
     blanks: list[Any] | None = None
+    fills: bool = False
     every_step: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -146,9 +148,13 @@ class Runs:
             isinstance(b, (tuple, Mapping)) and len(b) == 1 and isinstance(b[0], Tensor) and len(b[0]) % prompts == 0
             for b in blanks
         )
-        self.blanks = [blank_of(b, len(b[0]) // prompts) for b in blanks] if plain and blanks else None
+        keeps = plain and blanks and not self.fills
+        self.blanks = [blank_of(b, len(b[0]) // prompts) for b in blanks] if keeps else None
 
     def _call(self, interception: Interception, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self.fills = self.fills or not all(map(is_plain, (*args, *kwargs.values())))
+        if self.alone:
+            return interception.run(*args, **kwargs)
         return in_micro_batches(interception, args, kwargs, self.micro_batch)
 
     def repeats(self) -> bool:
@@ -272,6 +278,15 @@ def counted(pipe: Any) -> Iterator[dict[str, float]]:
 def size_of(module: nn.Module) -> int:
     """How many parameters a module has, at least one."""
     return sum(parameter.numel() for parameter in module.parameters()) or 1
+
+
+def is_plain(value: Any) -> bool:
+    """Whether an argument holds tensors and plain values only."""
+    if isinstance(value, (list, tuple, set)):
+        return all(map(is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(is_plain, value.values()))
+    return isinstance(value, (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device))
 
 
 def rows_of(name: str, values: Any) -> list[Any]:
