@@ -53,7 +53,7 @@ def _registry(module: Any) -> Any:
 def check_parts(calibration: Calibration, pipe: Any) -> None:
     """Compare the pipeline's class, config and further networks with those of a file that has them."""
     wanted, present = calibration.pipeline, provenance.pipeline_identity(pipe)
-    names = [*wanted["networks"], *present["networks"]]
+    names = dict.fromkeys([*wanted["networks"], *present["networks"]])
     for name in names:
         one, other = wanted["networks"].get(name), present["networks"].get(name)
         if one is None or other is None:

@@ -58,11 +58,13 @@ class Chosen(Cache):
 
     Attributes:
         facts: what was read before the run began.
+        fills: whether networks were given objects that they may fill at the first step for later ones.
     """
 
     def __init__(self, facts: Any = None):
         super().__init__((), Coefficients.of_outputs([]))
-        self.facts, self.chosen = facts, None
+        self.facts, self.fills = facts, False
+        self.chosen: Cache | None = None
 
     def begin(self, scheduler: Any) -> Cache:
         return self

@@ -15,7 +15,8 @@ from ertacache.attach import Attachment, FiniteCheck, Run, networks_of, schedule
 from ertacache.auto.watch import Uncached, Watching
 from ertacache.cache import Cache
 from ertacache.errors import StateError
-from ertacache.intercept import Method, uncompiled
+from ertacache.fit.runs import is_plain
+from ertacache.intercept import Interception, Method, uncompiled
 from ertacache.replay import Chosen
 
 
@@ -43,6 +44,7 @@ class Follower(Attachment):
 
     def __init__(self, pipe: Any, owner: Any):
         super().__init__(pipe, self._begin, started=self._started, stepped=self._stepped, guided=self._guided)
+        self.call = self._called
         self.owner = self.handle = owner
         self._local = threading.local()
 
@@ -59,7 +61,7 @@ class Follower(Attachment):
     @contextmanager
     def lend(self, begin: Callable[[Any], Cache], **options: Any) -> Iterator[Attachment]:
         """Be an ordinary attachment in a block, for the calls that `lent` makes; no other one may be under way."""
-        changed = {"started": None, "guided": None, **options, "begin": begin}
+        changed = {"started": None, "guided": None, "call": None, **options, "begin": begin}
         own = {name: getattr(self, name) for name in (*changed, "blanks")}
         vars(self).update(changed)
         try:
@@ -91,6 +93,12 @@ class Follower(Attachment):
     def run(self) -> Run | None:
         """This thread's run."""
         return self.runs.get(threading.get_ident())
+
+    def _called(self, interception: Interception, args: tuple, kwargs: dict[str, Any]) -> Any:
+        run = self.run()
+        if run is not None and run.step == 0:
+            run.cache.fills = run.cache.fills or not all(map(is_plain, (*args, *kwargs.values())))  # type: ignore[attr-defined]
+        return interception.run(*args, **kwargs)
 
     def _begin(self, scheduler: Any) -> Cache:
         return Chosen(self.owner.facts(scheduler))

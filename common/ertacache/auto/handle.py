@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ertacache import checks, provenance, solver
 from ertacache.api import check_parts_of, remove
-from ertacache.attach import Attachment, Run, blank_of
+from ertacache.attach import Attachment, Run
 from ertacache.auto.follow import Follower, is_own
 from ertacache.auto.setting import KEY, Goal, Setting, facts_of, fits, grid_facts
 from ertacache.auto.store import Store
@@ -33,7 +33,7 @@ from ertacache.cache import Cache
 from ertacache.calibration import Calibration
 from ertacache.errors import CalibrationError, EnableWarning, ERTACacheError, MismatchError
 from ertacache.fit.recipe import calibrate_runs, most_evaluations
-from ertacache.fit.runs import all_plain, quiet
+from ertacache.fit.runs import blanks_of_one, quiet
 from ertacache.replay import cache_of
 
 SAMPLES = 4
@@ -168,7 +168,7 @@ class _Call:
     watching: Watching | None = None
     audited: bool = False
     calls: int = 0  # of the transformer in a step
-    blanks: list[Any] = field(default_factory=list)
+    blanks: list[Any] | None = None
     first: int = 0  # step of the grid
     playing: Calibration | None = None
 
@@ -388,7 +388,8 @@ class Enabled:
         if facts is None:
             return Uncached()
         try:
-            current.calls, current.blanks, current.first = run.calls, list(run.blanks), first
+            current.calls, current.first = run.calls, first
+            current.blanks = None if run.cache.fills else blanks_of_one(run.blanks, 1)  # type: ignore[attr-defined]
             return self._chosen(current, run, facts, latents)
         except Exception as error:  # whatever it is: the run is the user's
             self.not_followed(f"{type(error).__name__}: {error}")
@@ -498,8 +499,8 @@ class Enabled:
             if current.callback is not None and current.callback.changed:
                 raise CalibrationError("its callback changes the run, so the call alone does not say what it does")
             watching.check()
-            blanks = [blank_of(blank) for blank in current.blanks] if all_plain(current.blanks, 1) else None
-            made = WatchedCall(current.again, watching.record(torch.empty(0)), blanks)
+            record = watching.record(torch.empty(0))
+            made = WatchedCall(current.again, record, current.blanks, watching.store.in_memory)
         except Exception as error:
             warnings.warn(f"this run was not watched: {error}", EnableWarning, stacklevel=3)
             return None

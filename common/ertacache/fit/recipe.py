@@ -409,7 +409,7 @@ class Cost:
 
 def provenance_of(runs: Runs, model_id: str | None, effort: dict[str, Any]) -> dict[str, Any]:
     pipe = runs.pipe
-    plain = {k: v for k, v in {**runs.kwargs, **effort}.items() if isinstance(v, (int, float, str, bool))}
+    plain = {k: v for k, v in {**runs.kwargs, **effort}.items() if isinstance(v, provenance.PLAIN)}
     plain |= dict.fromkeys(runs.per_prompt, PER_PROMPT)
     identity = provenance.pipeline_identity(pipe)
     return {

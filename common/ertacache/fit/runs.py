@@ -53,6 +53,7 @@ class Runs:
         bar: progress bar, which counts a unit for each prompt of an evaluation.
         alone: whether each prompt is run in a call of its own; see lockstep.py.
         blanks: placeholders for one prompt, once the transformer ran; None where it must run at step 0.
+        fills: whether networks are given objects that they may fill at step 0 for later ones, such as key-value caches.
         every_step: shares of a step's work that other modules do, by name.
     """
 
@@ -66,6 +67,7 @@ class Runs:
     per_prompt: dict[str, list[Any]] = field(default_factory=dict)
     alone: bool = False
     blanks: list[Any] | None = None
+    fills: bool = False
     every_step: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -128,9 +130,8 @@ class Runs:
         calls = [self._arguments([row], output_type) for row in range(len(self))]
         if self.alone:
             steps = Lockstep(cache, [lambda pipe, c=call: pipe(**c) for call in calls], self.seeds, keep)
-            with attached(
-                self.pipe, steps.begin, stepped=steps.stepped, check="step", blanks=self.blanks, **told
-            ) as on:
+            options = {**told, "call": self._call, "stepped": steps.stepped, "check": "step", "blanks": self.blanks}
+            with attached(self.pipe, steps.begin, **options) as on:
                 result = steps.run(self.pipe)
                 self._learn(on, 1)
             return result
@@ -156,10 +157,12 @@ class Runs:
 
     def _learn(self, attachment: Attachment, prompts: int) -> None:
         """Keep placeholders for one prompt, where the transformer makes nothing but a tensor with the batch first."""
-        blanks = attachment.blanks if all_plain(attachment.blanks, prompts) else []
-        self.blanks = [blank_of(b, len(b[0]) // prompts) for b in blanks] or None
+        self.blanks = None if self.fills else blanks_of_one(attachment.blanks, prompts)
 
     def _call(self, interception: Interception, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self.fills = self.fills or not all(map(is_plain, (*args, *kwargs.values())))
+        if self.alone:
+            return interception.run(*args, **kwargs)
         return in_micro_batches(interception, args, kwargs, self.micro_batch)
 
     def _tried(self) -> "Runs":
@@ -281,17 +284,27 @@ def shares(work: dict[str, float], pipe: Any, samples: float) -> dict[str, float
     return {name: round(value / total, 4) for name, value in work.items() if value > 1e-3 * total}
 
 
-def all_plain(blanks: Sequence[Any], prompts: int) -> bool:
-    """Whether placeholders are of nothing but one tensor each, with the batch of so many prompts first."""
-    return all(
+def blanks_of_one(blanks: Sequence[Any], prompts: int) -> list[Any] | None:
+    """Placeholders for one prompt from those for several; None where a network returns more than a batch of these."""
+    plain = all(
         isinstance(b, (tuple, Mapping)) and len(b) == 1 and isinstance(b[0], Tensor) and len(b[0]) % prompts == 0
         for b in blanks
     )
+    return [blank_of(b, len(b[0]) // prompts) for b in blanks] if plain and blanks else None
 
 
 def size_of(module: nn.Module) -> int:
     """How many parameters a module has, at least one."""
     return sum(parameter.numel() for parameter in module.parameters()) or 1
+
+
+def is_plain(value: Any) -> bool:
+    """Whether an argument holds tensors and plain values only."""
+    if isinstance(value, (list, tuple, set)):
+        return all(map(is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(is_plain, value.values()))
+    return isinstance(value, (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device))
 
 
 def rows_of(name: str, values: Any) -> list[Any]:
