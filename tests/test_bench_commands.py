@@ -15,8 +15,10 @@ ROOT = Path(__file__).parents[1]
 CUT_DOWN = ["--layers", "0.02", "--scale", "0.1", "--steps", "3", "--computed", "2", "--repeats", "1"]
 SMALL = {
     "changed_weights.py": ["--prompts", "1", "--calibration-prompts", "2"],
+    "enable.py": ["flux", "--steps", "4", "--held-out", "1"],
     "few_steps.py": ["flux", "--steps", "2", "--held-out", "1", "--repeats", "1"],
     "fuzz_calibration.py": ["--seconds", "1"],
+    "fuzz_enable.py": ["--kills", "1", "--settings", "2"],
     "fuzz_kill.py": ["--kills", "1"],
     "latency.py": ["wan", *CUT_DOWN, "--device", "cpu", "--frames", "5"],
     "latency.py --tiny": ["flux", "--computed", "9", "--repeats", "1"],

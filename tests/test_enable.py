@@ -4,6 +4,7 @@ import copy
 import fcntl
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -16,6 +17,7 @@ from ertacache.auto import handle
 from ertacache.auto.store import Store
 from ertacache.auto.watch import WatchedRuns
 from ertacache.calibration import Calibration
+from ertacache.fit import store as fit_store
 
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("error::ertacache.EnableWarning")]
 
@@ -538,16 +540,25 @@ def test_audits_warn_of_less_than_was_promised(ready, tmp_path):
         call(pipe, 8)
 
 
-def test_watched_runs_above_the_limit_lie_in_files(tmp_path, monkeypatch):
-    kept, keep = [], handle._Known.nbytes.fget
-    monkeypatch.setattr(handle._Known, "nbytes", property(lambda known: kept.append(keep(known)) or kept[-1]))
+def test_watched_runs_above_the_limit_lie_in_files(tmp_path):
+    one = (2 * STEPS + 1) * 3 * 4 * 4 * 4  # 2 N + 1 tensors of float32
     pipe = ToyPipeline(curved)
-    enabled = enable(pipe, tmp_path, memory_limit=0)
+    enabled = enable(pipe, tmp_path, memory_limit=2 * one)
     for seed in range(SAMPLES):
         assert torch.equal(call(pipe, seed), plain(seed))
     assert evaluations(pipe, lambda: call(pipe, 9)) == STEPS // 2
-    one = (2 * STEPS + 1) * 3 * 4 * 4 * 4  # 2 N + 1 tensors
-    assert sum(part.nbytes for part in next(iter(enabled._known.values())).watched) == SAMPLES * one
+    [known] = enabled._known.values()
+    assert [part.nbytes for part in known.watched] == [one] * SAMPLES
+    assert [part.bytes_in_memory for part in known.watched] == [one, one, 0, 0]
+
+
+def test_a_disk_that_is_full_costs_the_watched_run_alone(tmp_path, monkeypatch):
+    pipe = ToyPipeline(curved)
+    enabled = enable(pipe, tmp_path, memory_limit=0)
+    monkeypatch.setattr(fit_store.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.warns(ertacache.EnableWarning, match="0.0 GiB left"):
+        assert torch.equal(call(pipe), plain())
+    assert enabled.status()[0].watched == 0
 
 
 def test_what_was_watched_longest_ago_goes_first(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ from ertacache.replay import cache_of
 from ertacache.solver import StepCall
 
 SAMPLES = 4
-MEMORY_LIMIT = 2 * 2**30  # bytes of one call's trajectories in memory; more of them go to files
+MEMORY_LIMIT = 2 * 2**30  # bytes of trajectories in memory; the calls above it go to files
 KEPT_LIMIT = 8 * 2**30  # bytes of all trajectories, in memory and files; the setting used longest ago loses its own
 EFFORTS = ("fast", "balanced")
 ATTEMPTS = 3  # fits that may fail at a setting before it stays uncached
@@ -81,8 +81,8 @@ def enable(
             that differs in these only warns.
         audit_every: make every n-th accelerated result both ways and compare; you get the uncached one.
         retry: after a fit that failed, try again at the next calls, three times; otherwise stay uncached.
-        memory_limit: bytes of the recorded trajectories of one call that stay in host memory; more go to files in
-            the system's temporary folder.
+        memory_limit: bytes of recorded trajectories that stay in host memory; calls above it go to files in the
+            system's temporary folder.
         store: folder of the calibrations; `ERTACACHE_HOME` or the platform's cache folder by default.
         progress: say what a call waits for, and show a bar.
 
@@ -424,7 +424,8 @@ class Enabled:
     def _watch(self, current: _Call, scheduler: Any) -> Cache:
         assert current.again is not None
         current.again.keep()
-        current.watching = Watching(self.options.memory_limit)
+        taken = sum(part.bytes_in_memory for known in self._known.values() for part in known.watched)
+        current.watching = Watching(max(0, self.options.memory_limit - taken))
         current.watching.begin(scheduler)
         return current.watching
 
@@ -491,7 +492,7 @@ class Enabled:
         again, record, bar = current.again, watching.record(torch.empty(0)), tqdm(disable=True)
         lend = lambda *args, **options: self._follower.lend(*args, **options)  # noqa: E731  # the one of that time
         known = (again.prompts(), again.seeds, again.plain(), 1, bar, record, current.structure)
-        return WatchedRuns(self.pipe, *known, again=again, lend=lend)
+        return WatchedRuns(self.pipe, *known, again=again, lend=lend, store=watching.store)
 
     def _forget_some(self, known: _Known) -> None:
         """Drop what was watched at the settings used longest ago, until the rest is within the limit."""

@@ -17,6 +17,7 @@ from ertacache.errors import CalibrationError
 from ertacache.fit.record import Recording
 from ertacache.fit.rerun import Rerun
 from ertacache.fit.runs import Runs
+from ertacache.fit.store import TrajectoryStore
 from ertacache.intercept import Interception
 
 ENCODE = "encode_prompt"
@@ -246,6 +247,7 @@ class WatchedRuns(Runs):
 
     again: PipelineCall = field(kw_only=True)
     lend: Callable[..., AbstractContextManager[Attachment]] = field(kw_only=True)  # what is attached already
+    store: TrajectoryStore = field(kw_only=True)  # of what was recorded
 
     def __len__(self) -> int:
         return len(self.record)
@@ -269,6 +271,11 @@ class WatchedRuns(Runs):
     def nbytes(self) -> int:
         """Of the recorded tensors."""
         return sum(t.nbytes for t in (*self.record.latents, *self.record.outputs))
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """Of those that do not lie in files."""
+        return self.nbytes if self.store.in_memory else 0
 
     def replayed(self, decode: bool) -> Tensor | None:
         """Make the call once more with all recorded outputs, and return its pixels (P, ...).
