@@ -18,7 +18,7 @@ SMALL = {
     "enable.py": ["flux", "--steps", "4", "--held-out", "1"],
     "few_steps.py": ["flux", "--steps", "2", "--held-out", "1", "--repeats", "1"],
     "fuzz_calibration.py": ["--seconds", "1"],
-    "fuzz_enable.py": ["--kills", "1", "--settings", "2"],
+    "fuzz_enable.py": ["--kills", "2", "--settings", "2"],
     "fuzz_kill.py": ["--kills", "1"],
     "latency.py": ["wan", *CUT_DOWN, "--device", "cpu", "--frames", "5"],
     "latency.py --tiny": ["flux", "--computed", "9", "--repeats", "1"],

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 import torch
-from diffusers import FluxImg2ImgPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 from toys import ToyPipeline, curved
 
 import ertacache
@@ -127,6 +127,19 @@ def test_any_way_of_calling_counts(way, tmp_path):
     assert all(torch.equal(one, other) for (one,), (other,) in zip(found, expected, strict=True))
     assert torch.equal(torch.rand(1), after), "the global generator was moved on"
     assert evaluations(pipe, lambda: call(pipe, 9)) == STEPS // 2, enabled.status()
+
+
+def test_a_scheduler_that_draws_from_the_global_generator(tmp_path):
+    def made():
+        return ToyPipeline(curved, FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True))
+
+    torch.manual_seed(3)
+    expected = [call(made(), seed) for seed in range(SAMPLES)]
+    pipe = made()
+    enable(pipe, tmp_path)
+    torch.manual_seed(3)
+    assert all(torch.equal(call(pipe, seed), result) for seed, result in enumerate(expected))
+    assert evaluations(pipe, lambda: call(pipe, 9)) == STEPS // 2
 
 
 def test_what_a_user_changes_after_a_call_is_not_what_is_made_again(tmp_path):
