@@ -491,6 +491,24 @@ def test_a_pipeline_made_of_an_enabled_one_is_let_be(flux):
     assert type(other) is FluxImg2ImgPipeline and other.transformer is pipe.transformer
 
 
+def test_a_transformer_that_is_compiled_since(ready):
+    pipe, _ = ready
+    accelerated = call(pipe, 9)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    assert torch.equal(call(pipe, 9), accelerated)
+
+
+def test_a_pipeline_that_changed_is_not_fitted_to_what_it_was(ready):
+    pipe, enabled = ready
+    scheduler = pipe.scheduler
+    pipe.scheduler = type(scheduler)(shift=3.0)
+    enabled.speedup = 5  # for the setting that was used last, which is no more
+    assert evaluations(pipe, lambda: call(pipe, 9)) == STEPS
+    pipe.scheduler = scheduler
+    assert evaluations(pipe, lambda: call(pipe, 9)) == STEPS
+    assert evaluations(pipe, lambda: call(pipe, 9)) == SAMPLES * 2 + 2
+
+
 def test_several_runs_in_a_call_go_uncached_and_are_told(tmp_path):
     class Twice(ToyPipeline):
         def __call__(self, prompt, generator=None, num_inference_steps=8, output_type="pt"):

@@ -5,7 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from ertacache import checks, provenance, solver
 from ertacache.api import remove
-from ertacache.attach import Run, Structure
+from ertacache.attach import Run
 from ertacache.auto.follow import Chosen, Follower
 from ertacache.auto.setting import KEY, Goal, Setting, facts_of, fits, has_adapters
+from ertacache.auto.state import Call, Facts, Known, Options, SettingStatus, Status, promise
 from ertacache.auto.store import Store
 from ertacache.auto.watch import (
     CALLBACK,
@@ -35,7 +36,7 @@ from ertacache.errors import CalibrationError, EnableWarning, ERTACacheError, Mi
 from ertacache.fit.recipe import calibrate_runs, most_evaluations
 from ertacache.fit.runs import quiet
 from ertacache.fit.together import Together
-from ertacache.intercept import attachment_of
+from ertacache.intercept import attachment_of, uncompiled
 from ertacache.replay import cache_of
 from ertacache.solver import StepCall
 
@@ -94,7 +95,6 @@ def enable(
         MismatchError: this is not a pipeline with a transformer and a scheduler.
         StateError: its transformer or its scheduler is attached as part of another pipeline.
     """
-    asked = {"speedup": speedup, "computed_steps": computed_steps, "min_psnr": min_psnr}
     effort = "balanced" if min_psnr is not None else effort
     if effort not in EFFORTS:
         raise CalibrationError(f"effort is {effort!r}: enable takes {' or '.join(EFFORTS)}; for more use calibrate")
@@ -105,126 +105,10 @@ def enable(
     for part in ("transformer", "scheduler"):
         if isinstance(pipe, nn.Module) or getattr(pipe, part, None) is None:
             raise MismatchError(f"{type(pipe).__name__} is no pipeline with a transformer and a scheduler")
+    goal = Goal.of(speedup=speedup, computed_steps=computed_steps, min_psnr=min_psnr)
     remove(pipe)
-    options = _Options(samples, effort, strict, audit_every, retry, memory_limit, progress)
-    return Enabled(pipe, Goal.of(**asked), options, Store(store))
-
-
-@dataclass(frozen=True)
-class _Options:
-    samples: int
-    effort: str
-    strict: bool
-    audit_every: int | None
-    retry: bool
-    memory_limit: int
-    progress: bool
-
-
-@dataclass
-class _Known:
-    """What is known of one setting."""
-
-    setting: Setting
-    watched: list[WatchedRuns] = field(default_factory=list)
-    calibrations: dict[str, Calibration] = field(default_factory=dict)  # by the goal's label
-    unsaved: set[Goal] = field(default_factory=set)
-    refused: str | None = None
-    failures: int = 0
-    turns: int = 0  # runs that could have been accelerated
-    accelerated: int = 0
-    saved_calls: int = 0
-    audits: list[float] = field(default_factory=list)  # dB
-    warned_of: set[str | None] = field(default_factory=set)  # fingerprints of weights
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.watched)
-
-    @property
-    def samples(self) -> int:
-        return sum(map(len, self.watched))
-
-    def calibration(self, goal: Goal) -> Calibration | None:
-        return self.calibrations.get(goal.label(self.setting.num_steps))
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What was read before a run: the facts of its setting, its grid, and the weights with their adapters."""
-
-    found: dict[str, Any]
-    grid: tuple[list[float], list[float]]
-    weights: str | None
-
-
-@dataclass
-class _Call:
-    """One call of the pipeline under way."""
-
-    pipe: Any
-    goal: Goal
-    again: PipelineCall | None
-    callback: SeenCallback | None
-    unseen_callback: bool
-    known: _Known | None = None
-    runs: int = 0
-    watching: Watching | None = None
-    audited: bool = False
-    calls: int = 0  # of the transformer in a step
-    structure: Structure | None = None
-
-
-@dataclass(frozen=True)
-class SettingStatus:
-    """Where one setting stands.
-
-    Attributes:
-        name: model and number of steps.
-        watched, samples: results that were watched, and how many are wanted.
-        calibration: what accelerates it; None while there is none.
-        accelerated: runs that were.
-        saved_calls: transformer calls that these did not make.
-        audits: measured PSNR in dB of the audited runs, newest last.
-        refused: why it stays uncached; None if it does not.
-    """
-
-    name: str
-    watched: int
-    samples: int
-    calibration: Calibration | None
-    accelerated: int
-    saved_calls: int
-    audits: list[float]
-    refused: str | None
-
-    def __str__(self) -> str:
-        if self.refused is not None:
-            return f"{self.name}: uncached ({self.refused})"
-        if self.calibration is None:
-            return f"{self.name}: watching, {self.watched} of {self.samples}"
-        c = self.calibration
-        parts = [f"{len(c.computed_steps)} of {c.num_inference_steps} steps computed", _promise(c)[1]]
-        parts += [f"{self.accelerated} runs accelerated, {self.saved_calls} transformer calls saved"]
-        if self.audits:
-            parts.append(f"audited {len(self.audits)}: {sum(self.audits) / len(self.audits):.1f} dB")
-        return f"{self.name}: {', '.join(parts)}"
-
-
-class Status(tuple[SettingStatus, ...]):
-    """The settings that were used, the last one first; as a text, a line for each."""
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self)) or "no run yet"
-
-
-def _promise(calibration: Calibration) -> tuple[float | None, str]:
-    """PSNR in dB that a calibration predicts, or reaches on what it was fitted to, and how to say it."""
-    if calibration.predicted:
-        value = calibration.predicted["psnr"]
-        return value, f"predicted {value:.1f} dB"
-    fitted = calibration.settings.get("fitted_psnr")
-    return fitted, f"{fitted:.1f} dB on the watched results" if fitted is not None else "quality not predicted"
+    options = Options(samples, effort, strict, audit_every, retry, memory_limit, progress)
+    return Enabled(pipe, goal, options, Store(store))
 
 
 class Enabled:
@@ -234,10 +118,10 @@ class Enabled:
         pipe: what it is attached to.
     """
 
-    def __init__(self, pipe: Any, goal: Goal, options: _Options, store: Store):
+    def __init__(self, pipe: Any, goal: Goal, options: Options, store: Store):
         self.pipe, self.options, self.store = pipe, options, store
         self._goal = goal
-        self._known: dict[str, _Known] = {}  # by the setting's key, the last used at the end
+        self._known: dict[str, Known] = {}  # by the setting's key, the last used at the end
         self._local = threading.local()
         self._gate = threading.Condition()
         self._active = 0  # calls under way
@@ -266,7 +150,7 @@ class Enabled:
         """Where each setting stands; print it."""
         return Status(self._status(known) for known in reversed(self._known.values()))
 
-    def _status(self, k: _Known) -> SettingStatus:
+    def _status(self, k: Known) -> SettingStatus:
         made = k.calibration(self._goal)
         refused = None if made else k.refused
         return SettingStatus(
@@ -307,7 +191,7 @@ class Enabled:
 
     def around(self, pipe: Any, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Make a call of the pipeline, and fit afterwards if enough was seen."""
-        if self.in_call() or self._fitting == threading.get_ident() or attachment_of(pipe.transformer) is None:
+        if self.in_call() or self._fitting == threading.get_ident() or not _is_attached(pipe.transformer):
             return call(pipe, *args, **kwargs)  # within another call, the fit's own, or of a deep copy
         goal = getattr(self._local, "goal", None) or self._goal
         self._enter(goal)
@@ -320,17 +204,20 @@ class Enabled:
         finally:
             self._local.call = None
             self._leave()
-        audit = self._watched(current)
-        self._fit_if_due(goal)
-        if audit is not None and current.known is not None:
-            self._audit(current.known, goal, audit)
+        runs, known = self._watched(current), current.known
+        if runs is not None and known is not None and current.audited:
+            self._audit(known, goal, runs)
+        elif runs is not None and known is not None:
+            known.watched.append(runs)
+            self._forget_some(known)
+            self._fit_if_due(goal)
         return result
 
-    def _current(self, pipe: Any, goal: Goal, call: Any, args: tuple, kwargs: dict[str, Any]) -> _Call:
+    def _current(self, pipe: Any, goal: Goal, call: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
         try:
             again = PipelineCall(pipe, call, args, kwargs)
         except (CalibrationError, TypeError, RuntimeError):  # wrong arguments, which the call itself will refuse
-            return _Call(pipe, goal, None, None, True)
+            return Call(pipe, goal, None, None, True)
         given = kwargs.get(CALLBACK)
         seen = None
         if given is not None and callable(given) and not hasattr(given, "tensor_inputs"):  # diffusers looks for those
@@ -339,7 +226,7 @@ class Enabled:
             name.startswith(CALLBACKS) and callable(value) and not (seen and value is given)
             for name, value in again.arguments.items()
         )
-        return _Call(pipe, goal, again, seen, unseen)
+        return Call(pipe, goal, again, seen, unseen)
 
     def _is_watching(self) -> bool:
         return self.in_call() and self._local.call.watching is not None
@@ -348,13 +235,13 @@ class Enabled:
         """Wait while another thread fits, fit what is due, and attach to parts that were replaced."""
         with self._gate:
             self._gate.wait_for(lambda: self._fitting is None)
-        self._fit_if_due(goal)
-        with self._gate:
-            self._gate.wait_for(lambda: self._fitting is None)
             if not self._active and self._follower.replaced():
                 self._follower.detach()
                 self._follower = Follower(self.pipe, self)
                 self._follower.attach()
+        self._fit_if_due(goal)
+        with self._gate:
+            self._gate.wait_for(lambda: self._fitting is None)
             self._active += 1
 
     def _leave(self) -> None:
@@ -363,25 +250,32 @@ class Enabled:
 
     # -- a run -------------------------------------------------------------------------------------------
 
-    def facts(self, scheduler: Any) -> _Facts | None:
+    def facts(self, scheduler: Any) -> Facts | None:
         """What is to be read of a run before it begins; None where it is let be."""
-        current: _Call = self._local.call
+        current: Call = self._local.call
         if current.goal == Goal("speedup", 1.0):
             return None
         try:
-            grid, model = solver.host_grid(scheduler), current.pipe.transformer
-            found = facts_of(current.pipe, scheduler, grid)
-            weights = provenance.weights_fingerprint(model) if has_adapters(model) else found["models"][0]["weights"]
+            grid = solver.host_grid(scheduler)
+            found, weights = self._models(current.pipe, scheduler, grid)
         except Exception as error:  # whatever it is: the run is the user's
             self.not_followed(f"{type(error).__name__}: {error}")
             return None
         if self.options.strict:
             found |= {"guidance_scale": getattr(current.pipe, "guidance_scale", None), "adapted": weights}
-        return _Facts(found, grid, weights)
+        current.weights = weights
+        return Facts(found, grid, weights)
 
-    def choose(self, run: Run, facts: _Facts | None, call: StepCall, scheduler: Any) -> Cache:
+    @staticmethod
+    def _models(pipe: Any, scheduler: Any, grid: tuple[list[float], list[float]]) -> tuple[dict[str, Any], str | None]:
+        """The facts of a run, and the fingerprint of the weights with their adapters."""
+        found, model = facts_of(pipe, scheduler, grid), pipe.transformer
+        adapted = has_adapters(model)  # a fingerprint takes a moment
+        return found, provenance.weights_fingerprint(model) if adapted else found["models"][0]["weights"]
+
+    def choose(self, run: Run, facts: Facts | None, call: StepCall, scheduler: Any) -> Cache:
         """The cache of a run, at its first step."""
-        current: _Call = self._local.call
+        current: Call = self._local.call
         current.runs, current.watching = current.runs + 1, None
         if facts is None:
             return Uncached()
@@ -391,7 +285,7 @@ class Enabled:
             self.not_followed(f"{type(error).__name__}: {error}")
             return Uncached()
 
-    def _chosen(self, current: _Call, run: Run, facts: _Facts, call: StepCall, scheduler: Any) -> Cache:
+    def _chosen(self, current: Call, run: Run, facts: Facts, call: StepCall, scheduler: Any) -> Cache:
         goal, audit_every = current.goal, self.options.audit_every
         known = current.known = self._known_of(current, run, facts, call)
         calibration = known.calibration(goal) or self._stored(known, goal, current.pipe)
@@ -406,22 +300,22 @@ class Enabled:
             return Uncached()
         return self._watch(current, scheduler)
 
-    def _known_of(self, current: _Call, run: Run, facts: _Facts, call: StepCall) -> _Known:
+    def _known_of(self, current: Call, run: Run, facts: Facts, call: StepCall) -> Known:
         samples, shape = max(1, call.sample.shape[0]), list(call.sample.shape[1:])
         seen = run.structure.shape[0] if run.structure is not None else samples
         current.calls, current.structure = run.calls, run.structure
         beside = {"latents": shape} if self.options.strict else {}
         branches = run.calls * seen // samples
         setting = Setting({**facts.found, "branches": branches, **beside}, f", latents {shape}")
-        known = self._known.pop(setting.key, None) or _Known(setting)
+        known = self._known.pop(setting.key, None) or Known(setting)
         self._known[setting.key] = known  # the last used at the end
         return known
 
-    def _may_watch(self, current: _Call) -> bool:
+    def _may_watch(self, current: Call) -> bool:
         ours = current.pipe.transformer is self.pipe.transformer  # which the fit will call
         return ours and current.again is not None and not current.unseen_callback and current.runs == 1
 
-    def _watch(self, current: _Call, scheduler: Any) -> Cache:
+    def _watch(self, current: Call, scheduler: Any) -> Cache:
         assert current.again is not None
         current.again.keep()
         taken = sum(part.bytes_in_memory for known in self._known.values() for part in known.watched)
@@ -429,7 +323,7 @@ class Enabled:
         current.watching.begin(scheduler)
         return current.watching
 
-    def _stored(self, known: _Known, goal: Goal, pipe: Any) -> Calibration | None:
+    def _stored(self, known: Known, goal: Goal, pipe: Any) -> Calibration | None:
         """The calibration that another process or an earlier one has left, if it is for this setting."""
         wanted = EFFORTS.index(self.options.effort)
 
@@ -443,7 +337,7 @@ class Enabled:
             known.calibrations[goal.label(known.setting.num_steps)] = found
         return found
 
-    def _accelerated(self, current: _Call, calibration: Calibration, facts: _Facts, call: StepCall) -> Cache:
+    def _accelerated(self, current: Call, calibration: Calibration, facts: Facts, call: StepCall) -> Cache:
         known = current.known
         assert known is not None
         checks.check_grid(calibration, *facts.grid)
@@ -456,7 +350,7 @@ class Enabled:
 
     def completed(self, run: Run) -> None:
         """Count a run that came to its end."""
-        current: _Call = self._local.call
+        current: Call = self._local.call
         known, cache = current.known, run.cache
         if known is not None and isinstance(cache, Chosen) and cache.chosen is not None and not cache.own:
             known.accelerated += 1
@@ -466,8 +360,8 @@ class Enabled:
         """Say why a run goes uncached."""
         warnings.warn(f"this run goes uncached: {why}", EnableWarning, stacklevel=3)
 
-    def _watched(self, current: _Call) -> WatchedRuns | None:
-        """Keep what was watched in a call that has ended; return it instead if it is for an audit."""
+    def _watched(self, current: Call) -> WatchedRuns | None:
+        """What was watched in a call that has ended."""
         watching, known = current.watching, current.known
         if current.runs > 1 and known is not None and known.calibration(current.goal) is None:
             self.not_followed("its call makes several runs, and is not watched")
@@ -477,24 +371,20 @@ class Enabled:
             if current.callback is not None and current.callback.changed:
                 raise CalibrationError("its callback changes the run, so the call alone does not say what it does")
             watching.check()
-            runs = self._runs_of(current, watching)
+            return self._runs_of(current, watching)
         except Exception as error:
             warnings.warn(f"this run was not watched: {error}", EnableWarning, stacklevel=3)
             return None
-        if current.audited:
-            return runs
-        known.watched.append(runs)
-        self._forget_some(known)
-        return None
 
-    def _runs_of(self, current: _Call, watching: Watching) -> WatchedRuns:
+    def _runs_of(self, current: Call, watching: Watching) -> WatchedRuns:
         assert current.again is not None
         again, record, bar = current.again, watching.record(torch.empty(0)), tqdm(disable=True)
         lend = lambda *args, **options: self._follower.lend(*args, **options)  # noqa: E731  # the one of that time
         known = (again.prompts(), again.seeds, again.plain(), 1, bar, record, current.structure)
-        return WatchedRuns(self.pipe, *known, again=again, lend=lend, store=watching.store)
+        store, weights = watching.store, current.weights
+        return WatchedRuns(self.pipe, *known, again=again, lend=lend, store=store, weights=weights)
 
-    def _forget_some(self, known: _Known) -> None:
+    def _forget_some(self, known: Known) -> None:
         """Drop what was watched at the settings used longest ago, until the rest is within the limit."""
         others = [other for other in self._known.values() if other is not known and other.watched]
         while others and sum(k.nbytes for k in (*others, known)) > KEPT_LIMIT:
@@ -514,8 +404,15 @@ class Enabled:
         if known.samples < self.options.samples or known.refused is not None or known.failures >= attempts:
             return
         with self._alone() as alone:
-            if alone:
+            if alone and self._is_as_watched(known):
                 self._fit(known, goal)
+
+    def _is_as_watched(self, known: Known) -> bool:
+        """Whether the pipeline has the scheduler and the weights that its watched runs had; forget runs of others."""
+        present, weights = self._models(self.pipe, self.pipe.scheduler, ([], []))
+        known.watched = [part for part in known.watched if part.weights == weights]
+        same = all(present[name] == known.setting.facts[name] for name in ("models", "scheduler"))
+        return same and known.samples >= self.options.samples
 
     @contextmanager
     def _alone(self) -> Iterator[bool]:
@@ -532,7 +429,7 @@ class Enabled:
                     self._fitting = None
                     self._gate.notify_all()
 
-    def _fit(self, known: _Known, goal: Goal) -> None:
+    def _fit(self, known: Known, goal: Goal) -> None:
         with self.store.lock(known.setting.name(goal)) as mine:
             # where another process fits the same, this one goes on uncached until that is done
             if not mine or self._stored(known, goal, self.pipe) is not None:
@@ -555,7 +452,7 @@ class Enabled:
             known.unsaved.add(goal)
             self._save_if_due(known, goal)
 
-    def _fitted(self, known: _Known, goal: Goal) -> Calibration:
+    def _fitted(self, known: Known, goal: Goal) -> Calibration:
         """Make the calls again on accelerated trajectories, and fit to where they led uncached."""
         steps, samples = known.setting.num_steps, known.samples
         computed, effort = goal.computed_steps(steps), self.options.effort
@@ -588,7 +485,7 @@ class Enabled:
             if free is not None:  # calls that were stopped on the way have left their models where they were
                 free()
 
-    def _save_if_due(self, known: _Known, goal: Goal) -> None:
+    def _save_if_due(self, known: Known, goal: Goal) -> None:
         """Store a calibration; where it cannot be stored, say so, and try again after the next call."""
         if goal not in known.unsaved:
             return
@@ -604,7 +501,7 @@ class Enabled:
 
     # -- the audit ---------------------------------------------------------------------------------------
 
-    def _audit(self, known: _Known, goal: Goal, runs: WatchedRuns) -> None:
+    def _audit(self, known: Known, goal: Goal, runs: WatchedRuns) -> None:
         """Make an uncached call again as the calibration has it, and keep the distance."""
         calibration = known.calibration(goal)
         with self._alone() as alone:
@@ -617,7 +514,7 @@ class Enabled:
                 warnings.warn(f"this run could not be audited: {error}", EnableWarning, stacklevel=3)
                 return
         known.audits += measured.tolist()
-        promised, last = _promise(calibration)[0], known.audits[-AUDITS:]
+        promised, last = promise(calibration)[0], known.audits[-AUDITS:]
         mean = sum(last) / len(last)
         if promised is not None and len(last) > 1 and mean < promised - AUDIT_MARGIN:
             why = self._changed(calibration) or "prompts of another kind than those it was calibrated on?"
@@ -633,3 +530,7 @@ class Enabled:
         if scale is not None and calibration.guidance_scale is not None and scale != calibration.guidance_scale:
             changed.append(f"guidance scale is {scale:g}, not {calibration.guidance_scale:g}")
         return ", ".join(changed)
+
+
+def _is_attached(transformer: Any) -> bool:
+    return attachment_of(transformer) is not None or attachment_of(uncompiled(transformer)) is not None

@@ -18,6 +18,7 @@ from ertacache.fit.record import Recording
 from ertacache.fit.rerun import Rerun
 from ertacache.fit.runs import Runs
 from ertacache.fit.store import TrajectoryStore
+from ertacache.fit.together import check_repeats
 from ertacache.intercept import Interception
 
 ENCODE = "encode_prompt"
@@ -248,6 +249,7 @@ class WatchedRuns(Runs):
     again: PipelineCall = field(kw_only=True)
     lend: Callable[..., AbstractContextManager[Attachment]] = field(kw_only=True)  # what is attached already
     store: TrajectoryStore = field(kw_only=True)  # of what was recorded
+    weights: str | None = field(kw_only=True)  # the model's at that time, with adapters
 
     def __len__(self) -> int:
         return len(self.record)
@@ -286,8 +288,7 @@ class WatchedRuns(Runs):
         given = Rerun(list(steps), Coefficients.of_outputs([[1.0]] * len(steps)), self.record.outputs)
         last: list[Tensor] = []
         result = self._run(given, decode, lambda _, latents: last.__setitem__(slice(None), [latents]))
-        if not torch.equal(last[0].cpu(), self.record.latents[-1]):
-            raise CalibrationError("the same call leads to another result: it draws noise that cannot be repeated")
+        check_repeats(last[0].cpu(), self.record.latents[-1], "another result")
         return result if decode else None
 
 

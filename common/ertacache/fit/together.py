@@ -22,7 +22,7 @@ from ertacache.fit.runs import Runs
 from ertacache.fit.step_by_step import StepFit
 from ertacache.fit.store import TrajectoryStore
 
-REPEATS_TO = 0.05  # relative difference of an output to the recorded one; another batch size rounds otherwise
+REPEATS_TO = 0.05  # relative difference to what was recorded: kernels of a device may round otherwise each time
 
 
 class _Reached(BaseException):
@@ -99,7 +99,7 @@ class Together:
             [part], [store] = self.parts, stores
             one = fit.part(part.record.latents, rows=rows, store=store)
             part.latents(one)
-            _check_repeats(one.outputs[0], part.record.outputs[0])
+            check_repeats(one.outputs[0], part.record.outputs[0], "another model output")
             fit.fitted_outputs = one.fitted_outputs
             self.solved = [Rerun(fit.steps, one.fitted(), one.outputs)]
             return
@@ -112,7 +112,7 @@ class Together:
                 reached = _products(part, one, step)
                 outputs += one.outputs
                 if step == 1:
-                    _check_repeats(outputs[0], part.record.outputs[0])
+                    check_repeats(outputs[0], part.record.outputs[0], "another model output")
                 if reached is not None:
                     products.append(reached)
             row = [1.0]
@@ -141,11 +141,11 @@ def _products(part: Runs, fit: StepFit, step: int) -> Array | None:
     return None
 
 
-def _check_repeats(output: Tensor, recorded: Tensor) -> None:
-    """Raise CalibrationError where the transformer answers the same call differently."""
-    difference = float((output.float() - recorded.float()).norm()) / max(float(recorded.float().norm()), 1e-12)
+def check_repeats(tensor: Tensor, recorded: Tensor, what: str) -> None:
+    """Raise CalibrationError where the same call leads to something else."""
+    difference = float((tensor.float() - recorded.float()).norm()) / max(float(recorded.float().norm()), 1e-12)
     if not difference <= REPEATS_TO:
         raise CalibrationError(
-            f"the same call gives another model output ({difference:.0%} away): the model changed, or draws noise that "
-            "cannot be repeated"
+            f"the same call gives {what} ({difference:.0%} away): it draws noise that cannot be repeated, or the model "
+            "changed"
         )
