@@ -1,4 +1,7 @@
-"""Measure `ertacache.enable` on the tiny pipelines: `python bench/enable.py [flux wan cogvideox opensora]`.
+"""Measure `ertacache.enable` on the tiny pipelines:
+
+    python bench/enable.py [flux wan cogvideox opensora]
+    python bench/enable.py --page    only put the table into docs/enable.md (part of make figures)
 
 Each model makes four results under `enable`, which are watched, then others, which are accelerated; a second process
 makes one more with what the first has stored; and `calibrate` on the same four prompts is applied to the same others.
@@ -17,15 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, machine, write
+from record import RESULTS, ROOT, machine, read, write
 from tiny_pipelines import available, subject_name, tiny_pipeline
 from tqdm import tqdm
 
 import ertacache
+from compare.pages import fill, grid
 from ertacache.auto.handle import MEMORY_LIMIT, SAMPLES
 from ertacache.cli.settings import read_prompts
 from ertacache.metrics import psnr
 
+PAGE = ROOT / "docs" / "enable.md"
+MARKER = "enable"
 PICTURES = 10  # within which it should have paid
 
 
@@ -80,7 +86,9 @@ def measured(name: str, others: int, speedup: float, steps: int | None) -> dict[
         command = [sys.executable, __file__, name, "--second", store, "--speedup", str(speedup)]
         if steps:
             command += ["--steps", str(steps)]
-        second = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        space = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=space)
+        second = json.loads(done.stdout.splitlines()[-1])
         bar.update()
     asked = {"speedup": speedup, "effort": "fast", "progress": False, "micro_batch": one.micro_batch}
     made = ertacache.calibrate(one.pipe, one.watched, seeds=range(SAMPLES), **asked, **one.arguments)
@@ -144,6 +152,27 @@ def second(name: str, store: str, speedup: float, steps: int | None) -> None:
     print(json.dumps({"evaluations": evaluations, "sha256": digest(result)}))
 
 
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown: what was measured, a row for each model."""
+    header = ["Model", "Computed", "enable, dB", "calibrate, dB", "Fit, uncached results", "Ten results", "Pays from"]
+    rows = []
+    for record in records:
+        made, steps = record["evaluations"], record["num_inference_steps"]
+        rows.append(
+            [
+                record["subject"],
+                f"{len(record['computed_steps'])} of {steps}",
+                f"{record['psnr']:.2f}",
+                f"{record['psnr_calibrate']:.2f}",
+                f"{made['fit'] / made['uncached']:.1f}",
+                f"{made['ten_results']} of {made['ten_uncached']} calls",
+                f"result {record['break_even_results'] + 1}",
+            ]
+        )
+    about = ", ".join(f"{record['subject']} {record['held_out']}" for record in records)
+    return f"Held-out results ({about}), on a CPU:\n\n{grid(header, rows)}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure enable on the tiny pipelines.")
     parser.add_argument("models", nargs="*", default=available(), metavar="MODEL")
@@ -152,7 +181,11 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="instead of the model's own")
     parser.add_argument("--second", metavar="STORE", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--page", action="store_true", help="measure nothing: put the table into docs/enable.md")
     chosen = parser.parse_args()
+    if chosen.page:
+        fill(PAGE, table(read("enable_*")), MARKER)
+        return 0
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or torch.get_num_threads())
     for name in chosen.models:
         if chosen.second:

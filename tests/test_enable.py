@@ -4,17 +4,19 @@ import copy
 import fcntl
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import torch
-from diffusers import FluxImg2ImgPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 from toys import ToyPipeline, curved
 
 import ertacache
 from ertacache.auto import handle
 from ertacache.auto.store import Store
 from ertacache.calibration import Calibration
+from ertacache.fit import store as fit_store
 from ertacache.fit.runs import TRIED_STEPS
 
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("error::ertacache.EnableWarning")]
@@ -127,6 +129,19 @@ def test_any_way_of_calling_counts(way, tmp_path):
     assert all(torch.equal(one, other) for (one,), (other,) in zip(found, expected, strict=True))
     assert torch.equal(torch.rand(1), after), "the global generator was moved on"
     assert evaluations(pipe, lambda: call(pipe, 9)) == STEPS // 2, enabled.status()
+
+
+def test_a_scheduler_that_draws_from_the_global_generator(tmp_path):
+    def made():
+        return ToyPipeline(curved, FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True))
+
+    torch.manual_seed(3)
+    expected = [call(made(), seed) for seed in range(SAMPLES)]
+    pipe = made()
+    enable(pipe, tmp_path)
+    torch.manual_seed(3)
+    assert all(torch.equal(call(pipe, seed), result) for seed, result in enumerate(expected))
+    assert evaluations(pipe, lambda: call(pipe, 9)) == STEPS // 2
 
 
 def test_what_a_user_changes_after_a_call_is_not_what_is_made_again(tmp_path):
@@ -478,6 +493,24 @@ def test_a_pipeline_made_of_an_enabled_one_is_let_be(flux):
     assert type(other) is FluxImg2ImgPipeline and other.transformer is pipe.transformer
 
 
+def test_a_transformer_that_is_compiled_since(ready):
+    pipe, _ = ready
+    accelerated = call(pipe, 9)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    assert torch.equal(call(pipe, 9), accelerated)
+
+
+def test_a_pipeline_that_changed_is_not_fitted_to_what_it_was(ready):
+    pipe, enabled = ready
+    scheduler = pipe.scheduler
+    pipe.scheduler = type(scheduler)(shift=3.0)
+    enabled.speedup = 5  # for the setting that was used last, which is no more
+    assert evaluations(pipe, lambda: call(pipe, 9)) == STEPS
+    pipe.scheduler = scheduler
+    assert evaluations(pipe, lambda: call(pipe, 9)) == STEPS
+    assert evaluations(pipe, lambda: call(pipe, 9)) == SAMPLES * 2 + TRIED + 2
+
+
 def test_several_runs_in_a_call_go_uncached_and_are_told(tmp_path):
     class Twice(ToyPipeline):
         def __call__(self, prompt, generator=None, num_inference_steps=8, output_type="pt"):
@@ -544,16 +577,25 @@ def test_audits_warn_of_less_than_was_promised(ready, tmp_path):
         call(pipe, 8)
 
 
-def test_watched_runs_above_the_limit_lie_in_files(tmp_path, monkeypatch):
-    kept, keep = [], handle._Known.nbytes.fget
-    monkeypatch.setattr(handle._Known, "nbytes", property(lambda known: kept.append(keep(known)) or kept[-1]))
+def test_watched_runs_above_the_limit_lie_in_files(tmp_path):
+    one = (2 * STEPS + 1) * 3 * 4 * 4 * 4  # 2 N + 1 tensors of float32
     pipe = ToyPipeline(curved)
-    enabled = enable(pipe, tmp_path, memory_limit=0)
+    enabled = enable(pipe, tmp_path, memory_limit=2 * one)
     for seed in range(SAMPLES):
         assert torch.equal(call(pipe, seed), plain(seed))
     assert evaluations(pipe, lambda: call(pipe, 9)) == STEPS // 2
-    one = (2 * STEPS + 1) * 3 * 4 * 4 * 4  # 2 N + 1 tensors
-    assert sum(part.nbytes for part in next(iter(enabled._known.values())).watched) == SAMPLES * one
+    [known] = enabled._known.values()
+    assert [part.nbytes for part in known.watched] == [one] * SAMPLES
+    assert [part.bytes_in_memory for part in known.watched] == [one, one, 0, 0]
+
+
+def test_a_disk_that_is_full_costs_the_watched_run_alone(tmp_path, monkeypatch):
+    pipe = ToyPipeline(curved)
+    enabled = enable(pipe, tmp_path, memory_limit=0)
+    monkeypatch.setattr(fit_store.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.warns(ertacache.EnableWarning, match="0.0 GiB left"):
+        assert torch.equal(call(pipe), plain())
+    assert enabled.status()[0].watched == 0
 
 
 def test_what_was_watched_longest_ago_goes_first(tmp_path, monkeypatch):

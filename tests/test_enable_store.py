@@ -2,13 +2,16 @@
 
 import json
 
+import enable as bench_enable
 import pytest
 import torch
+from record import read
 from test_enable import SAMPLES, STEPS, call, enable, evaluations, only_file
+from tiny_pipelines import tiny_module
 from toys import ToyPipeline, curved
 
 import ertacache
-from ertacache import Bundle, Calibration, MismatchError
+from ertacache import Bundle, Calibration, MismatchError, hub
 from ertacache.auto.store import HOME, Store, default_folder
 from ertacache.cli import inspect
 from ertacache.fit.runs import TRIED_STEPS
@@ -68,6 +71,28 @@ def test_a_file_of_calibrate_is_found_by_what_it_holds(tmp_path):
     assert evaluations(pipe, lambda: call(pipe, 9)) == 2 * STEPS
 
 
+def test_what_is_pushed_can_be_pulled(filled, tmp_path, monkeypatch):
+    there = {}
+    monkeypatch.setattr(hub, "push", lambda bundle, *where: str(there.setdefault(where, bundle.save(tmp_path / "f"))))
+    monkeypatch.setattr(hub, "fetch", lambda *where: there[where])
+    assert run("push", "--store", filled, "me/mine", "flux.json") == 0
+    assert run("pull", "--store", tmp_path / "other", "me/mine", "flux.json") == 0
+    assert Store(tmp_path / "other").names() == Store(filled).names()
+
+
+def test_run_sh_calibrates_itself(tmp_path, monkeypatch, capsys):
+    flux = tiny_module("flux")
+    argv = ["--model", "tiny", "--method", "auto", "--num-inference-steps", "3", "--out", str(tmp_path / "out")]
+    argv += ["--computed-steps", "2", "--calibration-folder", str(tmp_path / "store")]
+    reports = []
+    for _ in range(2):
+        flux.main(argv)
+        reports.append(json.loads((tmp_path / "out" / "run.json").read_text()))
+    first, second = reports
+    assert first["calibration_sha256"] is None and first["computed_steps"] is None, "four prompts: all were watched"
+    assert second["computed_steps"] == only_file(tmp_path / "store").computed_steps
+
+
 def test_nothing_is_exported_from_nothing(tmp_path, capsys):
     assert run("list", "--store", tmp_path) == 0 and run("export", "--store", tmp_path, tmp_path / "all.json") == 1
     assert not list(tmp_path.iterdir())
@@ -114,6 +139,10 @@ def test_a_run_takes_the_calibration_that_fits_it(bundle):
         cached = call(pipe, 9)
     with ertacache.apply(pipe, bundle[1]):
         assert torch.equal(call(pipe, 9), cached)
+
+
+def test_the_page_says_what_was_measured():
+    bench_enable.fill(bench_enable.PAGE, bench_enable.table(read("enable_*")), bench_enable.MARKER, check=True)
 
 
 @pytest.mark.parametrize("damage", [[], {}, "x", [{"schema": 1}]])

@@ -471,7 +471,11 @@ def qwen21() -> Any:
 
     def encode(prompt: Any = None, **_: Any) -> tuple:
         found = embedded(prompt, TOKENS, WIDTH)
-        return found, torch.ones(len(found), TOKENS, dtype=torch.long), torch.zeros(len(found), TOKENS, dtype=torch.bool)
+        return (
+            found,
+            torch.ones(len(found), TOKENS, dtype=torch.long),
+            torch.zeros(len(found), TOKENS, dtype=torch.bool),
+        )
 
     return encoding(pipe, encode)
 

@@ -1,4 +1,4 @@
 """Calibrate while a pipeline is used: `ertacache.enable`. Imports point down this list only.
 
-handle, follow, watch, store, setting
+handle, state, follow, watch, store, setting
 """

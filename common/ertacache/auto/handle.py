@@ -5,7 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ertacache.api import check_parts_of, remove
 from ertacache.attach import Attachment, Run
 from ertacache.auto.follow import Follower, is_own
 from ertacache.auto.setting import KEY, Goal, Setting, facts_of, fits, grid_facts
+from ertacache.auto.state import Call, Facts, Known, Options, SettingStatus, Status, promise
 from ertacache.auto.store import Store
 from ertacache.auto.watch import (
     CALLBACK,
@@ -37,7 +38,7 @@ from ertacache.fit.runs import blanks_of_one, quiet
 from ertacache.replay import cache_of
 
 SAMPLES = 4
-MEMORY_LIMIT = 2 * 2**30  # bytes of one call's trajectories in memory; more of them go to files
+MEMORY_LIMIT = 2 * 2**30  # bytes of trajectories in memory; the calls above it go to files
 KEPT_LIMIT = 8 * 2**30  # bytes of all trajectories, in memory and files; the setting used longest ago loses its own
 EFFORTS = ("fast", "balanced")
 ATTEMPTS = 3  # fits that may fail at a setting before it stays uncached
@@ -78,8 +79,8 @@ def enable(
             that differs in these only warns.
         audit_every: make every n-th accelerated result both ways and compare; you get the uncached one.
         retry: after a fit that failed, try again at the next calls, three times; otherwise stay uncached.
-        memory_limit: bytes of the recorded trajectories of one call that stay in host memory; more go to files in
-            the system's temporary folder.
+        memory_limit: bytes of recorded trajectories that stay in host memory; calls above it go to files in the
+            system's temporary folder.
         store: folder of the calibrations; `ERTACACHE_HOME` or the platform's cache folder by default.
         progress: say what a call waits for, and show a bar.
 
@@ -91,7 +92,6 @@ def enable(
         MismatchError: this is not a pipeline with a transformer and a scheduler.
         StateError: its transformer or its scheduler is attached as part of another pipeline.
     """
-    asked = {"speedup": speedup, "computed_steps": computed_steps, "min_psnr": min_psnr}
     effort = "balanced" if min_psnr is not None else effort
     if effort not in EFFORTS:
         raise CalibrationError(f"effort is {effort!r}: enable takes {' or '.join(EFFORTS)}; for more use calibrate")
@@ -100,129 +100,10 @@ def enable(
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < lowest):
             raise CalibrationError(f"{name} is {value!r}: it must be a whole number from {lowest}")
     check_parts_of(pipe)
+    goal = Goal.of(speedup=speedup, computed_steps=computed_steps, min_psnr=min_psnr)
     remove(pipe)
-    options = _Options(samples, effort, strict, audit_every, retry, memory_limit, progress)
-    return Enabled(pipe, Goal.of(**asked), options, Store(store))
-
-
-@dataclass(frozen=True)
-class _Options:
-    samples: int
-    effort: str
-    strict: bool
-    audit_every: int | None
-    retry: bool
-    memory_limit: int
-    progress: bool
-
-
-@dataclass
-class _Known:
-    """What is known of one setting."""
-
-    setting: Setting
-    watched: list[WatchedCall] = field(default_factory=list)
-    calibrations: dict[str, Calibration] = field(default_factory=dict)  # by the goal's label
-    unsaved: set[Goal] = field(default_factory=set)
-    refused: str | None = None
-    failures: int = 0
-    turns: int = 0  # runs that could have been accelerated
-    accelerated: int = 0
-    saved_calls: int = 0
-    audits: list[float] = field(default_factory=list)  # dB
-    warned_of: set[str | None] = field(default_factory=set)  # fingerprints of weights
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.watched)
-
-    @property
-    def samples(self) -> int:
-        return sum(map(len, self.watched))
-
-    def calibration(self, goal: Goal) -> Calibration | None:
-        return self.calibrations.get(goal.label(self.setting.num_steps))
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What was read before a run: the facts of its setting, its grid, and the weights with their adapters."""
-
-    found: dict[str, Any]
-    scheduler: Any
-    grid: tuple[list[float], list[float]]
-    weights: str | None
-
-
-@dataclass
-class _Call:
-    """One call of the pipeline under way."""
-
-    pipe: Any
-    goal: Goal
-    again: RepeatableCall | None
-    callback: SeenCallback | None
-    unseen_callback: bool
-    known: _Known | None = None
-    runs: list[Run] = field(default_factory=list)
-    watching: Watching | None = None
-    audited: bool = False
-    calls: int = 0  # of the transformer in a step
-    blanks: list[Any] | None = None
-    first: int = 0  # step of the grid
-    playing: Calibration | None = None
-
-
-@dataclass(frozen=True)
-class SettingStatus:
-    """Where one setting stands.
-
-    Attributes:
-        name: model and number of steps.
-        watched, samples: results that were watched, and how many are wanted.
-        calibration: what accelerates it; None while there is none.
-        accelerated: runs that were.
-        saved_calls: transformer calls that these did not make.
-        audits: measured PSNR in dB of the audited runs, newest last.
-        refused: why it stays uncached; None if it does not.
-    """
-
-    name: str
-    watched: int
-    samples: int
-    calibration: Calibration | None
-    accelerated: int
-    saved_calls: int
-    audits: list[float]
-    refused: str | None
-
-    def __str__(self) -> str:
-        if self.refused is not None:
-            return f"{self.name}: uncached ({self.refused})"
-        if self.calibration is None:
-            return f"{self.name}: watching, {self.watched} of {self.samples}"
-        c = self.calibration
-        parts = [f"{len(c.computed_steps)} of {c.num_inference_steps} steps computed", _promise(c)[1]]
-        parts += [f"{self.accelerated} runs accelerated, {self.saved_calls} transformer calls saved"]
-        if self.audits:
-            parts.append(f"audited {len(self.audits)}: {sum(self.audits) / len(self.audits):.1f} dB")
-        return f"{self.name}: {', '.join(parts)}"
-
-
-class Status(tuple[SettingStatus, ...]):
-    """The settings that were used, the last one first; as a text, a line for each."""
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self)) or "no run yet"
-
-
-def _promise(calibration: Calibration) -> tuple[float | None, str]:
-    """PSNR in dB that a calibration predicts, or reaches on what it was fitted to, and how to say it."""
-    if calibration.predicted:
-        value = calibration.predicted["psnr"]
-        return value, f"predicted {value:.1f} dB"
-    fitted = calibration.settings.get("fitted_psnr")
-    return fitted, f"{fitted:.1f} dB on the watched results" if fitted is not None else "quality not predicted"
+    options = Options(samples, effort, strict, audit_every, retry, memory_limit, progress)
+    return Enabled(pipe, goal, options, Store(store))
 
 
 class Enabled:
@@ -232,10 +113,10 @@ class Enabled:
         pipe: what it is attached to.
     """
 
-    def __init__(self, pipe: Any, goal: Goal, options: _Options, store: Store):
+    def __init__(self, pipe: Any, goal: Goal, options: Options, store: Store):
         self.pipe, self.options, self.store = pipe, options, store
         self._goal = goal
-        self._known: dict[str, _Known] = {}  # by the setting's key, the last used at the end
+        self._known: dict[str, Known] = {}  # by the setting's key, the last used at the end
         self._local = threading.local()
         self._gate = threading.Condition()
         self._active = 0  # calls under way
@@ -267,7 +148,7 @@ class Enabled:
         """Where each setting stands; print it."""
         return Status(self._status(known) for known in reversed(self._known.values()))
 
-    def _status(self, k: _Known) -> SettingStatus:
+    def _status(self, k: Known) -> SettingStatus:
         made = k.calibration(self._goal)
         refused = None if made else k.refused
         return SettingStatus(
@@ -320,16 +201,19 @@ class Enabled:
             self._local.call = None
             self._leave()
         self._count(current)
-        audit = self._watched(current)
-        self._fit_if_due(goal)
-        if audit is not None and current.known is not None:
-            self._audit(current.known, goal, audit)
+        watched, known = self._watched(current), current.known
+        if watched is not None and known is not None and current.audited:
+            self._audit(known, goal, watched)
+        elif watched is not None and known is not None:
+            known.watched.append(watched)
+            self._forget_some(known)
+            self._fit_if_due(goal)
 
-    def _current(self, pipe: Any, goal: Goal, args: tuple, kwargs: dict[str, Any]) -> _Call:
+    def _current(self, pipe: Any, goal: Goal, args: tuple, kwargs: dict[str, Any]) -> Call:
         try:
             again = RepeatableCall(pipe, args, kwargs)
         except (CalibrationError, TypeError, RuntimeError):  # wrong arguments, which the call itself will refuse
-            return _Call(pipe, goal, None, None, True)
+            return Call(pipe, goal, None, None, True)
         given = kwargs.get(CALLBACK)
         seen = None
         if given is not None and callable(given) and not hasattr(given, "tensor_inputs"):  # diffusers looks for those
@@ -338,7 +222,7 @@ class Enabled:
             name.startswith(CALLBACKS) and callable(value) and not (seen and value is given)
             for name, value in again.arguments.items()
         )
-        return _Call(pipe, goal, again, seen, unseen)
+        return Call(pipe, goal, again, seen, unseen)
 
     def _is_watching(self) -> bool:
         return self.in_call() and self._local.call.watching is not None
@@ -347,13 +231,13 @@ class Enabled:
         """Wait while another thread fits, fit what is due, and attach to parts that were replaced."""
         with self._gate:
             self._gate.wait_for(lambda: self._fitting is None)
-        self._fit_if_due(goal)
-        with self._gate:
-            self._gate.wait_for(lambda: self._fitting is None)
             if not self._active and self._follower.replaced():
                 self._follower.detach()
                 self._follower = Follower(self.pipe, self)
                 self._follower.attach()
+        self._fit_if_due(goal)
+        with self._gate:
+            self._gate.wait_for(lambda: self._fitting is None)
             self._active += 1
 
     def _leave(self) -> None:
@@ -362,27 +246,32 @@ class Enabled:
 
     # -- a run -------------------------------------------------------------------------------------------
 
-    def facts(self, scheduler: Any) -> _Facts | None:
+    def facts(self, scheduler: Any) -> Facts | None:
         """What is to be read of a run before it begins; None where it is let be."""
-        current: _Call = self._local.call
+        current: Call = self._local.call
         if current.goal == Goal("speedup", 1.0):
             return None
         try:
             checks.check_no_other_cache(current.pipe)
-            model = current.pipe.transformer
-            found = facts_of(current.pipe, scheduler)
-            adapted = provenance.adapted_layers(model)
-            weights = provenance.weights_fingerprint(model) if adapted else found["models"]["transformer"]["weights"]
+            found, weights = self._models(current.pipe, scheduler)
         except Exception as error:  # whatever it is: the run is the user's
             self.not_followed(f"{type(error).__name__}: {error}")
             return None
         if self.options.strict:
             found |= {"guidance_scale": getattr(current.pipe, "guidance_scale", None), "adapted": weights}
-        return _Facts(found, scheduler, solver.host_grid(scheduler), weights)
+        current.weights = weights
+        return Facts(found, scheduler, solver.host_grid(scheduler))
 
-    def choose(self, run: Run, facts: _Facts | None, latents: Tensor, first: int) -> Cache:
+    @staticmethod
+    def _models(pipe: Any, scheduler: Any) -> tuple[dict[str, Any], str | None]:
+        """The facts of a run, and the fingerprint of the weights with their adapters."""
+        found, model = facts_of(pipe, scheduler), pipe.transformer
+        adapted = provenance.adapted_layers(model)  # a fingerprint takes a moment
+        return found, provenance.weights_fingerprint(model) if adapted else found["models"]["transformer"]["weights"]
+
+    def choose(self, run: Run, facts: Facts | None, latents: Tensor, first: int) -> Cache:
         """The cache of a run, at its first step."""
-        current: _Call = self._local.call
+        current: Call = self._local.call
         current.runs.append(run)
         current.watching = None
         if facts is None:
@@ -395,7 +284,7 @@ class Enabled:
             self.not_followed(f"{type(error).__name__}: {error}")
             return Uncached()
 
-    def _chosen(self, current: _Call, run: Run, facts: _Facts, latents: Tensor) -> Cache:
+    def _chosen(self, current: Call, run: Run, facts: Facts, latents: Tensor) -> Cache:
         goal, audit_every = current.goal, self.options.audit_every
         known = current.known = self._known_of(current, run, facts, latents)
         calibration = known.calibration(goal) or self._stored(known, goal, current.pipe)
@@ -410,30 +299,31 @@ class Enabled:
             return Uncached()
         return self._watch(current, facts.scheduler, latents)
 
-    def _known_of(self, current: _Call, run: Run, facts: _Facts, latents: Tensor) -> _Known:
+    def _known_of(self, current: Call, run: Run, facts: Facts, latents: Tensor) -> Known:
         shape, (timesteps, sigmas) = list(latents.shape[1:]), facts.grid
         beside = {"latents": shape} if self.options.strict else {}
         found = {**facts.found, **grid_facts(timesteps[current.first :], sigmas[current.first :]), **beside}
         branches = run.samples / max(1, len(latents))
         setting = Setting({**found, "branches": branches, "streams": len(run.grids)}, f", latents {shape}")
-        known = self._known.pop(setting.key, None) or _Known(setting)
+        known = self._known.pop(setting.key, None) or Known(setting)
         self._known[setting.key] = known  # the last used at the end
         return known
 
-    def _may_watch(self, current: _Call) -> bool:
+    def _may_watch(self, current: Call) -> bool:
         ours = current.pipe.transformer is self.pipe.transformer  # which the fit will call
         return ours and current.again is not None and not current.unseen_callback and len(current.runs) == 1
 
-    def _watch(self, current: _Call, scheduler: Any, latents: Tensor) -> Cache:
+    def _watch(self, current: Call, scheduler: Any, latents: Tensor) -> Cache:
         assert current.again is not None
         current.again.keep()
-        current.watching = Watching(self.options.memory_limit)
+        taken = sum(part.bytes_in_memory for known in self._known.values() for part in known.watched)
+        current.watching = Watching(max(0, self.options.memory_limit - taken))
         current.watching.begin(scheduler)
         current.watching.started(latents, current.first, 0)
         current.watching.guided(0, current.runs[0].samples / max(1, len(latents)))
         return current.watching
 
-    def _stored(self, known: _Known, goal: Goal, pipe: Any) -> Calibration | None:
+    def _stored(self, known: Known, goal: Goal, pipe: Any) -> Calibration | None:
         """The calibration that another process or an earlier one has left, if it is for this setting."""
         wanted = EFFORTS.index(self.options.effort)
 
@@ -447,21 +337,21 @@ class Enabled:
             known.calibrations[goal.label(known.setting.num_steps)] = found
         return found
 
-    def _accelerated(self, current: _Call, calibration: Calibration, facts: _Facts, latents: Tensor) -> Cache:
+    def _accelerated(self, current: Call, calibration: Calibration, facts: Facts, latents: Tensor) -> Cache:
         known, caller = current.known, self._follower.caller
         assert known is not None
         checks.check_first(calibration, current.first, checks.check_grid(calibration, *facts.grid))
         checks.check_arguments(calibration, current.pipe, provenance.arguments_of(*caller))
         checks.check_latents(calibration, latents.shape[1:])
-        if facts.weights != calibration.model.get("weights_fingerprint") and facts.weights not in known.warned_of:
-            known.warned_of.add(facts.weights)
+        if current.weights != calibration.model.get("weights_fingerprint") and current.weights not in known.warned_of:
+            known.warned_of.add(current.weights)
             checks.check_weights(calibration, current.pipe.transformer)
         current.playing = calibration
         return cache_of(calibration)
 
     def guided(self, step: int, branches: float) -> bool:
         """Whether an accelerated run goes on uncached, since its guidance changes as the calibrated one did not."""
-        current: _Call = self._local.call
+        current: Call = self._local.call
         assert current.playing is not None
         try:
             checks.check_branches(current.playing, step, branches)
@@ -470,14 +360,14 @@ class Enabled:
             return True
         return False
 
-    def _count(self, current: _Call) -> None:
+    def _count(self, current: Call) -> None:
         """Count the accelerated runs of a call that has ended."""
         for run in current.runs:
             if current.known is not None and not is_own(run) and self._whole(current, run):
                 current.known.accelerated += 1
                 current.known.saved_calls += (run.step - len(run.cache.chosen.schedule)) * current.calls
 
-    def _whole(self, current: _Call, run: Run) -> bool:
+    def _whole(self, current: Call, run: Run) -> bool:
         """Whether a run made all steps that it was to make; some pipelines leave the end of the grid out."""
         left = len(run.grids[0][1]) - current.first - run.step
         stopped = getattr(current.pipe, "_interrupt", False) or current.callback is not None or current.unseen_callback
@@ -487,8 +377,8 @@ class Enabled:
         """Say why a run goes uncached."""
         warnings.warn(f"this run goes uncached: {why}", EnableWarning, stacklevel=3)
 
-    def _watched(self, current: _Call) -> WatchedCall | None:
-        """Keep what was watched in a call that has ended; return it instead if it is for an audit."""
+    def _watched(self, current: Call) -> WatchedCall | None:
+        """What was watched in a call that has ended."""
         watching, known, runs = current.watching, current.known, current.runs
         if len(runs) > 1 and known is not None and known.calibration(current.goal) is None:
             self.not_followed("its call makes several runs, and is not watched")
@@ -500,17 +390,12 @@ class Enabled:
                 raise CalibrationError("its callback changes the run, so the call alone does not say what it does")
             watching.check()
             record = watching.record(torch.empty(0))
-            made = WatchedCall(current.again, record, current.blanks, watching.store.in_memory)
+            return WatchedCall(current.again, record, current.blanks, current.weights, watching.store.in_memory)
         except Exception as error:
             warnings.warn(f"this run was not watched: {error}", EnableWarning, stacklevel=3)
             return None
-        if current.audited:
-            return made
-        known.watched.append(made)
-        self._forget_some(known)
-        return None
 
-    def _forget_some(self, known: _Known) -> None:
+    def _forget_some(self, known: Known) -> None:
         """Drop what was watched at the settings used longest ago, until the rest is within the limit."""
         others = [other for other in self._known.values() if other is not known and other.watched]
         while others and sum(k.nbytes for k in (*others, known)) > KEPT_LIMIT:
@@ -530,8 +415,15 @@ class Enabled:
         if known.samples < self.options.samples or known.refused is not None or known.failures >= attempts:
             return
         with self._alone() as alone:
-            if alone:
+            if alone and self._is_as_watched(known):
                 self._fit(known, goal)
+
+    def _is_as_watched(self, known: Known) -> bool:
+        """Whether the pipeline has the scheduler and the weights that its watched runs had; forget runs of others."""
+        present, weights = self._models(self.pipe, self.pipe.scheduler)
+        known.watched = [part for part in known.watched if part.weights == weights]
+        same = all(value == known.setting.facts[name] for name, value in present.items())
+        return same and known.samples >= self.options.samples
 
     @contextmanager
     def _alone(self) -> Iterator[bool]:
@@ -548,7 +440,7 @@ class Enabled:
                     self._fitting = None
                     self._gate.notify_all()
 
-    def _fit(self, known: _Known, goal: Goal) -> None:
+    def _fit(self, known: Known, goal: Goal) -> None:
         with self.store.lock(known.setting.name(goal)) as mine:
             # where another process fits the same, this one goes on uncached until that is done
             if not mine or self._stored(known, goal, self.pipe) is not None:
@@ -571,7 +463,7 @@ class Enabled:
             known.unsaved.add(goal)
             self._save_if_due(known, goal)
 
-    def _fitted(self, known: _Known, goal: Goal) -> Calibration:
+    def _fitted(self, known: Known, goal: Goal) -> Calibration:
         """Make the calls again on accelerated trajectories, and fit to where they led uncached."""
         steps, samples = known.setting.num_steps, known.samples
         computed, effort = goal.computed_steps(steps), self.options.effort
@@ -608,7 +500,7 @@ class Enabled:
     def _say(self, bar: Any) -> Callable[[str], None]:
         return lambda text: bar.write(text, file=sys.stderr) if self.options.progress else None
 
-    def _save_if_due(self, known: _Known, goal: Goal) -> None:
+    def _save_if_due(self, known: Known, goal: Goal) -> None:
         """Store a calibration; where it cannot be stored, say so, and try again after the next call."""
         if goal not in known.unsaved:
             return
@@ -624,7 +516,7 @@ class Enabled:
 
     # -- the audit ---------------------------------------------------------------------------------------
 
-    def _audit(self, known: _Known, goal: Goal, audited: WatchedCall) -> None:
+    def _audit(self, known: Known, goal: Goal, audited: WatchedCall) -> None:
         """Make an uncached call again as the calibration has it, and keep the distance."""
         calibration = known.calibration(goal)
         with self._alone() as alone:
@@ -639,7 +531,7 @@ class Enabled:
                 warnings.warn(f"this run could not be audited: {error}", EnableWarning, stacklevel=3)
                 return
         known.audits += measured.tolist()
-        promised, last = _promise(calibration)[0], known.audits[-AUDITS:]
+        promised, last = promise(calibration)[0], known.audits[-AUDITS:]
         mean = sum(last) / len(last)
         if promised is not None and len(last) > 1 and mean < promised - AUDIT_MARGIN:
             why = self._changed(calibration) or "prompts of another kind than those it was calibrated on?"

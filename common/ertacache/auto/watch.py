@@ -15,7 +15,7 @@ from ertacache.errors import CalibrationError
 from ertacache.fit.lockstep import Lockstep, generator_state, joined, restore
 from ertacache.fit.record import Record, Recording
 from ertacache.fit.rerun import Rerun
-from ertacache.fit.runs import TRIED_STEPS, Runs, counted, pixels_of, shares
+from ertacache.fit.runs import SAME, TRIED_STEPS, Runs, counted, pixels_of, shares
 from ertacache.metrics import psnr
 
 ENCODE = "encode_prompt"
@@ -226,11 +226,20 @@ class Uncached(Cache):
 
 @dataclass(frozen=True)
 class WatchedCall:
-    """A call of the user's, what was recorded of its run, and its placeholders; None where they tell too little."""
+    """A call of the user's.
+
+    Attributes:
+        record: of its run.
+        blanks: its placeholders; None where they tell too little.
+        weights: fingerprint of the model's at that time, with adapters.
+        in_memory: whether the record is, and not in files.
+    """
 
     again: RepeatableCall
     record: Record
     blanks: list[Any] | None
+    weights: str | None
+    in_memory: bool
 
     def __len__(self) -> int:
         return len(self.record)
@@ -239,6 +248,11 @@ class WatchedCall:
     def nbytes(self) -> int:
         """Of the recorded tensors."""
         return sum(t.nbytes for one in (self.record, *self.record.streams) for t in (*one.latents, *one.outputs))
+
+    @property
+    def bytes_in_memory(self) -> int:
+        """Of those that do not lie in files."""
+        return self.nbytes if self.in_memory else 0
 
 
 class Joined(Sequence[Tensor]):
@@ -346,7 +360,8 @@ class WatchedRuns(Runs):
         """
         final = self.latents(self._as_recorded())
         self.references = [_pixels(result) for result in self.results] if self.decode else []
-        if not torch.equal(final, self.record.latents[-1].float()):
+        last = self.record.latents[-1]
+        if not float((final - last.float()).norm()) <= SAME[last.dtype] * float(last.float().norm()):
             raise CalibrationError("the same call leads to another result: it draws noise that cannot be repeated")
         with counted(self.pipe) as work:
             repeats = self.repeats()

@@ -78,7 +78,7 @@ def _list(store: Store) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows if len(rows) > 1 else []:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-    print(f"{len(rows) - 1} in {store.folder}", file=sys.stderr)
+    print(f"{len(rows) - 1} in {store.folder}")
 
 
 def _names(store: Store, asked: Sequence[str]) -> list[str]:

@@ -32,6 +32,11 @@ class TrajectoryStore:
         """The folder that files go to, whether or not there are any."""
         return self._files.name if self._files is not None else tempfile.gettempdir()
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether what is kept stays in memory."""
+        return self._files is None
+
     def plan(self, total_bytes: int) -> None:
         """Announce how much will be kept, which decides where all of it goes.
 
