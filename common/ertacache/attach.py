@@ -406,13 +406,22 @@ class Attachment:
             if thread in self.runs:
                 return method.original(*args, **kwargs)
             raise StateError("scheduler.step was called outside a run: call scheduler.set_timesteps first")
-        call, stream = self._placed(run, method, args, kwargs)
+        call = self.signatures[type(method.scheduler)].call(args, kwargs)
+        stream = run.streams.get(id(method.scheduler)) or run.new_stream(method.scheduler)
+        stream.check(call)
         step, leads = stream.step, stream.index == 0
         if step == 0 and self.started is not None:
             self.started(call.sample, stream.first, stream.index)
+        if not leads and step != run.step - 1:
+            raise StateError(f"a scheduler is at step {step} of the run, another one at step {run.step}")
+        if leads and not run.calls:
+            raise StateError(
+                f"step {step} came without a call of the transformer that ERTACache is attached to: another "
+                "module, another thread, or its forward was called directly; apply to the one that is called"
+            )
         if run.samples and leads and self.guided is not None:
             self.guided(step, run.samples / len(call.sample))
-        cache = stream.cache
+        cache = stream.cache  # `guided` may have changed it
         output = cache.output(step, call, stream.scheduler)
         if self.check is not None:
             run.finite.see(step, output)
@@ -427,20 +436,6 @@ class Attachment:
         if stream.step == len(stream.timesteps) - stream.first:
             self._may_end(run)
         return result
-
-    def _placed(self, run: Run, method: Method, args: tuple, kwargs: dict[str, Any]) -> tuple[StepCall, Stream]:
-        """The call of a scheduler's step, and the stream whose next step it is; refuses any other call."""
-        call = self.signatures[type(method.scheduler)].call(args, kwargs)
-        stream = run.streams.get(id(method.scheduler)) or run.new_stream(method.scheduler)
-        stream.check(call)
-        if stream.index and stream.step != run.step - 1:
-            raise StateError(f"a scheduler is at step {stream.step} of the run, another one at step {run.step}")
-        if not stream.index and not run.calls:
-            raise StateError(
-                f"step {stream.step} came without a call of the transformer that ERTACache is attached to: another "
-                "module, another thread, or its forward was called directly; apply to the one that is called"
-            )
-        return call, stream
 
     def _may_end(self, run: Run) -> None:
         """End a run all of whose streams have made their last step."""

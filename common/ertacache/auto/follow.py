@@ -145,12 +145,12 @@ class Follower(Attachment):
             return super()._step(method, args, kwargs)
         if run is None:
             return method.original(*args, **kwargs)
+        own = is_own(run)
         try:
-            self._placed(run, method, args, kwargs)
-        except (StateError, TypeError) as error:
-            if not is_own(run):
+            return super()._step(method, args, kwargs)
+        except StateError as error:
+            if not own:
                 raise
             self.finish()
             self.owner.not_followed(str(error))
             return method.original(*args, **kwargs)
-        return super()._step(method, args, kwargs)

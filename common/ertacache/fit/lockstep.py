@@ -92,8 +92,12 @@ class Turns:
                 thread.join()
         finally:
             restore(state)
-        if self.failure is not None:
-            raise self.failure
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # no circle keeps what the threads held
         return self.results
 
     @property
