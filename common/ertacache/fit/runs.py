@@ -26,7 +26,7 @@ TRIED_STEPS = 2  # at which a prompt's outputs alone must be those that it has a
 SAME = {torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 0.1}
 
 
-class TriedError(Exception):
+class TriedError(BaseException):  # which no pipeline logs
     """Ends a run after its first steps."""
 
 
