@@ -1,4 +1,4 @@
-"""Run the pipeline on the calibration prompts again, with the same noise every time; in one batch where that is right."""
+"""Run the pipeline on the calibration prompts again, with the same noise; in one batch where that is right."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -230,8 +230,8 @@ def record_runs(
         with counted(pipe) as work:
             pixels = runs._run(recording, True, recording)
         runs.record = recording.record(pixels)
-        network = size_of(pipe.transformer) * count * sum(runs.record.branches)
-        total = network + sum(work.values())
+        network = size_of(pipe.transformer) * count * sum(runs.record.branches[1:])  # as of the others
+        total = network + sum(work.values()) or 1.0
         runs.every_step = {name: round(value / total, 4) for name, value in work.items() if value > 1e-3 * total}
         return runs.repeats()
 
@@ -255,11 +255,11 @@ def record_runs(
 
 @contextmanager
 def counted(pipe: Any) -> Iterator[dict[str, float]]:
-    """Parameters times samples of the calls, within the steps of runs, of modules that do not rest on reused ones."""
+    """Parameters times samples of calls of modules that do not rest on reused steps, from a run's second step on."""
     work: dict[str, float] = {}
 
     def called(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if attachment_of(pipe) is not None and attachment_of(pipe).in_steps:
+        if attachment_of(pipe) is not None and attachment_of(pipe).after_first_step:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
             work[name] = work.get(name, 0.0) + size_of(module) * (len(tensors[0]) if tensors else 1)
 
