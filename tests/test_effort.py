@@ -41,7 +41,7 @@ def evaluations(text: str, kind: str) -> int:
 
 
 def test_the_bound_by_hand():
-    """P (N + K), P (N + 3 K) with two folds, and 100 N where these leave some of it; 2, and 4 K of plain reuse, to check."""
+    """P (N + K), P (N + 3 K) with two folds, and 100 N where these leave some; 2, and 4 K of plain reuse, to check."""
     assert most_evaluations("fast", prompts=8, steps=28, computed=14) == (28 + 14) * 8 + 2
     assert most_evaluations("balanced", 8, 28, 14) == (28 + 3 * 14) * 8 + 2 + 4 * 14
     assert most_evaluations("balanced", 3, 28, 14) == (28 + 3 * 14) * 3 + 2 + 3 * 14

@@ -27,7 +27,7 @@ ALONE = {"errors", "files", "solver", "metrics"}  # import nothing of ours but e
 RUN_TIME = "errors _version files solver metrics channels cache intercept attach published schema calibration hub"
 ORDER = [*RUN_TIME.split(), "provenance", "checks", "replay", "branches", "bare", "api", "fit", "cli"]
 FIT_ORDER = re.split(r",\s+", ertacache.fit.__doc__.split("\n\n")[1].strip())[::-1]
-LAZY = {("calibration", "hub"), ("", "fit.recipe")}  # that point right, from within a function
+LAZY = {("calibration", "hub"), ("", "fit.recipe"), ("", "fit.explain")}  # that point right, from within a function
 MOST_LINES, MOST_FILES, MOST_MODULES = 5000, 20, 25
 HEAVY = ("matplotlib", "skimage", "accelerate")
 

@@ -8,7 +8,8 @@
 `calibrate` makes a `Calibration`, one JSON file. `apply` attaches it to a diffusers pipeline with a transformer and a
 scheduler, or to a bare transformer; `remove` takes it off. What would give a wrong result raises one of the errors
 below; what only costs quality is a `MismatchWarning`. `ertacache.metrics` measures the distance to uncached results.
-The command `ertacache` inspects calibration files.
+`explain` says what ERTACache would do with a pipeline. The command `ertacache` inspects calibration files and
+pipelines.
 
 The method is derived from arXiv 2508.21091; see docs/method.md, and docs/calibration-file.md for the file.
 """
@@ -21,6 +22,7 @@ from ertacache.calibration import Calibration
 from ertacache.errors import CalibrationError, ERTACacheError, MismatchError, MismatchWarning, NumericsError, StateError
 
 if TYPE_CHECKING:
+    from ertacache.fit.explain import explain
     from ertacache.fit.recipe import calibrate
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "__version__",
     "apply",
     "calibrate",
+    "explain",
     "remove",
 ]
 
@@ -44,4 +47,8 @@ def __getattr__(name: str) -> Any:
         from ertacache.fit.recipe import calibrate
 
         return calibrate
+    if name == "explain":
+        from ertacache.fit.explain import explain
+
+        return explain
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

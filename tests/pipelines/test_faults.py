@@ -1,4 +1,4 @@
-"""What went wrong for users of caches, each with the smallest pipeline that shows it: right here, or refused by name."""
+"""What went wrong for users of caches, with the smallest pipeline that shows it: right here, or refused by name."""
 
 import copy
 import pickle
@@ -66,7 +66,7 @@ def warned(case: Case, made: ertacache.Calibration, **changes) -> list[str]:
 
 
 def test_another_kind_of_guidance_is_refused(plain):
-    with ertacache.apply(plain.pipe, plain.made), pytest.raises(MismatchError, match="2 samples .* for 1"):
+    with ertacache.apply(plain.pipe, plain.made), pytest.raises(MismatchError, match=r"2 samples .* for 1"):
         sample(plain.case, **TRUE_CFG)
     assert torch.equal(sample(plain.case), plain.reference)
 
