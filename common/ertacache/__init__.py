@@ -8,7 +8,8 @@
 `calibrate` makes a `Calibration`, one JSON file. `apply` attaches it to a diffusers pipeline with a transformer and a
 scheduler, or to a bare transformer; `remove` takes it off. What would give a wrong result raises one of the errors
 below; what only costs quality is a `MismatchWarning`. `ertacache.metrics` measures the distance to uncached results.
-The command `ertacache` inspects calibration files.
+`explain` says what ERTACache would do with a pipeline. The command `ertacache` inspects calibration files and
+pipelines.
 
 The method is derived from arXiv 2508.21091; see docs/method.md, and docs/calibration-file.md for the file.
 """
@@ -30,6 +31,7 @@ from ertacache.errors import (
 
 if TYPE_CHECKING:
     from ertacache.auto.handle import enable
+    from ertacache.fit.explain import explain
     from ertacache.fit.recipe import calibrate
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "apply",
     "calibrate",
     "enable",
+    "explain",
     "remove",
 ]
 
@@ -60,4 +63,8 @@ def __getattr__(name: str) -> Any:
         from ertacache.auto.handle import enable
 
         return enable
+    if name == "explain":
+        from ertacache.fit.explain import explain
+
+        return explain
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -295,10 +295,10 @@ class Attachment:
         return self.calls.get(threading.get_ident()) or PipelineCall(self.pipe, None, {})
 
     @property
-    def in_steps(self) -> bool:
-        """Whether this thread's run has called a network, and has steps left to make."""
+    def after_first_step(self) -> bool:
+        """Whether this thread's run has made a step, and has steps left to make."""
         run = self.runs.get(threading.get_ident())
-        return run is not None and bool(run.calls or run.step)
+        return run is not None and run.step > 0
 
     @contextmanager
     def call_of(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:

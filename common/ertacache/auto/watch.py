@@ -370,8 +370,7 @@ class WatchedRuns(Runs):
                 "the same call gives another model output: the model changed, or keeps a state or draws noise that "
                 "cannot be repeated"
             )
-        samples = len(self._some(2)) * sum(self.record.branches[:TRIED_STEPS])
-        self.every_step = shares(work, self.pipe, samples) if samples else {}
+        self.every_step = shares(work, self.pipe, len(self._some(2)) * sum(self.record.branches[1:TRIED_STEPS]))
 
     def _as_recorded(self) -> Cache:
         every = range(self.record.num_steps)

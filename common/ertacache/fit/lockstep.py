@@ -1,8 +1,8 @@
 """Run several prompts side by side, each in a call of its own, so that what cannot be a batch is fitted together.
 
-Each prompt has a thread, a copy of the pipeline and schedulers of its own, as a server gives to each request. One
+Each prompt has a thread, a copy of the pipeline, and schedulers of its own, as a server gives to each request. One
 thread runs at a time. At every step of a scheduler it waits for the others; the cache then sees all prompts as one
-batch. The global random generators are each prompt's own, so what is drawn is what the prompt would draw alone.
+batch. The global random generators are each prompt's own, so what is drawn from them is what it would draw alone.
 """
 
 import contextlib

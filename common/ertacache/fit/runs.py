@@ -1,4 +1,4 @@
-"""Run the calibration prompts again, with the same noise each time; as one batch where that is right."""
+"""Run the pipeline on the calibration prompts again, with the same noise; in one batch where that is right."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ TRIED_STEPS = 2  # at which a prompt's outputs alone must be those that it has a
 SAME = {torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 0.1}
 
 
-class TriedError(Exception):
+class TriedError(BaseException):  # which no pipeline logs
     """Ends a run at its first steps."""
 
 
@@ -235,7 +235,7 @@ def record_runs(
         with counted(pipe) as work:
             pixels = runs._run(recording, True, recording)
         runs.record = recording.record(pixels)
-        runs.every_step = shares(work, pipe, count * sum(runs.record.branches))
+        runs.every_step = shares(work, pipe, count * sum(runs.record.branches[1:]))  # as of the others
         return runs.repeats()
 
     if not runs.alone:
@@ -258,11 +258,11 @@ def record_runs(
 
 @contextmanager
 def counted(pipe: Any) -> Iterator[dict[str, float]]:
-    """Parameters times samples of the calls, within the steps of runs, of modules that do not rest on reused ones."""
+    """Parameters times samples of calls of modules that do not rest on reused steps, from a run's second step on."""
     work: dict[str, float] = {}
 
     def called(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if attachment_of(pipe) is not None and attachment_of(pipe).in_steps:
+        if attachment_of(pipe) is not None and attachment_of(pipe).after_first_step:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
             work[name] = work.get(name, 0.0) + size_of(module) * (len(tensors[0]) if tensors else 1)
 
@@ -280,7 +280,7 @@ def counted(pipe: Any) -> Iterator[dict[str, float]]:
 
 def shares(work: dict[str, float], pipe: Any, samples: float) -> dict[str, float]:
     """Of each module in the work of steps in which the transformer sees so many samples."""
-    total = size_of(pipe.transformer) * samples + sum(work.values())
+    total = size_of(pipe.transformer) * samples + sum(work.values()) or 1.0
     return {name: round(value / total, 4) for name, value in work.items() if value > 1e-3 * total}
 
 
