@@ -73,8 +73,10 @@ class PipelineCall:
         self.noise = {id(g): Noise(g.device, g.get_state()) for g in _generators(self.arguments)}
         self.seeds = [g.initial_seed() for g in _generators(self.arguments)]
         self.host_state = torch.get_rng_state()
-        devices = {p.device for p in pipe.transformer.parameters()} | {getattr(pipe, "_execution_device", None)}
-        self.device_states = {d: torch.cuda.get_rng_state(d) for d in devices if d is not None and d.type == "cuda"}
+        self.device_states: dict[torch.device, Tensor] = {}
+        if torch.cuda.is_available():
+            devices = {p.device for p in pipe.transformer.parameters()} | {getattr(pipe, "_execution_device", None)}
+            self.device_states = {d: torch.cuda.get_rng_state(d) for d in devices if d and d.type == "cuda"}
 
     @property
     def decodes(self) -> bool:
