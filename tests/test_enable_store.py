@@ -127,6 +127,14 @@ def test_lists_make_a_bundle_from_one_recording_for_each_number_of_steps(bundle,
     assert Bundle.load(bundle.save(tmp_path / "b.json")) == bundle
 
 
+def test_a_bundle_is_inspected_and_is_no_calibration(bundle, tmp_path, capsys):
+    path = bundle.save(tmp_path / "b.json")
+    assert run("inspect", path) == run("validate", path) == 0
+    assert capsys.readouterr().out.count("steps computed") == len(bundle)
+    with pytest.raises(ertacache.CalibrationError, match="bundle"):
+        Calibration.load(path)
+
+
 def test_a_run_takes_the_calibration_that_fits_it(bundle):
     pipe = ToyPipeline(curved)
     with ertacache.apply(pipe, bundle) as applied:

@@ -125,6 +125,8 @@ class Calibration:
     def from_dict(cls, data: Any, where: str = "calibration") -> "Calibration":
         """Validate plain JSON data; see `load`."""
         check_schema(data, where)
+        if "bundle" in data:
+            raise CalibrationError(f"{where}: a bundle of several calibrations: give it to apply, or to Bundle.load")
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(data) - known - {"schema"})
         if unknown:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ertacache.calibration import Calibration
+from ertacache.calibration import Bundle, Calibration
 from ertacache.cli import command, stored
 from ertacache.errors import UsageError
 from ertacache.schema import printable
@@ -37,9 +37,10 @@ def _main(argv: Sequence[str]) -> None:
     if chosen.action == "doctor":
         print(diagnosis(chosen.folder, chosen.prompt, chosen.arguments))
         return
-    calibration = Calibration.load(chosen.file)
+    bundle = Bundle.load(chosen.file)
     if chosen.action == "inspect":
-        print(json.dumps(described(calibration), indent=1) if chosen.json else inspection(calibration))
+        shown = [json.dumps(described(one), indent=1) if chosen.json else inspection(one) for one in bundle]
+        print("\n\n".join(shown))
         return
     print(f"{chosen.file}: valid")
 

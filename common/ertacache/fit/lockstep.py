@@ -43,8 +43,8 @@ def own_generators(seed: int) -> Iterator[None]:
 
 
 def generator_state() -> tuple[Any, ...]:
-    """Of the global random generators: torch's on the CPU and the present CUDA device, Python's and numpy's."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    """Of the global random generators: torch's on the CPU and on all CUDA devices, Python's and numpy's."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()
 
 
@@ -53,7 +53,7 @@ def restore(state: tuple[Any, ...]) -> None:
     cpu, cuda, python, numpy = state
     torch.set_rng_state(cpu)
     if cuda is not None:
-        torch.cuda.set_rng_state(cuda)
+        torch.cuda.set_rng_state_all(cuda)
     random.setstate(python)
     np.random.set_state(numpy)
 
