@@ -36,6 +36,8 @@ bench:
 	$(PYTHON) bench/published_parts.py
 	$(PYTHON) bench/fuzz_calibration.py
 	$(PYTHON) bench/fuzz_kill.py
+	$(PYTHON) bench/enable.py
+	$(PYTHON) bench/fuzz_enable.py
 
 figures:
 	@for page in $(PAGES); do \
@@ -48,4 +50,5 @@ figures:
 	$(PYTHON) -m compare.overview $(wildcard $(foreach page,$(PAGES),bench/results/$(firstword $(subst :, ,$(page))).json)) --into README.md
 	$(PYTHON) bench/speed_page.py
 	$(PYTHON) bench/changed_weights.py --page
+	$(PYTHON) bench/enable.py --page
 	$(PYTHON) bench/published_parts.py --page

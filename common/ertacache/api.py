@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ertacache.attach import Attachment
-from ertacache.calibration import Calibration
+from ertacache.calibration import Bundle, Calibration
 from ertacache.checks import check_pipeline
-from ertacache.errors import MismatchError
-from ertacache.intercept import attachment_of, unfollow
-from ertacache.replay import Replay
+from ertacache.errors import CalibrationError, MismatchError
+from ertacache.intercept import attachment_of, check_free, unfollow
+from ertacache.replay import BundleReplay, Replay
 
 if TYPE_CHECKING:
     from ertacache.bare import ModelAttachment
@@ -19,15 +19,19 @@ if TYPE_CHECKING:
 class Applied:
     """What `apply` returns: an attached calibration. As a context manager it is removed at the end.
 
+    What it replaced is attached again then, unless that was removed or left in the meantime.
+
     Attributes:
         pipe: what it is attached to.
-        calibration: the one that runs.
+        calibration: the one that runs, or the bundle.
     """
 
-    def __init__(self, pipe: Any, calibration: Calibration, attachment: "Attachment | ModelAttachment"):
+    def __init__(self, pipe: Any, calibration: Calibration | Bundle, attachment: "Attachment | ModelAttachment"):
         self.pipe = pipe
         self.calibration = calibration
         self._attachment = attachment.attach()
+        attachment.handle, self._closed = self, False
+        self._replaced: Applied | None = None
 
     @property
     def computed_calls(self) -> int:
@@ -43,11 +47,24 @@ class Applied:
         return self
 
     def __exit__(self, *_: object) -> None:
-        remove(self.pipe)
+        self._closed = True
+        if attachment_of(self.pipe) is not self._attachment:
+            return  # removed, or replaced by a later one
+        self._attachment.detach()
+        before = self._replaced
+        while before is not None and before._closed:
+            before = before._replaced
+        if before is not None:
+            before._attachment.attach()
 
 
 def apply(
-    pipe: Any, calibration: Calibration | str | Path, *, converted: bool = False, check_finite: bool = True
+    pipe: Any,
+    calibration: Calibration | Bundle | str | Path,
+    *,
+    speedup: float | None = None,
+    converted: bool = False,
+    check_finite: bool = True,
 ) -> Applied:
     """Attach a calibration, or the file of that name, to a pipeline with a transformer and a scheduler.
 
@@ -56,6 +73,8 @@ def apply(
     Args:
         pipe: the pipeline; or a bare transformer, if the scheduler is out of reach, as in the official packages. Then
             nothing can compare the guidance scale.
+        calibration: one, or a bundle, each run of which takes the calibration that is for its noise grid.
+        speedup: N / K, where a bundle has several for a grid: the nearest; by default the most computed steps.
         converted: the bare transformer holds the calibrated weights in another package's class: do not compare class,
             configuration and weights.
         check_finite: raise NumericsError at the end of a run that held NaN or Inf, naming the step; reads one number
@@ -72,33 +91,67 @@ def apply(
         MismatchWarning: other weights or dtype than calibrated; in a run another guidance scale or latent shape, or
             weights that changed since.
     """
-    calibration = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
+    if not isinstance(calibration, (Calibration, Bundle, str, Path)):
+        raise CalibrationError(f"apply takes a Calibration or the path of its file, not {type(calibration).__name__}")
+    if isinstance(calibration, (str, Path)):
+        calibration = Bundle.load(calibration)
+    if isinstance(calibration, Bundle) and len(calibration) == 1:
+        calibration = calibration[0]
     if isinstance(pipe, nn.Module) and getattr(pipe, "scheduler", None) is None:
         from ertacache.bare import ModelAttachment, check_bare_model  # most pipelines have a scheduler
 
-        if isinstance(attachment_of(pipe), ModelAttachment):
-            remove(pipe)
+        if isinstance(calibration, Bundle):
+            raise MismatchError("a bundle is for a pipeline: apply one of its calibrations to a transformer alone")
+        before = attachment_of(pipe)
         check_bare_model(calibration, pipe, converted)
-        return Applied(pipe, calibration, ModelAttachment(pipe, calibration, check_finite))
-    _check_parts(pipe)
+        if before is not None and not isinstance(before, ModelAttachment):
+            check_free(pipe)
+        return _replacing(before, pipe, calibration, ModelAttachment(pipe, calibration, check_finite))
+    check_parts_of(pipe)
     if converted:
         raise MismatchError("converted=True is for a transformer alone, not for a pipeline")
-    remove(pipe)
-    check_pipeline(calibration, pipe)
-    return Applied(pipe, calibration, Replay(calibration, pipe).attachment("end" if check_finite else None))
+    before = attachment_of(pipe)
+    if isinstance(calibration, Bundle):
+        replay: Replay = BundleReplay(calibration, pipe, speedup)
+    else:
+        check_pipeline(calibration, pipe)
+        replay = Replay(calibration, pipe)
+    return _replacing(before, pipe, calibration, replay.attachment("end" if check_finite else None))
 
 
-def _check_parts(pipe: Any) -> None:
+def _replacing(before: Any, pipe: Any, calibration: Calibration | Bundle, attachment: Any) -> Applied:
+    """Attach in place of what is attached, which comes back if this one is refused or its block is left."""
+    handle = getattr(before, "handle", None)
+    if before is not None:
+        before.detach()
+        unfollow(pipe)  # of a pipeline that was copied while attached
+    try:
+        made = Applied(pipe, calibration, attachment)
+    except BaseException:
+        if handle is not None and not handle._closed:
+            before.attach()
+        raise
+    made._replaced = handle
+    return made
+
+
+def check_parts_of(pipe: Any) -> None:
+    """Raise MismatchError for a pipeline that has no transformer or no scheduler."""
     for part in ("transformer", "scheduler"):
         if getattr(pipe, part, None) is None:
+            unet = " but a UNet" if getattr(pipe, "unet", None) is not None else ""
             raise MismatchError(
-                f"{type(pipe).__name__} has no {part}: ERTACache attaches to a transformer and a scheduler"
+                f"{type(pipe).__name__} has no {part}{unet}: ERTACache attaches to a transformer and a scheduler"
             )
 
 
 def remove(pipe: Any) -> None:
     """Remove ERTACache from a pipeline or transformer, which is then as before; do nothing if none is attached."""
     attachment = attachment_of(pipe)
-    if attachment is not None:
-        attachment.detach()
-        unfollow(pipe)  # of a pipeline that was copied while attached
+    if attachment is None:
+        return
+    handle = getattr(attachment, "handle", None)
+    while handle is not None:  # those that it replaced stay away too
+        handle._closed, handle = True, handle._replaced
+    attachment.detach()
+    unfollow(pipe)  # of a pipeline that was copied while attached

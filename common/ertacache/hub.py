@@ -8,7 +8,7 @@ from ertacache.errors import CalibrationError
 from ertacache.schema import MAX_FILE_BYTES, printable
 
 if TYPE_CHECKING:
-    from ertacache.calibration import Calibration
+    from ertacache.calibration import Bundle, Calibration
 
 NAME_PART = r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]*"
 REPOSITORY = re.compile(rf"{NAME_PART}/{NAME_PART}")
@@ -16,7 +16,7 @@ FILE_NAME = re.compile(rf"({NAME_PART}/)*{NAME_PART}\.json")
 
 
 def push(
-    calibration: "Calibration",
+    calibration: "Calibration | Bundle",
     repo_id: str,
     filename: str,
     *,
