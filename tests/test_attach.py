@@ -518,7 +518,7 @@ def test_other_scheduler_and_model_class_are_refused():
 
 @pytest.mark.parametrize("change", ["guidance", "weights", "shape"])
 def test_what_costs_only_quality_warns_and_runs(change):
-    pipe = ToyPipeline(curved)
+    pipe = ToyPipeline(curved, guidance_scale=3.0)
     calibration = plain_reuse(pipe, [0, 4])
     if change == "guidance":
         pipe.guidance_scale = 2.0
@@ -651,7 +651,7 @@ def test_a_grid_that_is_begun_in_the_middle_is_refused():
         for begin in (0, 2):
             pipe.scheduler.set_timesteps(STEPS)
             pipe.scheduler.set_begin_index(begin)
-            output, first = pipe.transformer(latents, torch.ones(1))[0], pipe.scheduler.timesteps[0]
+            output, first = pipe.transformer(latents, torch.ones(1))[0], pipe.scheduler.timesteps[begin]
             if begin:
                 with pytest.raises(StateError, match="starts at step 2"):
                     pipe.scheduler.step(output, first, latents)

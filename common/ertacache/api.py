@@ -8,8 +8,8 @@ from torch import nn
 from ertacache.attach import Attachment
 from ertacache.calibration import Calibration
 from ertacache.checks import check_pipeline
-from ertacache.errors import MismatchError
-from ertacache.intercept import attachment_of, unfollow
+from ertacache.errors import CalibrationError, MismatchError
+from ertacache.intercept import attachment_of, check_free, unfollow
 from ertacache.replay import Replay
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 class Applied:
     """What `apply` returns: an attached calibration. As a context manager it is removed at the end.
+
+    What it replaced is attached again then, unless that was removed or left in the meantime.
 
     Attributes:
         pipe: what it is attached to.
@@ -28,6 +30,8 @@ class Applied:
         self.pipe = pipe
         self.calibration = calibration
         self._attachment = attachment.attach()
+        attachment.handle, self._closed = self, False
+        self._replaced: Applied | None = None
 
     @property
     def computed_calls(self) -> int:
@@ -43,7 +47,15 @@ class Applied:
         return self
 
     def __exit__(self, *_: object) -> None:
-        remove(self.pipe)
+        self._closed = True
+        if attachment_of(self.pipe) is not self._attachment:
+            return  # removed, or replaced by a later one
+        self._attachment.detach()
+        before = self._replaced
+        while before is not None and before._closed:
+            before = before._replaced
+        if before is not None:
+            before._attachment.attach()
 
 
 def apply(
@@ -72,33 +84,59 @@ def apply(
         MismatchWarning: other weights or dtype than calibrated; in a run another guidance scale or latent shape, or
             weights that changed since.
     """
+    if not isinstance(calibration, (Calibration, str, Path)):
+        raise CalibrationError(f"apply takes a Calibration or the path of its file, not {type(calibration).__name__}")
     calibration = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
     if isinstance(pipe, nn.Module) and getattr(pipe, "scheduler", None) is None:
         from ertacache.bare import ModelAttachment, check_bare_model  # most pipelines have a scheduler
 
-        if isinstance(attachment_of(pipe), ModelAttachment):
-            remove(pipe)
+        before = attachment_of(pipe)
         check_bare_model(calibration, pipe, converted)
-        return Applied(pipe, calibration, ModelAttachment(pipe, calibration, check_finite))
-    _check_parts(pipe)
+        if before is not None and not isinstance(before, ModelAttachment):
+            check_free(pipe)
+        return _replacing(before, pipe, calibration, ModelAttachment(pipe, calibration, check_finite))
+    check_parts_of(pipe)
     if converted:
         raise MismatchError("converted=True is for a transformer alone, not for a pipeline")
-    remove(pipe)
+    before = attachment_of(pipe)
     check_pipeline(calibration, pipe)
-    return Applied(pipe, calibration, Replay(calibration, pipe).attachment("end" if check_finite else None))
+    made = Replay(calibration, pipe).attachment("end" if check_finite else None)
+    return _replacing(before, pipe, calibration, made)
 
 
-def _check_parts(pipe: Any) -> None:
+def _replacing(before: Any, pipe: Any, calibration: Calibration, attachment: Any) -> Applied:
+    """Attach in place of what is attached, which comes back if this one is refused or its block is left."""
+    handle = getattr(before, "handle", None)
+    if before is not None:
+        before.detach()
+        unfollow(pipe)  # of a pipeline that was copied while attached
+    try:
+        made = Applied(pipe, calibration, attachment)
+    except BaseException:
+        if handle is not None and not handle._closed:
+            before.attach()
+        raise
+    made._replaced = handle
+    return made
+
+
+def check_parts_of(pipe: Any) -> None:
+    """Raise MismatchError for a pipeline that has no transformer or no scheduler."""
     for part in ("transformer", "scheduler"):
         if getattr(pipe, part, None) is None:
+            unet = " but a UNet" if getattr(pipe, "unet", None) is not None else ""
             raise MismatchError(
-                f"{type(pipe).__name__} has no {part}: ERTACache attaches to a transformer and a scheduler"
+                f"{type(pipe).__name__} has no {part}{unet}: ERTACache attaches to a transformer and a scheduler"
             )
 
 
 def remove(pipe: Any) -> None:
     """Remove ERTACache from a pipeline or transformer, which is then as before; do nothing if none is attached."""
     attachment = attachment_of(pipe)
-    if attachment is not None:
-        attachment.detach()
-        unfollow(pipe)  # of a pipeline that was copied while attached
+    if attachment is None:
+        return
+    handle = getattr(attachment, "handle", None)
+    while handle is not None:  # those that it replaced stay away too
+        handle._closed, handle = True, handle._replaced
+    attachment.detach()
+    unfollow(pipe)  # of a pipeline that was copied while attached

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ertacache.channels import ChannelMatrices, StepChannels, add_channels
+from ertacache.errors import StateError
 
 
 class Row(NamedTuple):
@@ -46,11 +47,13 @@ class Coefficients:
         outputs: for each step the a_j.
         latents: for each step b.
         channels: for each step the M_j, of calibrations that have them.
+        streams: those of further schedulers that the run steps.
     """
 
     outputs: list[list[float]]
     latents: list[float]
     channels: ChannelMatrices | None = None
+    streams: tuple["Coefficients", ...] = ()
 
     @classmethod
     def of_outputs(cls, outputs: list[list[float]]) -> "Coefficients":
@@ -92,6 +95,8 @@ class Cache:
         self.schedule, self.coefficients = frozenset(schedule), coefficients
         self.rows: list[Row] = []
         self.history: deque[Tensor] = deque(maxlen=coefficients.longest)
+        # of further schedulers
+        self.streams: list[Cache] = [Cache(self.schedule, stream) for stream in coefficients.streams]
 
     def begin(self, scheduler: Any) -> "Cache":
         """Begin a run on a scheduler whose grid is set, and return the cache that plays it."""
@@ -101,11 +106,22 @@ class Cache:
         """Begin a run whose latents are on a device; whatever is copied to it is copied here."""
         self.rows = self.coefficients.rows(device)
         self.history.clear()
+        for stream in self.streams:
+            stream.start(device)
         return self
 
     def computes(self, step: int) -> bool:
         """Whether the model runs at this step."""
         return step in self.schedule
+
+    def stream(self, index: int) -> "Cache":
+        """The cache of one of the schedulers that a run steps; 0 for the first, which is this one."""
+        if index > len(self.streams):
+            raise StateError(
+                f"the pipeline steps scheduler {index + 1}, the calibration is for {len(self.streams) + 1}: calibrate "
+                "again (ertacache.calibrate)"
+            )
+        return self.streams[index - 1] if index else self
 
     def output(self, step: int, call: Call, scheduler: Any = None) -> Tensor:
         """The output that the scheduler gets at this step, in the model output's dtype."""

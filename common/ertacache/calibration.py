@@ -41,6 +41,10 @@ class Calibration:
             psnr_p10 (worst decile) in dB to the uncached result, and folds of the cross-validation (older files: 1, and
             left_out prompts); None if not predicted.
         versions, date: of the software and the day it was made.
+        pipeline: class, plain config and further networks of the calibrated pipeline (provenance.py); `branches`, how
+            many samples the transformer saw for each result at each step; `every_step`, the share of a step's work that
+            other modules do, by name, which run at every step. None in older files.
+        streams: coefficients and latent_shape of further latents that the pipeline steps, such as audio; None for none.
     """
 
     method: str
@@ -67,19 +71,23 @@ class Calibration:
     predicted: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     date: str = ""
+    pipeline: dict[str, Any] | None = None
+    streams: list[dict[str, Any]] | None = None
 
     def combinations(self) -> Coefficients:
         """What every step combines (method ertacache)."""
         outputs = self.coefficients or []
         channels = None
+        streams = tuple(Coefficients.of_outputs(stream["coefficients"]) for stream in self.streams or ())
         if self.channel_coefficients is not None and self.channel_axis is not None:
             channels = ChannelMatrices(Layout(self.channel_axis), self.channel_coefficients)
-        return Coefficients(outputs, self.sample_coefficients or [0.0] * len(outputs), channels)
+        return Coefficients(outputs, self.sample_coefficients or [0.0] * len(outputs), channels, streams)
 
     @property
     def speedup(self) -> float:
-        """N / K: the speed-up if a reused step costs nothing."""
-        return self.num_inference_steps / len(self.computed_steps)
+        """N / K where a reused step costs nothing, and less where other modules run at every step."""
+        other = sum((self.pipeline or {}).get("every_step", {}).values())
+        return 1 / (other + (1 - other) * len(self.computed_steps) / self.num_inference_steps)
 
     def save(self, path: str | Path) -> Path:
         """Write the JSON file atomically and return its path.
@@ -171,6 +179,8 @@ class Calibration:
             f"model      {name} ({kind}, {dtype})",
             f"scheduler  {scheduler}, guidance {self.guidance_scale}, latents {shape}",
         ]
+        for part, share in (self.pipeline or {}).get("every_step", {}).items():
+            lines.append(f"every step {printable(part)} runs at all steps: {share:.0%} of the work, in the speed-up")
         if self.predicted:
             count, left_out = printable(self.prompts.get("count", "?")), self.predicted.get("left_out")
             how = f"{self.predicted['folds']}-fold cross-validation"
@@ -188,6 +198,7 @@ def calibration_fields(coefficients: Coefficients) -> dict[str, Any]:
         "sample_coefficients": latents if any(latents) else None,
         "channel_coefficients": channels.steps if channels else None,
         "channel_axis": channels.layout.axis if channels else None,
+        "streams": [{"coefficients": stream.outputs} for stream in coefficients.streams] or None,
     }
 
 

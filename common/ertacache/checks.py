@@ -5,19 +5,73 @@ from collections.abc import Sequence
 from typing import Any
 
 from ertacache import provenance, solver
+from ertacache.attach import networks_of
 from ertacache.calibration import Calibration
-from ertacache.errors import MismatchError, MismatchWarning
+from ertacache.errors import MismatchError, MismatchWarning, StateError
 from ertacache.schema import printable, shown
 
 GRID_TOLERANCE = 0.05  # in timesteps of 0 .. 1000
+LOWER = "quality may be lower"
+# names of hooks, of caches that diffusers ships
+OTHER_CACHES = ("mag_cache", "fbc_", "faster_cache", "taylorseer", "sea_cache", "pyramid_attention")
+# arguments that are compared by the grid or the latents that they lead to, or change neither
+UNCOMPARED = (
+    *("num_inference_steps", "height", "width", "num_frames", "strength", "output_type", "return_dict"),
+    *("num_images_per_prompt", "num_videos_per_prompt", "use_resolution_binning"),
+)
+PER_PROMPT = "one for each prompt"  # of an argument, in the settings
 AGAIN = "calibrate again for it (ertacache.calibrate, or run.sh with the new setting)"
 
 
 def check_pipeline(calibration: Calibration, pipe: Any) -> None:
-    """Raise MismatchError for another model or scheduler; warn for other weights or dtype."""
+    """Raise MismatchError for another model or scheduler; warn for other weights, dtype or settings of the pipeline."""
+    check_no_other_cache(pipe)
     check_model(calibration, pipe.transformer)
     check_scheduler(calibration, pipe.scheduler)
     check_weights(calibration, pipe.transformer)
+    if calibration.pipeline:
+        check_parts(calibration, pipe)
+
+
+def check_no_other_cache(pipe: Any) -> None:
+    """Raise StateError where another cache runs in a network: each would be fitted to what the other does not make."""
+    for name, network in networks_of(pipe).items():
+        on = getattr(network, "is_cache_enabled", False)
+        hooks = [hook for part in network.modules() for hook in getattr(_registry(part), "hooks", {})]
+        found = [hook for hook in hooks if any(kind in hook for kind in OTHER_CACHES)]
+        if found or (on and not any("text_kv_cache" in hook for hook in hooks)):  # which is exact
+            raise StateError(
+                f"another cache is on in pipe.{name} ({found[0] if found else 'enable_cache'}), and two cannot share a "
+                f"run: call pipe.{name}.disable_cache(), or do not use ERTACache"
+            )
+
+
+def _registry(module: Any) -> Any:
+    return getattr(module, "_diffusers_hook", None)
+
+
+def check_parts(calibration: Calibration, pipe: Any) -> None:
+    """Compare the pipeline's class, config and further networks with those of a file that has them."""
+    wanted, present = calibration.pipeline, provenance.pipeline_identity(pipe)
+    names = [*wanted["networks"], *present["networks"]]
+    for name in names:
+        one, other = wanted["networks"].get(name), present["networks"].get(name)
+        if one is None or other is None:
+            raise MismatchError(
+                f"the {'pipeline' if one is None else 'calibrated pipeline'} has a {printable(name)}, the "
+                f"{'calibrated one' if one is None else 'present one'} has none: {AGAIN}"
+            )
+        for key in ("class", "config_sha256"):
+            if one.get(key) and one.get(key) != other[key]:
+                raise MismatchError(f"the {printable(name)} has another {key.split('_')[0]} than calibrated: {AGAIN}")
+        if one.get("weights_fingerprint") and other["weights_fingerprint"]:
+            if one["weights_fingerprint"] != other["weights_fingerprint"]:
+                warn(f"the weights of {printable(name)} differ from the calibrated ones: quality may be lower")
+    if wanted["class"] != present["class"]:
+        warn(f"the calibration is for a {printable(wanted['class'])}, this is a {present['class']}: {LOWER}")
+    for key, value in wanted["config"].items():
+        if key in present["config"] and present["config"][key] != value:
+            warn(f"the pipeline's {key} is {present['config'][key]!r}, the calibration is for {shown(value)}: {LOWER}")
 
 
 def check_model(calibration: Calibration, transformer: Any) -> None:
@@ -54,22 +108,31 @@ def check_weights(calibration: Calibration, transformer: Any) -> None:
 
 
 class WeightsWatch:
-    """Notice a LoRA that is loaded or fused, or other changes of the weights, between runs."""
+    """Notice between runs that an adapter is loaded, fused, scaled or switched, or that weights change otherwise."""
 
     def __init__(self, calibration: Calibration, pipe: Any):
         self.calibration, self.pipe = calibration, pipe
-        self.seen = self._fingerprint()
+        self.seen = self._state()
+        self.fingerprints = self._fingerprints()
 
     def check(self) -> None:
         """Warn if the weights changed since the last look and are not the calibrated ones."""
-        present = self._fingerprint()
-        if present != self.seen:
-            self.seen = present
+        present = self._state()
+        if present == self.seen:
+            return
+        self.seen, before = present, self.fingerprints
+        self.fingerprints = self._fingerprints()
+        if self.fingerprints != before:
             check_weights(self.calibration, self.pipe.transformer)
+            if self.calibration.pipeline:
+                check_parts(self.calibration, self.pipe)
 
-    def _fingerprint(self) -> str | None:
+    def _state(self) -> list[str | None]:
         known = self.calibration.model.get("weights_fingerprint")
-        return provenance.weights_fingerprint(self.pipe.transformer) if known else None
+        return [provenance.weights_state(part) for part in networks_of(self.pipe).values()] if known else []
+
+    def _fingerprints(self) -> list[str | None]:
+        return [provenance.weights_fingerprint(part) for part in networks_of(self.pipe).values()] if self.seen else []
 
 
 def check_scheduler(calibration: Calibration, scheduler: Any) -> None:
@@ -87,11 +150,55 @@ def check_scheduler(calibration: Calibration, scheduler: Any) -> None:
             )
 
 
-def check_guidance(calibration: Calibration, pipe: Any) -> None:
-    """Warn about another guidance scale."""
-    present, calibrated = getattr(pipe, "guidance_scale", None), calibration.guidance_scale
-    if present is not None and calibrated is not None and abs(present - calibrated) > 1e-6:
-        warn(f"guidance scale is {present:g}, the calibration is for {calibrated:g}: quality may be lower")
+def check_arguments(calibration: Calibration, pipe: Any, arguments: dict[str, tuple[Any, Any]]) -> None:
+    """Warn about arguments of the pipeline's call that differ from the calibrated ones.
+
+    Args:
+        arguments: value and default of each; see `provenance.arguments_of`.
+    """
+    known = dict(calibration.settings)
+    if not known:  # of a file that was not made by `calibrate`
+        arguments = {}
+    if calibration.guidance_scale is not None:
+        known["guidance_scale"] = calibration.guidance_scale
+    if "guidance_scale" not in arguments and (scale := getattr(pipe, "guidance_scale", None)) is not None:
+        arguments = {**arguments, "guidance_scale": (scale, scale)}
+    for name, (present, default) in arguments.items():
+        calibrated = known.get(name, default)
+        if name in UNCOMPARED or name.startswith(("prompt", "callback")) or calibrated == PER_PROMPT:
+            continue
+        if not alike(present, calibrated):
+            what = name.replace("_", " ")
+            warn(f"{what} is {shown(present)}, the calibration is for {shown(calibrated)}: {LOWER}")
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two plain arguments are the same; nothing is the same as an empty text."""
+    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
+        return abs(one - other) <= 1e-6
+    return (one or None) == (other or None)
+
+
+def check_branches(calibration: Calibration, step: int, branches: float) -> None:
+    """Raise MismatchError for another kind of guidance, which the number of samples of a step tells."""
+    wanted = calibration.pipeline.get("branches", []) if calibration.pipeline else []
+    if step >= len(wanted) or not wanted[step] or not all(float(b).is_integer() for b in (branches, wanted[step])):
+        return
+    if branches != wanted[step]:
+        raise MismatchError(
+            f"guidance is of another kind than calibrated: the transformer sees {branches:g} samples for each result "
+            f"at step {step}, the calibration is for {wanted[step]:g} (a negative prompt or a guidance scale that "
+            f"turns guidance on or off?): {AGAIN}"
+        )
+
+
+def check_first(calibration: Calibration, first: int, wanted: int) -> None:
+    """Raise StateError for a run that starts at another step of its grid."""
+    if first != wanted:
+        raise StateError(
+            f"the run starts at step {first} of the grid, the calibration is for one from step {wanted}; ERTACache "
+            "needs a run that visits every step of the grid in order from there: calibrate with the same strength"
+        )
 
 
 def check_latents(calibration: Calibration, shape: Sequence[int]) -> None:
@@ -108,23 +215,40 @@ def check_latents(calibration: Calibration, shape: Sequence[int]) -> None:
     warn(f"latents are {shape}, the calibration is for {wanted}: quality may be lower")
 
 
-def check_grid(calibration: Calibration, timesteps: list[float], sigmas: list[float]) -> None:
-    """Raise MismatchError if the run's grid is not the calibrated one."""
+def check_grid(calibration: Calibration, timesteps: list[float], sigmas: list[float]) -> int:
+    """Return where in the run's grid the calibrated steps begin; raise MismatchError if they are not in it.
+
+    They may be its end, of a run that starts in the middle, or its beginning, of one that leaves its last entry out.
+    """
+    count = calibration.num_inference_steps
+    further = len(timesteps) - count
+    if further < 0 or (further > 0 and not calibration.pipeline):
+        raise MismatchError(f"the run has {len(timesteps)} steps, the calibration is for {count}: {AGAIN}")
+    differing = {first: _differs(calibration, timesteps[first:], sigmas[first:]) for first in (0, further)}
+    for first, step in differing.items():
+        if step is None:
+            return first
+    if further:
+        raise MismatchError(f"the run has {len(timesteps)} steps, the calibration is for {count}: {AGAIN}")
+    step, present, calibrated = differing[0] or (0, 0.0, 0.0)
+    raise MismatchError(
+        f"the noise grid differs at step {step} ({present:g}, calibrated {calibrated:g}); another resolution "
+        f"or shift moves it: {AGAIN}"
+    )
+
+
+def _differs(calibration: Calibration, timesteps: list[float], sigmas: list[float]) -> tuple[int, float, float] | None:
+    """The first step at which a grid is not the calibrated one, with both values."""
     wanted = calibration.num_inference_steps
-    if len(timesteps) != wanted:
-        raise MismatchError(f"the run has {len(timesteps)} steps, the calibration is for {wanted}: {AGAIN}")
     pairs = zip(
-        [*timesteps, *(1000 * s for s in sigmas)],
+        [*timesteps[:wanted], *(1000 * s for s in sigmas)],
         [*calibration.timesteps, *(1000 * s for s in calibration.sigmas)],
         strict=False,
     )
     for index, (present, calibrated) in enumerate(pairs):
         if abs(present - calibrated) > GRID_TOLERANCE:
-            step = index if index < wanted else index - wanted  # the sigmas follow the timesteps
-            raise MismatchError(
-                f"the noise grid differs at step {step} ({present:g}, calibrated {calibrated:g}); another resolution "
-                f"or shift moves it: {AGAIN}"
-            )
+            return index if index < wanted else index - wanted, present, calibrated  # the sigmas follow the timesteps
+    return None
 
 
 def warn(message: str) -> None:

@@ -7,6 +7,7 @@ hooks of offloading, LoRA layers and `module.compile()` do lies behind it, in wh
 import copy
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -32,10 +33,11 @@ class Interception:
     Args:
         answer: called with this object and the call's arguments; `run` makes the call as it would be without.
         owner: the attachment that this is part of.
+        name: of the module in its pipeline.
     """
 
-    def __init__(self, module: nn.Module, answer: Answer, owner: Any):
-        self.module, self.answer, self.owner = module, answer, owner
+    def __init__(self, module: nn.Module, answer: Answer, owner: Any, name: str = "transformer"):
+        self.module, self.answer, self.owner, self.name = module, answer, owner, name
         self.compiled: Callable[..., Any] | None = None
 
     def put_on(self) -> None:
@@ -43,7 +45,7 @@ class Interception:
         space = self.module.__dict__  # past __setattr__, which wrappers of compiled modules pass on
         self.compiled = space.get(SLOT)
         space[SLOT] = self
-        space["compile"] = self._compile
+        space["compile"] = CompileCall(self)
 
     def take_off(self) -> None:
         """Leave the module as it was, but for what was compiled since."""
@@ -77,7 +79,7 @@ class Interception:
         """
         return self.compiled is None and uncompiled(self.module) is self.module and "forward" not in vars(self.module)
 
-    def _compile(self, *args: Any, **kwargs: Any) -> None:
+    def compile(self, *args: Any, **kwargs: Any) -> None:
         """`module.compile`, which would take this object's place."""
         if self.module.__dict__.get(SLOT) is self:
             self.compiled = torch.compile(self.module._call_impl, *args, **kwargs)
@@ -85,9 +87,25 @@ class Interception:
             nn.Module.compile(self.module, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Interception":
-        made = copy.copy(self)
+        made = bare_copy(self)
         made.module = memo.get(id(self.module), self.module)
         return made
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # nothing is attached to a pickled module
+
+
+class CompileCall:
+    """An intercepted module's `compile`; a pickled module gets its class's back."""
+
+    def __init__(self, interception: Interception):
+        self.interception = interception
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.interception.compile(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return class_method, (self.interception.module, "compile")
 
 
 class Method:
@@ -120,10 +138,30 @@ class Method:
         return self.answer(self, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Method":
-        made = copy.copy(self)
+        made = bare_copy(self)
         made.scheduler = memo.get(id(self.scheduler), self.scheduler)
         made.original = copy.deepcopy(self.original, memo)
         return made
+
+    def __reduce__(self) -> Any:
+        return class_method, (self.scheduler, self.name)  # nothing is attached to a pickled scheduler
+
+
+def empty(kind: type) -> Any:
+    """An object of a class without anything in it, for pickles."""
+    return object.__new__(kind)
+
+
+def class_method(owner: Any, name: str) -> Any:
+    """An object's method as its class has it, for pickles."""
+    return types.MethodType(getattr(type(owner), name), owner)
+
+
+def bare_copy(part: Any) -> Any:
+    """A shallow copy of an object, however it is pickled."""
+    made = empty(type(part))
+    made.__dict__.update(part.__dict__)
+    return made
 
 
 def attachment_of(part: Any) -> Any:
@@ -154,24 +192,41 @@ def uncompiled(module: Any) -> Any:
 
 @functools.cache
 def followed_class(pipeline_class: type) -> type:
-    """A subclass of the same name whose call ends the run that it began: returned, raised or interrupted."""
+    """A subclass of the same name whose calls are told to the attachment; copies are attached, pickles are not."""
     original = pipeline_class.__call__
 
     @functools.wraps(original)  # pipelines' calls are inspected for their arguments
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
+        attachment = self.__dict__.get(ATTACHED)
+        if attachment is None:
             return original(self, *args, **kwargs)
-        finally:
-            attachment = self.__dict__.get(ATTACHED)
-            if attachment is not None:
-                attachment.finish()
+        with attachment.call_of(self, args, kwargs):
+            return original(self, *args, **kwargs)
 
+    def __copy__(self: Any) -> Any:
+        return bare_copy(self)
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        made = memo[id(self)] = object.__new__(type(self))
+        attachment = self.__dict__.get(ATTACHED)
+        memo[id(attachment)] = attachment  # one for all copies: what a run holds belongs to the run
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if attachment is not None:
+            attachment.follow_copy(made)
+        return made
+
+    def __reduce_ex__(self: Any, _: Any) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if name != ATTACHED}
+        return empty, (pipeline_class,), state
+
+    methods = (__call__, __copy__, __deepcopy__, __reduce_ex__)
     names = {"__module__": pipeline_class.__module__, "__qualname__": pipeline_class.__qualname__}
-    return type(pipeline_class.__name__, (pipeline_class,), {**names, FOLLOWED: pipeline_class, "__call__": __call__})
+    own = {method.__name__: method for method in methods}
+    return type(pipeline_class.__name__, (pipeline_class,), {**names, FOLLOWED: pipeline_class, **own})
 
 
 def follow(pipe: Any, attachment: Any) -> None:
-    """End a run whenever a call of the pipeline ends, by `attachment.finish()`."""
+    """Tell an attachment of each call of the pipeline, by `attachment.call_of()`."""
     if FOLLOWED not in vars(type(pipe)) and callable(pipe):
         kind: Any = type(pipe)
         pipe.__class__ = followed_class(kind)

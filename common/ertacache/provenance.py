@@ -1,6 +1,8 @@
 """Identify a model and a run: class, configuration hash, weights fingerprint, versions."""
 
+import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -11,11 +13,12 @@ import torch
 from torch import nn
 
 from ertacache._version import __version__
-from ertacache.attach import CachedTransformer
-from ertacache.intercept import uncompiled
+from ertacache.attach import CachedTransformer, networks_of
+from ertacache.intercept import FOLLOWED, uncompiled
 
 FINGERPRINT_VALUES = 4  # of every parameter: a LoRA or a fine-tuning may change a few of them only
 VERSIONED = ("torch", "diffusers", "transformers")
+PLAIN = (bool, int, float, str, type(None))
 
 
 def model_identity(transformer: nn.Module, name: str | None = None) -> dict[str, Any]:
@@ -26,6 +29,40 @@ def model_identity(transformer: nn.Module, name: str | None = None) -> dict[str,
         "config_sha256": config_hash(transformer),
         "weights_fingerprint": weights_fingerprint(transformer),
     }
+
+
+def pipeline_identity(pipe: Any) -> dict[str, Any]:
+    """Return class, plain config values, guiders' among them, and the identity of each network beside `transformer`."""
+    config = {key: value for key, value in dict(getattr(pipe, "config", {}) or {}).items() if not key.startswith("_")}
+    for name, part in vars(pipe).items():
+        if "guider" in name and hasattr(part, "config"):
+            config |= {f"{name}.{key}": value for key, value in dict(part.config).items() if not key.startswith("_")}
+    networks = {name: part for name, part in networks_of(pipe).items() if name != "transformer"}
+    return {
+        "class": getattr(vars(type(pipe)).get(FOLLOWED, type(pipe)), "__name__", None),
+        "config": {key: value for key, value in sorted(config.items()) if isinstance(value, PLAIN)},
+        "networks": {name: model_identity(part) for name, part in networks.items()},
+    }
+
+
+def arguments_of(pipe: Any, args: tuple | None, kwargs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the plain arguments of a pipeline's call and their defaults, by name; none for args None."""
+    if args is None:
+        return {}
+    parameters = _parameters(type(pipe))
+    names = [name for name, kind, _ in parameters if kind is not inspect.Parameter.VAR_KEYWORD]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    found = {name: (given.pop(name, default), default) for name, _, default in parameters if name in names}
+    found |= {name: (value, None) for name, value in given.items()}  # of a call that takes any
+    return {name: pair for name, pair in found.items() if all(isinstance(value, PLAIN) for value in pair)}
+
+
+@functools.cache
+def _parameters(pipeline_class: type) -> list[tuple[str, Any, Any]]:
+    """Name, kind and default of what a pipeline's call takes by name; binding a signature at every run takes longer."""
+    parameters = list(inspect.signature(pipeline_class.__call__).parameters.values())[1:]
+    named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    return [(p.name, p.kind, None if p.default is p.empty else p.default) for p in named]
 
 
 def class_name(model: nn.Module) -> str:
@@ -58,16 +95,31 @@ def config_hash(model: Any) -> str | None:
 
 
 def weights_fingerprint(model: nn.Module) -> str | None:
-    """Hash a few values of every parameter; changes with a LoRA, quantisation or fine-tuning.
+    """Hash a few values of every effective weight; changes with an active LoRA, quantisation or fine-tuning.
 
-    The same in memory, offloaded by accelerate, and compiled; None if the weights are out of reach. Reads once from
-    each device.
+    The same in memory, offloaded by accelerate, and compiled, whatever an adapter is called and whether it is fused;
+    None if the weights are out of reach. Reads once from each device.
     """
+    return _fingerprint(model, effective=True)
+
+
+def weights_state(model: nn.Module) -> str | None:
+    """A hash that changes whenever the effective weights may have changed; cheaper than their fingerprint."""
+    return _fingerprint(model, effective=False)
+
+
+def _fingerprint(model: nn.Module, effective: bool) -> str | None:
     model = uncompiled(model)
-    named = sorted(model.named_parameters(), key=lambda pair: pair[0])
-    digest = hashlib.sha256(str(len(named)).encode())
-    samples: list[torch.Tensor] = []
-    for name, parameter in named:
+    adapted = {name: layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
+    named = dict(model.named_parameters())
+    digest, samples = hashlib.sha256(), []
+    if effective and adapted:
+        base = {name: p for name, p in named.items() if not _belongs_to_adapter(name, adapted)}
+        named = {name.replace(".base_layer.", "."): p for name, p in base.items()}
+    elif adapted:
+        digest.update(repr([_adapter_state(layer) for _, layer in sorted(adapted.items())]).encode())
+    digest.update(str(len(named)).encode())
+    for name, parameter in sorted(named.items()):
         values = _offloaded(model, name) if parameter.is_meta else parameter.detach()
         if values is None:
             return None
@@ -75,10 +127,38 @@ def weights_fingerprint(model: nn.Module) -> str | None:
         if type(values) is not torch.Tensor and type(values) is not nn.Parameter:
             digest.update(type(values).__name__.encode())  # quantised: its numbers are packed
             continue
+        path, _, leaf = name.rpartition(".")
+        if effective and path in adapted and leaf == "weight":
+            values = _with_adapters(adapted[path], values)
         samples.append(_sample(values))
     for values in _on_host(samples):
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _belongs_to_adapter(name: str, adapted: dict[str, nn.Module]) -> bool:
+    return any(name.startswith(f"{p}.") and not name.startswith(f"{p}.base_layer.") for p in adapted)
+
+
+def _adapter_state(layer: Any) -> tuple[Any, ...]:
+    """Which adapters of one of peft's layers take part, and how much."""
+    scaling = sorted(dict(getattr(layer, "scaling", {})).items())
+    merged, active = list(getattr(layer, "merged_adapters", [])), list(getattr(layer, "active_adapters", []))
+    return scaling, merged, active, bool(getattr(layer, "disable_adapters", False))
+
+
+def _with_adapters(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    """A weight with the adapters that are active and not in it yet, as fusing would add them."""
+    _, merged, active, disabled = _adapter_state(layer)
+    if disabled:
+        active = []
+    for adapter in active:
+        if adapter not in merged and adapter in getattr(layer, "lora_A", active):
+            weight = weight + layer.get_delta_weight(adapter).detach().to(weight)
+    if disabled:  # calls take out again what was fused
+        for adapter in merged:
+            weight = weight - layer.get_delta_weight(adapter).detach().to(weight)
+    return weight
 
 
 def _sample(values: torch.Tensor) -> torch.Tensor:

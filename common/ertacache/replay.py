@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ertacache import checks, solver
+from ertacache import checks, provenance, solver
 from ertacache.attach import Attachment
 from ertacache.cache import Cache
 from ertacache.calibration import Calibration
@@ -26,18 +26,28 @@ class Replay:
 
     def begin(self, scheduler: Any) -> Cache:
         """Return the cache of a run on a scheduler whose grid is set; refuse or warn if the run differs."""
+        call = self.attached.caller
+        checks.check_no_other_cache(self.pipe)
         self.weights.check()
-        checks.check_grid(self.calibration, *solver.host_grid(scheduler))
-        checks.check_guidance(self.calibration, self.pipe)
+        self.offset = checks.check_grid(self.calibration, *solver.host_grid(scheduler))
+        checks.check_arguments(self.calibration, call.pipe, provenance.arguments_of(*call))
         return cache_of(self.calibration).begin(scheduler)
 
-    def first_latents(self, latents: Tensor) -> None:
-        """Warn or refuse if a run starts from latents of another shape."""
-        checks.check_latents(self.calibration, latents.shape[1:])
+    def started(self, latents: Tensor, first: int, stream: int) -> None:
+        """Refuse a run from another step of the grid; warn or refuse if it starts from latents of another shape."""
+        checks.check_first(self.calibration, first, self.offset)
+        if stream == 0:
+            checks.check_latents(self.calibration, latents.shape[1:])
+
+    def guided(self, step: int, branches: float) -> None:
+        """Refuse another kind of guidance."""
+        checks.check_branches(self.calibration, step, branches)
 
     def attachment(self, check: str | None = "end", **options: Any) -> Attachment:
         """Return the Attachment to the pipeline, not attached yet; options as `Attachment` takes them."""
-        return Attachment(self.pipe, self.begin, first_latents=self.first_latents, check=check, **options)
+        told = {"started": self.started, "guided": self.guided}
+        self.attached = Attachment(self.pipe, self.begin, check=check, **told, **options)
+        return self.attached
 
 
 def cache_of(calibration: Calibration) -> Cache:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 METHOD_FIELDS = {
-    "ertacache": ("coefficients", "sample_coefficients", "channel_coefficients", "channel_axis"),
+    "ertacache": ("coefficients", "sample_coefficients", "channel_coefficients", "channel_axis", "streams"),
     "paper": ("threshold", "step_factors", "adjusted_sigmas", "adjusted_timesteps", "error_model"),
 }
 CALIBRATED_METHODS = tuple(METHOD_FIELDS)
@@ -128,6 +128,7 @@ def validate(c: "Calibration", where: str) -> None:
     require(c.guidance_scale is None or is_number(c.guidance_scale), "guidance_scale", "a number or null")
     _validate_method(c, require)
     _validate_provenance(c, require)
+    _validate_pipeline(c, require)
 
 
 Require = Callable[[bool, str, str], None]
@@ -145,15 +146,25 @@ def _validate_method(c: "Calibration", require: Require) -> None:
         _validate_paper(c, require)
 
 
-def _validate_coefficients(c: "Calibration", require: Require) -> None:
-    n, rows = c.num_inference_steps, c.coefficients or []
+def _validate_rows(c: "Calibration", rows: Any, name: str, require: Require) -> None:
+    n = c.num_inference_steps
     ok = is_list(rows, lambda row: is_list(row, is_number)) and len(rows) == n
-    require(ok, "coefficients", f"{n} lists of numbers")
+    require(ok, name, f"{n} lists of numbers")
     computed, so_far = set(c.computed_steps), 0
     for step, row in enumerate(rows):
         so_far += step in computed
         longest = min(so_far, MAX_COEFFICIENTS)
-        require(1 <= len(row) <= longest, "coefficients", f"1 to {longest} numbers at step {step}")
+        require(1 <= len(row) <= longest, name, f"1 to {longest} numbers at step {step}")
+
+
+def _validate_coefficients(c: "Calibration", require: Require) -> None:
+    n = c.num_inference_steps
+    _validate_rows(c, c.coefficients or [], "coefficients", require)
+    streams = c.streams or []
+    shapes = is_list(streams, lambda s: isinstance(s, dict) and is_list(s.get("latent_shape"), is_int))
+    require(shapes, "streams", "null or objects with coefficients and latent_shape")
+    for stream in streams:
+        _validate_rows(c, stream.get("coefficients"), "streams", require)
     sample = c.sample_coefficients
     ok = sample is None or (is_list(sample, is_number) and len(sample) == n)
     require(ok, "sample_coefficients", f"null or {n} numbers")
@@ -223,6 +234,25 @@ def _validate_provenance(c: "Calibration", require: Require) -> None:
     )
     spread = (c.predicted or {}).get("psnr_range", [0, 0])
     require(is_list(spread, is_number) and len(spread) == 2, "predicted", "an object whose psnr_range is two numbers")
+
+
+def _validate_pipeline(c: "Calibration", require: Require) -> None:
+    if c.pipeline is None:
+        return
+    wanted = "null or an object with class, config, networks, branches, every_step"
+    require(isinstance(c.pipeline, dict), "pipeline", wanted)
+    parts = {"config": {}, "networks": {}, "every_step": {}, **c.pipeline}
+    require(all(isinstance(parts[name], dict) for name in ("config", "networks", "every_step")), "pipeline", wanted)
+    plain = (bool, int, float, str, type(None))
+    ok = all(isinstance(value, plain) for value in parts["config"].values())
+    ok = ok and all(
+        isinstance(one, dict) and isinstance(one.get("class"), str) and all(isinstance(v, plain) for v in one.values())
+        for one in parts["networks"].values()
+    )
+    shares = parts["every_step"].values()
+    ok = ok and all(is_number(share) and share >= 0 for share in shares) and sum(shares) < 1
+    ok = ok and is_list(parts.get("branches", []), is_number) and {"class", "config", "networks"} <= set(c.pipeline)
+    require(ok, "pipeline", wanted)
 
 
 def is_int(value: Any) -> TypeGuard[int]:

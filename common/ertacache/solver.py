@@ -21,6 +21,8 @@ OUTPUT_NAMES = ("model_output", "noise_pred")
 # where the axis of a scheduler without sigmas ends: one before the first training timestep, the index of the
 # empty product, at which alpha-bar is 1
 END_TIMESTEP = -1.0
+GAIN_SPREAD = 1e-3  # relative, by which c may differ between elements and still be one number
+AFFINE_TOLERANCE = 1e-3  # of what a step moves: a step may be that far from F + c o
 # instance attributes by which attach.py follows a scheduler; a copy must not carry them
 FOLLOWED_METHODS = ("step", "set_timesteps")
 
@@ -109,20 +111,40 @@ def bare_copy(scheduler: Any) -> Any:
     return duplicate
 
 
-def affine_step(scheduler: Any, call: StepCall) -> tuple[Tensor, float]:
+def affine_step(scheduler: Any, call: Any) -> tuple[Tensor, Any]:
     """Return F (the sample's shape, float32) and c of the step that `call` is about to make: x' = F + c o.
 
-    Both come from copies of the scheduler. Random generators are cloned and the global ones put back, so a stochastic
-    solver draws the same noise in both copies and in the step itself.
+    c is a float, or a tensor of the sample's shape where it is not the same number for all elements. Both come from
+    copies of the scheduler. Random generators are cloned and the global ones put back, so a stochastic solver draws
+    the same noise in both copies and in the step itself.
     """
+    if not isinstance(call, StepCall):  # several prompts' calls, each with a scheduler of its own
+        return call.affine()
     zero = torch.zeros_like(call.sample, dtype=torch.float32)
-    at_zero = _step_of_copy(scheduler, call.trial(zero))
-    at_one = _step_of_copy(scheduler, call.trial(torch.ones_like(zero)))
-    gain = (at_one - at_zero).double().mean().item()
-    return at_zero, gain
+    at_zero = step_of_copy(scheduler, call.trial(zero))
+    at_one = step_of_copy(scheduler, call.trial(torch.ones_like(zero)))
+    gain = at_one - at_zero
+    mean = gain.double().mean().item()
+    eps = torch.finfo(call.sample.dtype if "generator" in call.arguments else torch.float32).eps
+    spread = float((gain - mean).abs().max())
+    uniform = spread <= GAIN_SPREAD * abs(mean) + 16 * eps * float(at_zero.abs().max())
+    return at_zero, mean if uniform or not math.isfinite(spread) else gain
 
 
-def _step_of_copy(scheduler: Any, call: StepCall) -> Tensor:
+def is_affine(scheduler: Any, call: Any, offset: Tensor, gain: Any) -> bool:
+    """Whether the step that `call` is about to make is F + c o, element by element."""
+    if not isinstance(call, StepCall):
+        return call.is_affine(offset, gain)
+    output = call.model_output.float()
+    made, moved = step_of_copy(scheduler, call.trial(output)), gain * output
+    eps = torch.finfo(call.sample.dtype if "generator" in call.arguments else torch.float32).eps
+    allowed = AFFINE_TOLERANCE * float(moved.abs().max()) + 64 * eps * float(made.abs().max())
+    error = float((offset + moved - made).abs().max())
+    return error <= allowed or not math.isfinite(error)  # what is not finite is named elsewhere
+
+
+def step_of_copy(scheduler: Any, call: StepCall) -> Tensor:
+    """The latents, float32, after a step that a copy of the scheduler makes; global generators are put back."""
     device = call.sample.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         result = bare_copy(scheduler).step(**call.arguments)

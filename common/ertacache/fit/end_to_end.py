@@ -120,7 +120,7 @@ def linearise(runs: Runs, schedule: list[int], coefficients: Coefficients) -> Li
             added = record.latents[end] if index == LATENTS else nominal.outputs[segment - index]
             nudge = _nudge(record, end, added)
             nudged = changed(coefficients, [(end, index)], [nudge])
-            moved = runs.latents(Rerun(schedule, nudged, nominal.outputs[: segment + 1]))
+            moved = runs.latents(Rerun(schedule, nudged, nominal.outputs[: segment + 1], fills=runs.blanks is None))
             columns.append(store.keep((moved - final) / nudge))
             places.append((end, index))
     products = grams([*columns, record.latents[-1].float() - final])

@@ -15,7 +15,7 @@ FOLDS = 2
 
 
 def cross_validate(runs: Runs, fitted_to: Callable[[Sequence[int]], Cache]) -> dict[str, Any] | None:
-    """PSNR in dB to the uncached results: mean, its range, worst decile; None for a single prompt.
+    """PSNR in dB to the uncached results: mean, its range, worst decile, each prompt's; None for a single prompt.
 
     Fold i leaves out the prompts i, i + FOLDS, ...
 
@@ -34,6 +34,7 @@ def cross_validate(runs: Runs, fitted_to: Callable[[Sequence[int]], Cache]) -> d
         "psnr_range": mean_range(values),
         "psnr_p10": float(worst_decile(values, True)),
         "folds": FOLDS,
+        "each": values.tolist(),
     }
 
 

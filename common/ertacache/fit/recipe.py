@@ -1,7 +1,7 @@
 """Calibrate a pipeline: record the uncached runs, choose the steps, fit, predict the quality."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from typing import Any
@@ -9,29 +9,36 @@ from typing import Any
 import torch
 
 from ertacache import provenance, solver
+from ertacache.api import check_parts_of
 from ertacache.cache import Cache, Coefficients
 from ertacache.calibration import Calibration, calibration_fields, check_computed_steps, computed_steps_for
+from ertacache.checks import PER_PROMPT, check_no_other_cache
 from ertacache.errors import CalibrationError
 from ertacache.fit.end_to_end import Refined, fit_end_to_end, prompts_within
 from ertacache.fit.predict import FOLDS, cross_validate
 from ertacache.fit.published import fit_published
 from ertacache.fit.record import Record
-from ertacache.fit.runs import MICRO_BATCH, Runs, quiet, record_runs
+from ertacache.fit.runs import MICRO_BATCH, TRIED_STEPS, Runs, quiet, record_runs
 from ertacache.fit.schedule import choose_steps
 from ertacache.fit.step_by_step import StepFit, fit_last_step, fit_step_by_step
+from ertacache.intercept import attachment_of
+from ertacache.metrics import psnr, worst_decile
 from ertacache.published import PHI_OVER
 from ertacache.replay import cache_of
 from ertacache.schema import CALIBRATED_METHODS
 
 EFFORTS = ("fast", "balanced", "best")
+GUARD_PROMPTS = 4  # on which plain reuse is tried
+HARM = 0.5  # dB, by which the fit may be worse on so few prompts
+RUIN = 20.0  # dB, by which the published method must not be worse
 BEST_RUNS = 100  # uncached runs that effort "best" may cost in all
 
 
 def calibrate(
     pipe: Any,
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[str] | None = None,
     *,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | int = (0,),
     speedup: float | None = None,
     computed_steps: int | None = None,
     min_psnr: float | None = None,
@@ -39,6 +46,7 @@ def calibrate(
     effort: str = "balanced",
     method: str = "ertacache",
     phi_over: str = PHI_OVER[0],
+    per_prompt: Mapping[str, Sequence[Any]] | None = None,
     micro_batch: int = MICRO_BATCH,
     memory_limit: int | None = None,
     progress: bool = True,
@@ -50,6 +58,7 @@ def calibrate(
     Args:
         pipe: a diffusers pipeline with a transformer and a scheduler.
         prompts: calibration prompts; eight are enough. Run i takes prompt i and seed i, the shorter list repeated.
+            None for a pipeline that takes none, whose `per_prompt` says what it takes.
         seeds: of the noise of the runs, drawn on the CPU; one for all prompts by default.
         speedup: N / K; K = floor(N / speedup) steps are computed.
         computed_steps: K itself.
@@ -59,6 +68,7 @@ def calibrate(
             "fast" predicts no quality; "best" fits end to end.
         method: "ertacache", or "paper" for the published one, which alone takes `threshold`.
         phi_over: of method "paper": what its timestep adjustment measures an error by, "output" or "change".
+        per_prompt: arguments of which each prompt has its own, as lists: {"image": images}, {"prompt_embeds": ...}.
         micro_batch: how many samples the transformer sees at a time, which bounds its peak memory.
         memory_limit: bytes of recorded trajectories that may stay in host memory; above it they go to files in the
             system's temporary folder, which are removed afterwards. None for no limit.
@@ -79,6 +89,8 @@ def calibrate(
     for name, value, allowed in (("phi_over", phi_over, PHI_OVER), ("effort", effort, EFFORTS)):
         if value not in allowed:
             raise CalibrationError(f"{name} is {value!r}: it must be one of {', '.join(allowed)}")
+    seeds = (seeds,) if isinstance(seeds, int) else seeds
+    _check_request(pipe, prompts, micro_batch, {**(per_prompt or {}), **pipe_kwargs})
     cost = Cost(goal, effort)
     with quiet(pipe), torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
         runs = record_runs(
@@ -86,6 +98,7 @@ def calibrate(
             prompts,
             seeds,
             pipe_kwargs,
+            per_prompt=per_prompt,
             micro_batch=micro_batch,
             progress=progress,
             memory_limit=memory_limit,
@@ -97,6 +110,8 @@ def calibrate(
             make = lambda k: fit(runs, k, effort)  # noqa: E731
         wanted = _computed_steps(goal, runs.record.num_steps)
         made = make(wanted) if min_psnr is None else _smallest(runs, make, min_psnr)
+        if effort != "fast":
+            made = guarded(runs, made, cost.say)
     cost.close(runs)
     asked = {"goal": goal[0], "goal_value": goal[1]}
     if goal[0] == "speedup":
@@ -111,8 +126,8 @@ def most_evaluations(effort: str, prompts: int, steps: int, computed: int) -> in
     P (N + K) for "fast", which predicts no quality. "best" fits end to end with what is left of BEST_RUNS.
     """
     if effort == "fast":
-        return prompts * (steps + computed)
-    total = prompts * (steps + (1 + FOLDS) * computed)
+        return prompts * (steps + computed) + TRIED_STEPS
+    total = prompts * (steps + (1 + FOLDS) * computed) + TRIED_STEPS + min(prompts, GUARD_PROMPTS) * computed
     return max(total, BEST_RUNS * steps) if effort == "best" else total
 
 
@@ -128,6 +143,10 @@ def fit(runs: Runs, computed_steps: int | None, effort: str) -> Calibration:
     check_computed_steps(record.num_steps, computed_steps)
     if computed_steps == record.num_steps:
         return _all_computed(runs, effort)
+    if effort == "best" and record.streams:
+        raise CalibrationError(
+            f"the pipeline steps {len(record.streams) + 1} latents, and effort 'best' fits one: use effort 'balanced'"
+        )
     schedule = choose_steps(record, computed_steps)
     coefficients = fit_step_by_step(runs, schedule)
     refined = _refined(runs, schedule, coefficients) if effort == "best" else None
@@ -136,9 +155,76 @@ def fit(runs: Runs, computed_steps: int | None, effort: str) -> Calibration:
     predicted = None
     if effort != "fast":
         predicted = cross_validate(runs, lambda rows: _fitted_to(runs, rows, schedule, refined))
-    return bare_calibration(
-        record, "ertacache", computed_steps=schedule, predicted=predicted, **calibration_fields(coefficients)
-    )
+    return _calibration_of(record, schedule, coefficients, predicted)
+
+
+def _calibration_of(
+    record: Record, schedule: list[int], coefficients: Coefficients, predicted: dict[str, Any] | None
+) -> Calibration:
+    fields = calibration_fields(coefficients)
+    for stream, recorded in zip(fields["streams"] or (), record.streams, strict=False):
+        stream["latent_shape"] = list(recorded.latents[0].shape[1:])
+    return bare_calibration(record, "ertacache", computed_steps=schedule, predicted=predicted, **fields)
+
+
+def plain_reuse(record: Record, schedule: list[int]) -> Calibration:
+    """A calibration that takes the newest output as it is."""
+    rows = [[1.0]] * record.num_steps
+    streams = tuple(Coefficients.of_outputs(rows) for _ in record.streams)
+    plain = replace(Coefficients.of_outputs(rows), streams=streams)
+    return _calibration_of(record, schedule, plain, None)
+
+
+def guarded(runs: Runs, made: Calibration, say: Callable[[str], None]) -> Calibration:
+    """What was fitted, or plain reuse on the same schedule where that is better on prompts that were left out.
+
+    Compares on at most GUARD_PROMPTS of them, by the PSNR of each that the prediction left there.
+
+    Raises CalibrationError: the published method does harm, so that there is nothing to keep.
+    """
+    values = made.predicted.pop("each") if made.predicted else []
+    if not values or len(made.computed_steps) == made.num_inference_steps:
+        return made
+    some = runs.first(GUARD_PROMPTS)
+    values = values[: len(some)]
+    cache = cache_of(plain_reuse(runs.record, made.computed_steps))
+    plain = psnr(some.pixels(cache), some.record.pixels).float()
+    gain = float(torch.tensor(values).mean() - plain.mean())
+    if gain >= -HARM:
+        return made
+    if made.method == "paper":  # has nothing to fall back to, and is there to be compared with
+        if gain < -RUIN:
+            raise CalibrationError(
+                f"method 'paper' does harm on this solver: {-gain:.1f} dB below plain reuse on the same steps. Use "
+                "method 'ertacache', or another scheduler"
+            )
+        say(f"method 'paper' loses {-gain:.1f} dB to plain reuse of the output on the same steps")
+        return made
+    say(f"the fitted coefficients lose {-gain:.1f} dB to plain reuse on prompts left out: plain reuse is kept")
+    kept = plain_reuse(runs.record, made.computed_steps)
+    predicted = {"psnr": float(plain.mean()), "psnr_p10": float(worst_decile(plain, True)), "folds": FOLDS}
+    return replace(kept, predicted=predicted)
+
+
+def _check_request(pipe: Any, prompts: Any, micro_batch: int, arguments: Mapping[str, Any]) -> None:
+    """Raise for what cannot be calibrated, before anything runs."""
+    check_parts_of(pipe)
+    check_no_other_cache(pipe)
+    if attachment_of(pipe) is not None:
+        raise CalibrationError("a calibration is applied to this pipeline: ertacache.remove(pipe) before you calibrate")
+    if not isinstance(micro_batch, int) or micro_batch < 1:
+        raise CalibrationError(f"micro_batch is {micro_batch!r}: it must be a whole number from 1")
+    if not (prompts is None or isinstance(prompts, Sequence)):
+        raise CalibrationError(
+            f"prompts is a {type(prompts).__name__}: give texts, or None with per_prompt={{'prompt_embeds': ...}}"
+        )
+    embedded = [
+        name for name, value in arguments.items() if "embeds" in name and "negative" not in name and value is not None
+    ]
+    if embedded and prompts is not None:
+        raise CalibrationError(
+            f"give prompts or {embedded[0]}, not both: calibrate(pipe, None, per_prompt={{'{embedded[0]}': ...}})"
+        )
 
 
 def _refined(runs: Runs, schedule: list[int], start: Coefficients) -> Refined | None:
@@ -153,7 +239,7 @@ def _refined(runs: Runs, schedule: list[int], start: Coefficients) -> Refined | 
 def _fitted_to(runs: Runs, rows: Sequence[int], schedule: list[int], refined: Refined | None) -> Cache:
     """The fit to some prompts, their choice of steps included, while all of them run."""
     if refined is None:
-        return StepFit(choose_steps(runs.record.subset(rows), len(schedule)), runs.record.latents, rows)
+        return StepFit.of(runs.record, choose_steps(runs.record.subset(rows), len(schedule)), rows)
     left_out = [row for row in range(len(runs)) if row not in rows]
     last = runs.record.num_steps - 1
     return StepFit(schedule, runs.record.latents, rows, given=refined.without(left_out), first=last)
@@ -161,7 +247,7 @@ def _fitted_to(runs: Runs, rows: Sequence[int], schedule: list[int], refined: Re
 
 def _all_computed(runs: Runs, effort: str) -> Calibration:
     n = runs.record.num_steps
-    made = bare_calibration(runs.record, "ertacache", computed_steps=list(range(n)), coefficients=[[1.0]] * n)
+    made = plain_reuse(runs.record, list(range(n)))
     return made if effort == "fast" else replace(made, predicted=cross_validate(runs, lambda _: cache_of(made)))
 
 
@@ -177,6 +263,8 @@ def fit_paper(
 
     if computed_steps is not None:
         check_computed_steps(runs.record.num_steps, computed_steps)
+    if runs.record.streams or not runs.record.uniform:
+        raise CalibrationError("method 'paper' takes one kind of latents that all move alike: use method 'ertacache'")
     made = fitted(runs.record, computed_steps)
     if effort == "fast":
         return made
@@ -246,18 +334,21 @@ class Cost:
 
     def __init__(self, goal: tuple[str, Any], effort: str):
         self.goal, self.effort, self.steps = goal, effort, 0
+        self.bar: Any = None
 
     def announce(self, bar: Any, prompts: int, steps: int) -> None:
         """Print the most that it takes; raises CalibrationError for a K that cannot be."""
-        self.steps, computed = steps, _computed_steps(self.goal, steps)
+        self.bar, self.steps, computed = bar, steps, _computed_steps(self.goal, steps)
         if computed is not None:
             check_computed_steps(steps, computed)
+        spent = bar.n  # by a recording that could not be repeated
         bar.total = most_evaluations(self.effort, prompts, steps, steps if computed is None else computed)
         if self.goal[0] == "min_psnr":
             if self.effort == "fast" or prompts < FOLDS:
                 raise CalibrationError("min_psnr needs a prediction: two prompts or more, and more effort than fast")
             # a calibration for every K that bisection tries
             bar.total = prompts * steps + (steps.bit_length() + 1) * (bar.total - prompts * steps)
+        bar.total += spent
         known = f", {computed} computed" if computed is not None else ""
         self._print(bar, f"at most {self._in_runs(bar.total)} for {prompts} prompts of {steps} steps{known}")
 
@@ -265,6 +356,11 @@ class Cost:
         """Print what it took."""
         self._print(runs.bar, f"took {self._in_runs(runs.bar.n)}")
         runs.bar.close()
+
+    def say(self, text: str) -> None:
+        """Print something else that a user has to know."""
+        if self.bar is not None:
+            self._print(self.bar, text)
 
     def _in_runs(self, evaluations: int) -> str:
         return f"{evaluations / self.steps:.3g} uncached runs ({evaluations} transformer evaluations)"
@@ -277,6 +373,8 @@ class Cost:
 def provenance_of(runs: Runs, model_id: str | None, effort: dict[str, Any]) -> dict[str, Any]:
     pipe = runs.pipe
     plain = {k: v for k, v in {**runs.kwargs, **effort}.items() if isinstance(v, (int, float, str, bool))}
+    plain |= dict.fromkeys(runs.per_prompt, PER_PROMPT)
+    identity = provenance.pipeline_identity(pipe)
     return {
         "scheduler": solver.identity(pipe.scheduler),
         "model": provenance.model_identity(pipe.transformer, model_id),
@@ -287,4 +385,5 @@ def provenance_of(runs: Runs, model_id: str | None, effort: dict[str, Any]) -> d
         "settings": dict(sorted(plain.items())),
         "versions": provenance.package_versions(),
         "date": date.today().isoformat(),
+        "pipeline": {**identity, "branches": list(runs.record.branches), "every_step": runs.every_step},
     }

@@ -23,6 +23,7 @@ class Rerun(Cache):
         schedule: the computed steps.
         given: outputs (P, ...) of the first computed steps, as many as there are.
         store: keeps the others in `outputs`, on the host; None keeps none.
+        fills: run the transformer at step 0 all the same, since it keeps there what later steps read.
     """
 
     def __init__(
@@ -31,14 +32,15 @@ class Rerun(Cache):
         coefficients: Coefficients,
         given: Sequence[Tensor] = (),
         store: TrajectoryStore | None = None,
+        fills: bool = False,
     ):
         super().__init__(schedule, coefficients)
-        self.store = store
+        self.store, self.fills = store, fills
         self.given = dict(zip(schedule, given, strict=False))
         self.outputs: list[Tensor] = []
 
     def computes(self, step: int) -> bool:
-        return step in self.schedule and step not in self.given
+        return step in self.schedule and (step not in self.given or (self.fills and step == 0))
 
     def output(self, step: int, call: Call, scheduler: Any = None) -> Tensor:
         if step in self.given:

@@ -1,24 +1,33 @@
-"""Run the pipeline on the calibration prompts again: all in one batch, with the same noise every time."""
+"""Run the pipeline on the calibration prompts again, with the same noise every time; in one batch where that is right."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ertacache.attach import Structure, attached
+from ertacache.attach import Attachment, attached, blank_of, networks_of
 from ertacache.cache import Cache
-from ertacache.errors import CalibrationError
+from ertacache.errors import CalibrationError, ERTACacheError
+from ertacache.fit.lockstep import Lockstep, own_generators
 from ertacache.fit.record import Record, Recording
-from ertacache.intercept import Interception, uncompiled
-from ertacache.solver import first_output
+from ertacache.intercept import Interception, attachment_of, uncompiled
 
 MICRO_BATCH = 8
-NOT_OURS = ("output_type", "generator", "return_dict")  # arguments of the pipeline that calibration sets itself
+# arguments of the pipeline that calibration sets itself; how many a prompt makes no part of a calibration
+NOT_OURS = ("output_type", "generator", "return_dict", "num_images_per_prompt", "num_videos_per_prompt")
+TRIED_STEPS = 2  # at which a prompt's outputs alone must be those that it has among the others
+# relative, of outputs that are the same but for the order of sums
+SAME = {torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 0.1}
+
+
+class TriedError(Exception):
+    """Ends a run after its first steps."""
 
 
 @dataclass
@@ -26,20 +35,27 @@ class Runs:
     """The calibration runs of one pipeline, and what was recorded of them.
 
     Attributes:
+        prompts: of each run; None where the pipeline takes none.
         kwargs: arguments of the pipeline beside prompts and generators.
+        per_prompt: further ones of which each run has its own.
         micro_batch: how many samples the transformer sees at a time.
         bar: progress bar, which counts a unit for each prompt of an evaluation.
-        structure: of what the transformer returns for one prompt, once it ran.
+        alone: whether each prompt is run in a call of its own; see lockstep.py.
+        blanks: placeholders for one prompt, once the transformer ran; None where it must run at step 0.
+        every_step: shares of a step's work that other modules do, by name.
     """
 
     pipe: Any
-    prompts: list[str]
+    prompts: list[str] | list[None]
     seeds: list[int]
     kwargs: dict[str, Any]
     micro_batch: int
     bar: Any
     record: Record
-    structure: Structure | None = None
+    per_prompt: dict[str, list[Any]] = field(default_factory=dict)
+    alone: bool = False
+    blanks: list[Any] | None = None
+    every_step: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -62,53 +78,102 @@ class Runs:
             self,
             prompts=[self.prompts[row] for row in rows],
             seeds=[self.seeds[row] for row in rows],
-            record=self.record.subset(rows),
+            per_prompt={name: [values[row] for row in rows] for name, values in self.per_prompt.items()},
+            record=self.record and self.record.subset(rows),
         )
 
     def first(self, count: int) -> "Runs":
         """The runs of the first prompts."""
         return self.subset(range(min(count, len(self))))
 
-    def _run(self, cache: Cache, decode: bool, stepped: Any = None) -> Tensor:
+    def _run(self, cache: Cache, decode: bool, recording: Recording | None = None) -> Tensor:
         last: list[Tensor] = []
 
-        def keep(step: int, latents: Tensor) -> None:
-            last[:] = [latents]
-            if cache.computes(step):  # an evaluation of each prompt, whatever guidance makes of it
-                self.bar.update(len(self))
-            if stepped is not None:
-                stepped(step, latents)
+        def keep(step: int, latents: Tensor, stream: int) -> None:
+            if stream == 0:
+                if step == 0 and last:
+                    raise CalibrationError(
+                        "the pipeline makes several runs in one call, each with its own set_timesteps: calibrate with "
+                        "arguments that need one run only (a shorter video); the calibration then serves all of them"
+                    )
+                last[:] = [latents]
+                if cache.computes(step):  # an evaluation of each prompt, whatever guidance makes of it
+                    self.bar.update(len(self))
+            if recording is not None:
+                recording.stepped(step, latents, stream)
 
-        options = {"call": self._call, "stepped": keep, "check": "step", "structure": self._structure()}
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
-        with attached(self.pipe, cache.begin, **options) as attachment:
-            result = self.pipe(
-                prompt=self.prompts, generator=generators, output_type="pt" if decode else "latent", **self.kwargs
-            )
-            self._learn(attachment.structure)
+        told = {} if recording is None else {"started": recording.started, "guided": recording.guided}
+        result = self._results(cache, keep, "pt" if decode else "latent", **told)
         # the scheduler's own last latents: what a pipeline returns as "latent" may be scaled or unpacked
-        return (first_output(result) if decode else last[0]).detach().float().cpu()
+        final = pixels_of(result) if decode else last[0]
+        return final.detach().float().cpu()
 
-    def _structure(self) -> Structure | None:
-        """Of the transformer's output for these prompts."""
-        one = self.structure
-        return one and one._replace(shape=torch.Size([one.shape[0] * len(self), *one.shape[1:]]))
+    def _results(self, cache: Cache, keep: Callable[[int, Tensor, int], None], output_type: str, **told: Any) -> Any:
+        """What the pipeline returns: one result of all prompts, or a list of results."""
+        calls = [self._arguments([row], output_type) for row in range(len(self))]
+        if self.alone:
+            steps = Lockstep(cache, [lambda pipe, c=call: pipe(**c) for call in calls], self.seeds, keep)
+            with attached(
+                self.pipe, steps.begin, stepped=steps.stepped, check="step", blanks=self.blanks, **told
+            ) as on:
+                result = steps.run(self.pipe)
+                self._learn(on, 1)
+            return result
+        options = {**told, "call": self._call, "stepped": keep, "check": "step", "blanks": self._blanks()}
+        with attached(self.pipe, cache.begin, **options) as on, own_generators(self.seeds[0]):
+            result = self.pipe(**self._arguments(range(len(self)), output_type))
+            self._learn(on, len(self))
+        return result
 
-    def _learn(self, structure: Structure | None) -> None:
-        if structure is not None:  # its batch is that of the prompts, or twice that for guidance in one call
-            per_prompt = structure.shape[0] // len(self)
-            self.structure = structure._replace(shape=torch.Size([per_prompt, *structure.shape[1:]]))
+    def _arguments(self, rows: Sequence[int], output_type: str) -> dict[str, Any]:
+        """Of a call for some of the prompts; for a single run, as one would make it."""
+        generators = [torch.Generator("cpu").manual_seed(self.seeds[row]) for row in rows]
+        own = {"prompt": self.prompts, **self.per_prompt} if self.prompts[0] is not None else self.per_prompt
+        chosen = {name: [values[row] for row in rows] for name, values in own.items()}
+        if self.alone:
+            (generator,) = generators
+            chosen = {name: values[0] for name, values in chosen.items()}
+            return {**self.kwargs, **chosen, "generator": generator, "output_type": output_type}
+        return {**self.kwargs, **chosen, "generator": generators, "output_type": output_type}
+
+    def _blanks(self) -> list[Any] | None:
+        return self.blanks and [blank_of(blank, len(self) * blank[0].shape[0]) for blank in self.blanks]
+
+    def _learn(self, attachment: Attachment, prompts: int) -> None:
+        """Keep placeholders for one prompt, where the transformer makes nothing but a tensor with the batch first."""
+        blanks = attachment.blanks
+        plain = all(
+            isinstance(b, (tuple, Mapping)) and len(b) == 1 and isinstance(b[0], Tensor) and len(b[0]) % prompts == 0
+            for b in blanks
+        )
+        self.blanks = [blank_of(b, len(b[0]) // prompts) for b in blanks] if plain and blanks else None
 
     def _call(self, interception: Interception, args: tuple, kwargs: dict[str, Any]) -> Any:
         return in_micro_batches(interception, args, kwargs, self.micro_batch)
 
+    def repeats(self) -> bool:
+        """Whether the first prompt alone, run for its first steps once more, gives the outputs that were recorded."""
+        trial, tried = Recording(), replace(self.first(1), alone=True)
+
+        def keep(step: int, latents: Tensor, stream: int) -> None:
+            trial.stepped(step, latents, stream)
+            self.bar.update(1 if stream == 0 else 0)
+            if step + 1 >= TRIED_STEPS and not stream:
+                raise TriedError
+
+        with suppress(TriedError):
+            tried._results(trial, keep, "latent", started=trial.started)
+        pairs = zip(trial.outputs, tried.record.outputs, strict=False)
+        return all(float((a.float() - b.float()).norm()) <= SAME[b.dtype] * float(b.float().norm()) for a, b in pairs)
+
 
 def record_runs(
     pipe: Any,
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[str] | None,
     seeds: Sequence[int],
     kwargs: dict[str, Any],
     *,
+    per_prompt: Mapping[str, Sequence[Any]] | None = None,
     micro_batch: int = MICRO_BATCH,
     progress: bool = False,
     memory_limit: int | None = None,
@@ -116,30 +181,129 @@ def record_runs(
 ) -> Runs:
     """Record the uncached runs; prompt i with seed i, the shorter list repeated.
 
+    All prompts are one batch where the first one then gets what it gets alone, and run side by side else.
+
     Args:
+        per_prompt: further arguments of which each prompt has its own.
         on_begin: told the progress bar, the prompts and the steps before anything is computed.
 
-    Raises CalibrationError: there is no prompt or no seed.
+    Raises CalibrationError: there is no prompt or no seed, or no run can be repeated.
     """
+    given = {name: rows_of(name, values) for name, values in (per_prompt or {}).items()}
+    if prompts is None:
+        prompts = [None] * max(map(len, given.values()), default=0)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = list(seeds)
     if not prompts or not seeds:
         raise CalibrationError("calibration needs at least one prompt and one seed")
     count = max(len(prompts), len(seeds))
+    alone, rest = bool(given), {}
+    for name, value in kwargs.items():
+        if isinstance(value, (list, tuple)) and "prompt" in name and len(value) == len(prompts):
+            given[name] = list(value)  # such as negative prompts
+        elif name not in NOT_OURS:
+            rest[name] = value
+    for name, values in given.items():
+        if len(values) != len(prompts):
+            raise CalibrationError(f"{name} holds {len(values)} values for {len(prompts)} prompts: give each its own")
     bar = tqdm(total=None, desc="calibrate", unit="call", disable=not progress, leave=False)
-    recording = Recording(memory_limit, lambda steps: on_begin(bar, count, steps))
     runs = Runs(
         pipe,
         [prompts[i % len(prompts)] for i in range(count)],
         [seeds[i % len(seeds)] for i in range(count)],
-        {k: v for k, v in kwargs.items() if k not in NOT_OURS},
+        rest,
         micro_batch,
         bar,
         record=None,  # type: ignore[arg-type]  # set below, before anybody reads it
+        per_prompt={name: [values[i % len(values)] for i in range(count)] for name, values in given.items()},
+        alone=alone,
     )
-    pixels = runs._run(recording, True, recording.stepped)
-    runs.record = recording.record(pixels)
+
+    def recorded() -> bool:
+        recording = Recording(memory_limit, lambda steps: on_begin(bar, count, steps))
+        with counted(pipe) as work:
+            pixels = runs._run(recording, True, recording)
+        runs.record = recording.record(pixels)
+        network = size_of(pipe.transformer) * count * sum(runs.record.branches)
+        total = network + sum(work.values())
+        runs.every_step = {name: round(value / total, 4) for name, value in work.items() if value > 1e-3 * total}
+        return runs.repeats()
+
+    if not runs.alone:
+        try:
+            if recorded():
+                return runs
+        except ERTACacheError:
+            raise
+        except Exception:
+            if count == 1:
+                raise
+        runs.alone, runs.blanks = True, None
+    if not recorded():
+        raise CalibrationError(
+            "the pipeline does not repeat itself: the same prompt and seed gave other outputs. Its noise, or a state "
+            "that its transformer keeps between calls, is out of reach, so it cannot be calibrated"
+        )
     return runs
+
+
+@contextmanager
+def counted(pipe: Any) -> Iterator[dict[str, float]]:
+    """Parameters times samples of the calls, within the steps of runs, of modules that do not rest on reused ones."""
+    work: dict[str, float] = {}
+
+    def called(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if attachment_of(pipe) is not None and attachment_of(pipe).in_steps:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
+            work[name] = work.get(name, 0.0) + size_of(module) * (len(tensors[0]) if tensors else 1)
+
+    resting = {id(network) for network in networks_of(pipe).values()}
+    others = {
+        name: part for name, part in vars(pipe).items() if isinstance(part, nn.Module) and id(part) not in resting
+    }
+    hooks = [part.register_forward_pre_hook(partial(called, name), with_kwargs=True) for name, part in others.items()]
+    try:
+        yield work
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def size_of(module: nn.Module) -> int:
+    """How many parameters a module has, at least one."""
+    return sum(parameter.numel() for parameter in module.parameters()) or 1
+
+
+def rows_of(name: str, values: Any) -> list[Any]:
+    """The values of each prompt; those of a tensor keep their batch dimension."""
+    if isinstance(values, Tensor):
+        return list(values.split(1))
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise CalibrationError(f"per_prompt[{name!r}] must be a list with one value for each prompt")
+    return list(values)
+
+
+def pixels_of(result: Any) -> Tensor:
+    """The decoded results (P, ...) in [0, 1] of what a pipeline returns: a tensor, an array, or a list of these.
+
+    Of a modular pipeline's state, the images or videos.
+    """
+    if isinstance(result, list):
+        found = [pixels_of(one) for one in result]
+        if len({one.shape[1:] for one in found}) > 1:
+            raise CalibrationError("the prompts give results of several sizes: calibrate with inputs of one size")
+        return torch.cat(found)
+    values = getattr(result, "values", None)
+    if isinstance(values, dict):
+        result = [next(values[name] for name in ("images", "videos", "audio") if values.get(name) is not None)]
+    first = result[0]
+    if isinstance(first, list):
+        first = torch.stack([torch.as_tensor(one) for one in first])
+    if not isinstance(first, Tensor) and not hasattr(first, "__array__"):
+        raise CalibrationError(
+            f"the pipeline returns {type(first).__name__} for output_type='pt': ERTACache reads tensors and arrays"
+        )
+    return torch.as_tensor(first)
 
 
 def mean_log_error(errors: Tensor) -> float:
@@ -165,9 +329,10 @@ def quiet(pipe: Any) -> Iterator[None]:
 
 
 def in_micro_batches(interception: Interception, args: tuple, kwargs: dict[str, Any], size: int) -> Any:
-    """Call a transformer on slices of its batch, so that its peak memory stays that of `size` samples.
+    """Call a network on slices of its batch, so that its peak memory stays that of `size` samples.
 
-    Tensors are sliced whose first dimension is the batch of the first argument; position ids are not.
+    Tensors are sliced whose first dimension is the batch of the first argument; position ids are not. What cannot be
+    told apart or joined so is found when the first prompt is run alone (`Runs.repeats`).
     """
     module = interception.module
     bound = inspect.signature(type(uncompiled(module)).forward).bind(module, *args, **kwargs)
@@ -177,14 +342,28 @@ def in_micro_batches(interception: Interception, args: tuple, kwargs: dict[str, 
         return interception.run(*args, **kwargs)
 
     def piece(name: str, value: Any, start: int) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(piece(name, item, start) for item in value)
+        if isinstance(value, dict):
+            return {key: piece(key, item, start) for key, item in value.items()}
         batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch
         return value[start : start + size] if batched and not name.endswith("_ids") else value
 
-    parts = []
+    outputs = []
     for start in range(0, batch, size):
         output = interception.run(**{name: piece(name, bound.arguments[name], start) for name in names})
-        last = start + size >= batch
         # the next call may write into the same memory: a CUDA graph replays with the same output tensor
-        parts.append(first_output(output) if last else first_output(output).clone())
-    joined = torch.cat(parts)
-    return (joined,) if isinstance(output, tuple) else type(output)(joined)
+        outputs.append(output if start + size >= batch else _mapped(torch.clone, output))
+    return _mapped(lambda *pieces: torch.cat(pieces), *outputs)
+
+
+def _mapped(function: Callable[..., Tensor], *outputs: Any) -> Any:
+    """A network's output made from others of its structure, tensor by tensor."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return function(*outputs)
+    if isinstance(first, Mapping):
+        return type(first)(**{name: _mapped(function, *(one[name] for one in outputs)) for name in first})
+    if isinstance(first, (list, tuple)):
+        return type(first)(_mapped(function, *items) for items in zip(*outputs, strict=True))
+    return first

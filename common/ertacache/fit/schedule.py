@@ -22,8 +22,11 @@ EARLY = 3.0  # how much more an early error weighs, as an exponent
 
 def choose_steps(record: Record, computed_steps: int) -> list[int]:
     """Choose the K computed steps."""
-    weights = error_weights(record.num_steps)
-    return path_schedule(gram_matrix(record.outputs), np.asarray(record.gains), computed_steps, OUTPUTS, weights)
+    weights, gram = error_weights(record.num_steps), gram_matrix(record.outputs)
+    if record.streams:  # one schedule for all, each by its own size
+        grams = [gram, *(gram_matrix(stream.outputs) for stream in record.streams)]
+        gram = sum((one / max(float(one.trace()), 1e-300) for one in grams), np.zeros_like(gram))
+    return path_schedule(gram, np.asarray(record.gains), computed_steps, OUTPUTS, weights)
 
 
 def error_weights(num_steps: int) -> Array:

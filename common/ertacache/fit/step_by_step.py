@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ertacache.cache import Cache, Call, Coefficients, Row
 from ertacache.fit.least_squares import fit_combination
+from ertacache.fit.record import Record
 from ertacache.fit.runs import Runs
-from ertacache.solver import StepCall, affine_step
+from ertacache.solver import affine_step
 
 OUTPUTS = 6  # computed outputs that a step may combine
 
@@ -46,6 +47,15 @@ class StepFit(Cache):
         self.reference, self.fitted_rows = reference, rows
         self.on_computed, self.given, self.first = on_computed, given or Coefficients.of_outputs([]), first
 
+    @classmethod
+    def of(
+        cls, record: Record, schedule: Sequence[int], rows: Sequence[int] | None = None, **options: Any
+    ) -> "StepFit":
+        """Fit all streams of a record, each to its own latents."""
+        made = cls(schedule, record.latents, rows, **options)
+        made.streams = [cls(schedule, stream.latents, rows) for stream in record.streams]
+        return made
+
     def start(self, device: torch.device) -> Cache:
         self.fitted_outputs: list[list[float]] = []
         return super().start(device)
@@ -53,31 +63,37 @@ class StepFit(Cache):
     def fitted(self) -> Coefficients:
         """What was fitted, or given."""
         steps = len(self.fitted_outputs)
-        return Coefficients(self.fitted_outputs, [*self.given.latents, *[0.0] * steps][:steps])
+        streams = tuple(stream.fitted() for stream in self.streams if isinstance(stream, StepFit))
+        return Coefficients(self.fitted_outputs, [*self.given.latents, *[0.0] * steps][:steps], streams=streams)
 
     def row(self, step: int, call: Call, scheduler: Any) -> Row:
         known = step < len(self.given.outputs)
         outputs, latents = (self.given.outputs[step], self.given.latents[step]) if known else ([1.0], 0.0)
         if step >= self.first and (self.on_computed or step not in self.schedule):
-            assert isinstance(call, StepCall)
             outputs = self._fit(step, latents, call, scheduler)
         self.fitted_outputs.append(outputs)
         return Row(outputs, latents)
 
-    def _fit(self, step: int, latents: float, call: StepCall, scheduler: Any) -> list[float]:
+    def _fit(self, step: int, latents: float, call: Call, scheduler: Any) -> list[float]:
         offset, gain = affine_step(scheduler, call)
+        rows: Any = slice(None) if self.fitted_rows is None else list(self.fitted_rows)
+        columns = [output[rows] for output in self.history]
+        target = self.reference[step + 1].to(offset.device).float() - offset
+        if isinstance(gain, Tensor):  # some elements move further than others, or not at all
+            if latents:
+                target = target - gain * latents * call.sample.float()
+            return fit_combination([gain[rows] * column for column in columns], target[rows])
         if gain == 0:  # a step of length zero, as where a sigma is repeated: no output changes where it leads
             return [1.0]
-        target = (self.reference[step + 1].to(offset.device).float() - offset) / gain
+        target = target / gain
         if latents:
             target = target - latents * call.sample.float()
-        rows: Any = slice(None) if self.fitted_rows is None else list(self.fitted_rows)
-        return fit_combination([output[rows] for output in self.history], target[rows])
+        return fit_combination(columns, target[rows])
 
 
 def fit_step_by_step(runs: Runs, schedule: Sequence[int]) -> Coefficients:
     """Fit every step on one run along the schedule: K evaluations a prompt."""
-    fit = StepFit(schedule, runs.record.latents)
+    fit = StepFit.of(runs.record, schedule)
     runs.latents(fit)
     return fit.fitted()
 
