@@ -121,13 +121,31 @@ def _replacing(before: Any, pipe: Any, calibration: Calibration, attachment: Any
 
 
 def check_parts_of(pipe: Any) -> None:
-    """Raise MismatchError for a pipeline that has no transformer or no scheduler."""
+    """Raise MismatchError for a pipeline that has no transformer or no scheduler that can be followed."""
+    name = type(pipe).__name__
     for part in ("transformer", "scheduler"):
         if getattr(pipe, part, None) is None:
             unet = " but a UNet" if getattr(pipe, "unet", None) is not None else ""
             raise MismatchError(
-                f"{type(pipe).__name__} has no {part}{unet}: ERTACache attaches to a transformer and a scheduler"
+                f"{name} has no {part}{unet}: ERTACache attaches to a transformer and a scheduler{_instead(pipe)}"
             )
+    if not all(callable(getattr(pipe.scheduler, method, None)) for method in ("set_timesteps", "step")):
+        raise MismatchError(
+            f"{name}'s scheduler {type(pipe.scheduler).__name__} has no set_timesteps and step, so its loop cannot be "
+            f"followed{_instead(pipe)}"
+        )
+
+
+def _instead(pipe: Any) -> str:
+    """What to apply to in place of an object of another package: a model that it holds, or what holds one."""
+    from ertacache.bare import can_follow
+
+    for name, part in getattr(pipe, "__dict__", {}).items() | {("transformer", getattr(pipe, "transformer", None))}:
+        if isinstance(part, nn.Module) and can_follow(part):
+            return f". Apply to its .{name}, with converted=True; to calibrate, see docs/official-packages.md"
+        if isinstance(getattr(part, "transformer", None), nn.Module):
+            return f". Apply to its .{name}.transformer, with converted=True; see docs/official-packages.md"
+    return ""
 
 
 def remove(pipe: Any) -> None:

@@ -109,7 +109,9 @@ def _flux_text(prompt: Any = None, prompt_2: Any = None, prompt_embeds: Any = No
     return embedded(prompt, TOKENS, WIDTH), embedded(prompt, POOLED), torch.zeros(TOKENS, 3)
 
 
-def flux(kind: str = "FluxPipeline", scheduler: Any = None, transformer: dict[str, Any] | None = None, **parts: Any) -> Any:
+def flux(
+    kind: str = "FluxPipeline", scheduler: Any = None, transformer: dict[str, Any] | None = None, **parts: Any
+) -> Any:
     """One of FLUX.1's pipelines."""
     pipe = getattr(diffusers, kind)(
         scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -159,7 +161,9 @@ def sd3(kind: str = "StableDiffusion3Pipeline", scheduler: Any = None, **parts: 
         transformer=randomised(transformer),
         scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=autoencoder(),
-        **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")),
+        **dict.fromkeys(
+            ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+        ),
         **parts,
     )
 
