@@ -54,12 +54,7 @@ def test_what_fast_announces_is_spent(computed, capsys):
     pipe = ToyPipeline(curved)
     calibrate(pipe, effort="fast", computed_steps=computed)
     said = capsys.readouterr().err
-    assert (
-        pipe.transformer.calls
-        == evaluations(said, "at most")
-        == evaluations(said, "took")
-        == 4 * (STEPS + computed) + 2
-    )
+    assert pipe.transformer.calls == evaluations(said, "at most") == evaluations(said, "took") == 4 * (STEPS + computed) + 2
 
 
 @pytest.mark.parametrize(
@@ -94,11 +89,7 @@ def test_best_takes_fewer_prompts_where_the_cost_would_be_exceeded(capsys, monke
         monkeypatch.setattr(recipe, "BEST_RUNS", runs)
         pipe = ToyPipeline(curved)
         calibrate(pipe, effort="best", computed_steps=5)
-        assert (
-            pipe.transformer.calls
-            <= evaluations(capsys.readouterr().err, "at most")
-            <= max(runs * STEPS, most_evaluations("balanced", 4, STEPS, 5))
-        )
+        assert pipe.transformer.calls <= evaluations(capsys.readouterr().err, "at most") <= max(runs * STEPS, most_evaluations("balanced", 4, STEPS, 5))
     assert seen == [4]
 
 

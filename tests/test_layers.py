@@ -25,7 +25,7 @@ MODULES = {
 ALONE = {"errors", "files", "solver", "metrics"}  # import nothing of ours but errors
 # an import points left only
 RUN_TIME = "errors _version files solver metrics channels cache intercept attach published schema calibration hub"
-ORDER = [*RUN_TIME.split(), "provenance", "checks", "replay", "branches", "bare", "api", "fit", "cli"]
+ORDER = [*RUN_TIME.split(), "provenance", "checks", "replay", "branches", "bare", "official", "api", "fit", "cli"]
 FIT_ORDER = re.split(r",\s+", ertacache.fit.__doc__.split("\n\n")[1].strip())[::-1]
 LAZY = {("calibration", "hub"), ("", "fit.recipe")}  # that point right, from within a function
 MOST_LINES, MOST_FILES, MOST_MODULES = 5000, 20, 25

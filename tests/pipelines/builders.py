@@ -109,9 +109,7 @@ def _flux_text(prompt: Any = None, prompt_2: Any = None, prompt_embeds: Any = No
     return embedded(prompt, TOKENS, WIDTH), embedded(prompt, POOLED), torch.zeros(TOKENS, 3)
 
 
-def flux(
-    kind: str = "FluxPipeline", scheduler: Any = None, transformer: dict[str, Any] | None = None, **parts: Any
-) -> Any:
+def flux(kind: str = "FluxPipeline", scheduler: Any = None, transformer: dict[str, Any] | None = None, **parts: Any) -> Any:
     """One of FLUX.1's pipelines."""
     pipe = getattr(diffusers, kind)(
         scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -161,9 +159,7 @@ def sd3(kind: str = "StableDiffusion3Pipeline", scheduler: Any = None, **parts: 
         transformer=randomised(transformer),
         scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=autoencoder(),
-        **dict.fromkeys(
-            ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-        ),
+        **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")),
         **parts,
     )
 
@@ -244,10 +240,10 @@ def ltx(kind: str = "LTXConditionPipeline") -> Any:
         block_out_channels=(8, 8),
         decoder_block_out_channels=(8, 8),
         layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1, 1),
         spatio_temporal_scaling=(True, False),
         decoder_spatio_temporal_scaling=(True, False),
-        decoder_inject_noise=(False, False),
+        decoder_inject_noise=(False, False, False),
         upsample_residual=(False, False),
         upsample_factor=(1, 1),
         patch_size=1,
@@ -420,4 +416,264 @@ def qwen(kind: str = "QwenImagePipeline") -> Any:
         found = embedded(prompt, TOKENS, WIDTH)
         return found, torch.ones(len(found), TOKENS, dtype=torch.long)
 
+    return encoding(pipe, encode)
+
+
+class Processor:
+    """What QwenImage21Pipeline reads of its processor when it is made."""
+
+    tokenizer: Any = None
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+
+    def apply_chat_template(self, *_: Any, **__: Any) -> list[list[int]]:
+        return [[0]]
+
+    def encode(self, _: str) -> list[int]:
+        return [99]
+
+
+def qwen21() -> Any:
+    transformer = diffusers.QwenImage21Transformer2DModel(
+        in_channels=8,
+        out_channels=8,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=WIDTH,
+        mlp_ratio=2,
+        axes_dims_rope=(4, 6, 6),
+    )
+    torch.manual_seed(1)
+    vae = diffusers.AutoencoderKLQwenImage21(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=8,
+        dim_mult=[1, 1, 1, 1, 1],
+        num_res_blocks=1,
+        attn_scales=[],
+        temperal_downsample=[False, True, True, True],
+        latents_mean=[0.0] * 8,
+        latents_std=[1.0] * 8,
+    )
+    pipe = diffusers.QwenImage21Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae.eval(),
+        text_encoder=None,
+        processor=Processor(),
+        transformer=randomised(transformer),
+    )
+
+    def encode(prompt: Any = None, **_: Any) -> tuple:
+        found = embedded(prompt, TOKENS, WIDTH)
+        return found, torch.ones(len(found), TOKENS, dtype=torch.long), torch.zeros(len(found), TOKENS, dtype=torch.bool)
+
+    return encoding(pipe, encode)
+
+
+def flux2(kind: str = "Flux2KleinKVPipeline") -> Any:
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=[4, 4, 4, 4],
+        guidance_embeds=kind == "Flux2Pipeline",
+    )
+    torch.manual_seed(1)
+    vae = diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(4,),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    pipe = getattr(diffusers, kind)(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae.eval(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=randomised(transformer),
+    )
+
+    def encode(prompt: Any = None, **_: Any) -> tuple:
+        found = embedded(prompt, TOKENS, WIDTH)
+        return found, torch.zeros(len(found), TOKENS, 4)
+
+    return encoding(pipe, encode)
+
+
+# -- Wan ---------------------------------------------------------------------------------------------------------
+
+
+def wan(kind: str = "WanPipeline", experts: bool = False, scheduler: Any = None, **parts: Any) -> Any:
+    """Wan's pipelines; with experts, the second transformer takes over below the boundary."""
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": WIDTH,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": 1,
+        **parts.pop("transformer", {}),
+    }
+    model = getattr(diffusers, parts.pop("transformer_class", "WanTransformer3DModel"))
+    torch.manual_seed(1)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    if experts:
+        parts = {"transformer_2": randomised(model(**config), 7), "boundary_ratio": 0.9, **parts}
+    pipe = getattr(diffusers, kind)(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae.eval(),
+        scheduler=scheduler or diffusers.UniPCMultistepScheduler(**UNIPC),
+        transformer=randomised(model(**config)),
+        **parts,
+    )
+
+    def encode(prompt: Any = None, negative_prompt: Any = None, **_: Any) -> tuple:
+        found, _, negative, _ = _guided_text(prompt, negative_prompt)
+        return found, negative
+
+    return encoding(pipe, encode)
+
+
+UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+WAN = {"height": 16, "width": 16, "num_frames": 5}
+
+
+# -- Sana, DiT, FramePack --------------------------------------------------------------------------------------------
+
+
+def sana_sprint() -> Any:
+    transformer = diffusers.SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=WIDTH,
+        sample_size=32,
+        qk_norm="rms_norm_across_heads",
+        guidance_embeds=True,
+    )
+    torch.manual_seed(1)
+    vae = diffusers.AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=[1, 1],
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )
+    pipe = diffusers.SanaSprintPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae.eval(),
+        transformer=randomised(transformer),
+        scheduler=diffusers.SCMScheduler(),
+    )
+
+    def encode(prompt: Any, **_: Any) -> tuple:
+        found = embedded(prompt, TOKENS, WIDTH)
+        return found, torch.ones(len(found), TOKENS, dtype=torch.long)
+
+    return encoding(pipe, encode)
+
+
+SPRINT = {"height": 32, "width": 32, "use_resolution_binning": False, "clean_caption": False}
+SPRINT |= {"complex_human_instruction": None}
+
+
+def dit(scheduler: Any = None) -> Any:
+    transformer = diffusers.DiTTransformer2DModel(
+        sample_size=8,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        num_embeds_ada_norm=1000,
+        activation_fn="gelu-approximate",
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+    )
+    scheduler = scheduler or diffusers.DDIMScheduler(clip_sample=False)
+    pipe = diffusers.DiTPipeline(transformer=randomised(transformer), vae=autoencoder(), scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def framepack() -> Any:
+    transformer = diffusers.HunyuanVideoFramepackTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=2,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=WIDTH,
+        pooled_projection_dim=POOLED,
+        rope_axes_dim=(2, 4, 4),
+        image_condition_type=None,
+        has_image_proj=True,
+        image_proj_dim=16,
+        has_clean_x_embedder=True,
+    )
+    torch.manual_seed(1)
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "feature_extractor", "image_encoder")
+    pipe = diffusers.HunyuanVideoFramepackPipeline(
+        **dict.fromkeys(names),
+        transformer=randomised(transformer),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )
+
+    def encode(prompt: Any = None, **_: Any) -> tuple:
+        found = embedded(prompt, TOKENS, WIDTH)
+        return found, embedded(prompt, POOLED), torch.ones(len(found), TOKENS)
+
+    pipe.encode_image = lambda image, **_: torch.ones(len(image), 3, 16)
     return encoding(pipe, encode)
