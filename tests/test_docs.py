@@ -90,6 +90,10 @@ GIVEN = {
     "method.md": LOOP,
     "calibration-file.md": {"pipe", "prompts"},
     "ERTACache4OpenSora1.2/README.md": {"model", "scheduler", "arguments"},
+    "official-packages.md": {
+        *("ertacache", "model", "scheduler", "text_encoder", "z", "prompts", "prompt", "batch_prompts_loop", "device"),
+        *("model_args", "verbose", "masks", "denoise", "inp", "timesteps", "opts"),
+    },
 }
 
 
