@@ -56,9 +56,10 @@ pipe = Pipeline()
 made = ertacache.calibrate(pipe, ["a", "bb", "ccc", "dddd"], seeds=range(4), computed_steps=4, progress=False)
 file = made.save(pathlib.Path(tempfile.mkdtemp()) / "c.json")
 with ertacache.apply(pipe, file) as applied:
-    x = pipe("bb", torch.Generator())[0]
+    pipe("bb", torch.Generator())
 assert applied.reused_calls == 4
-for call in (lambda: hub.push(made, "me/it", "c.json"), lambda: metrics.ssim(x, x)):
+picture = torch.rand(1, 3, 16, 16)
+for call in (lambda: hub.push(made, "me/it", "c.json"), lambda: metrics.ssim(picture, picture)):
     try:
         call()
     except ertacache.ERTACacheError as error:
