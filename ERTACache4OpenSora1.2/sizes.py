@@ -1,5 +1,6 @@
 """The size and length that the settings ask for, by number or by name, and what the model cannot make."""
 
+import torch
 from opensora12 import geometry
 from opensora12.inputs import DEFAULT_RATIO, DEFAULT_RESOLUTION
 
@@ -32,6 +33,11 @@ def resolve_shape(chosen: Settings) -> None:
 
 def check_size(chosen: Settings, factor: int) -> None:
     """Raise UsageError for a size that is neither official nor a multiple of the VAE's `factor` pixels."""
+    if chosen.dtype == "float16" and chosen.height * chosen.width > torch.finfo(torch.float16).max:
+        raise UsageError(
+            f"--dtype float16 cannot count the {chosen.height} x {chosen.width} pixels that place the noise grid: use "
+            "bfloat16 or float32"
+        )
     try:
         geometry.check_size(chosen.height, chosen.width, factor)
     except ValueError as error:

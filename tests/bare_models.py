@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor, nn
 
 STEPS = 10
@@ -60,7 +60,10 @@ def text_of(prompt: str) -> Tensor:
 
 
 def scheduler_of(steps: int = STEPS, shift: float = 3.0):
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    try:
+        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    except TypeError:  # of diffusers 0.31
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(steps)
     return scheduler
 

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 from diffusers import UniPCMultistepScheduler
 from test_attach import run
-from toys import ToyPipeline, curved, linear_in_sigma
+from toys import ToyPipeline, curved, flow_solver, linear_in_sigma
 
 import ertacache
 from compare.recorded import recorded_runs
@@ -54,7 +54,7 @@ def test_rectification_beats_plain_reuse_on_the_same_steps():
 
 
 def test_it_carries_over_to_a_multistep_solver_with_a_corrector():
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler = flow_solver(UniPCMultistepScheduler, flow_shift=3.0)
     pipe = ToyPipeline(curved, scheduler=scheduler)
     made = calibrate(pipe, computed_steps=6)
     plain = {**made.__dict__, "coefficients": [[1.0]] * 12}

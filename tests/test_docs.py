@@ -91,6 +91,10 @@ GIVEN = {
     "calibration-file.md": {"pipe", "prompts"},
     "enable.md": {"pipe", "prompts", "prompt"},
     "ERTACache4OpenSora1.2/README.md": {"model", "scheduler", "arguments"},
+    "official-packages.md": {
+        *("ertacache", "model", "scheduler", "text_encoder", "z", "prompts", "prompt", "batch_prompts_loop", "device"),
+        *("model_args", "verbose", "masks", "denoise", "inp", "timesteps", "opts", "CachedPipeline", "path", "self"),
+    },
 }
 
 

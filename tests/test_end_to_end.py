@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from test_attach import run
-from toys import ToyPipeline, curved
+from toys import ToyPipeline, curved, flow_solver
 
 import ertacache
 from compare.recorded import recorded_runs
@@ -37,7 +37,7 @@ SCHEDULE = [0, 1, 3, 6, 9]
 
 
 def unipc():
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return flow_solver(UniPCMultistepScheduler, flow_shift=3.0)
 
 
 SCHEDULERS = {"euler": FlowMatchEulerDiscreteScheduler, "unipc": unipc, "ddim": DDIMScheduler}

@@ -26,14 +26,26 @@ MODULES = {
 ALONE = {"errors", "files", "solver", "metrics"}  # import nothing of ours but errors
 # an import points left only
 RUN_TIME = "errors _version files solver metrics channels cache intercept attach published schema calibration hub"
-ORDER = [*RUN_TIME.split(), "provenance", "checks", "replay", "branches", "bare", "api", "fit", "auto", "cli"]
+ORDER = [
+    *RUN_TIME.split(),
+    "provenance",
+    "checks",
+    "replay",
+    "branches",
+    "bare",
+    "official",
+    "api",
+    "fit",
+    "auto",
+    "cli",
+]
 # of packages whose docstring lists their modules, the highest first
 INNER = {
     package.__name__.split(".")[-1]: re.split(r",\s+", package.__doc__.split("\n\n")[1].strip())[::-1]
     for package in (ertacache.fit, ertacache.auto)
 }
 LAZY = {("calibration", "hub"), *(("", name) for name in ("fit.recipe", "fit.explain", "auto.handle"))}  # point right
-MOST_LINES, MOST_FILES, MOST_MODULES = 8400, 20, 25
+MOST_LINES, MOST_FILES, MOST_MODULES = 8700, 20, 25
 HEAVY = ("matplotlib", "skimage", "accelerate")
 
 

@@ -126,6 +126,7 @@ def test_bad_input_is_one_line_and_the_right_exit_code(tmp_path, saved, run, cap
         (["--aspect-ratio", "7:5"], "aspect ratio '7:5' is unknown for 480p; there are"),
         (["--height", 481], "height 481 is not a multiple of 8"),
         (["--num-frames", 8], "num_frames is 8"),
+        (["--dtype", "float16"], "--dtype float16 cannot count the 480 x 854 pixels"),
     ],
 )
 def test_what_the_official_model_cannot_make_is_said_before_it_is_loaded(

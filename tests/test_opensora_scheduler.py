@@ -156,6 +156,14 @@ def test_copies_go_their_own_way_and_settings_are_saved(tmp_path):
     assert identity(RFlowScheduler.from_pretrained(tmp_path)) == identity(scheduler)
 
 
+def test_a_size_that_overflows_float16_is_refused():
+    scheduler = RFlowScheduler()
+    scheduler.set_timesteps(4, 252, 256, 17, dtype=torch.float16)  # 64512 pixels
+    assert scheduler.timesteps.isfinite().all()
+    with pytest.raises(ValueError, match="480x854 pixels overflow float16"):
+        scheduler.set_timesteps(4, 480, 854, 51, dtype=torch.float16)
+
+
 # -- the conditioning mask -------------------------------------------------------------------------------
 
 

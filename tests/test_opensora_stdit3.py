@@ -114,7 +114,8 @@ def official_folder(path, model, **foreign):
 @torch.no_grad()
 def test_official_layout_loads(tmp_path, dtype):
     model = tiny_transformer()
-    loaded = STDiT3.from_pretrained(official_folder(tmp_path / "o", model, model_type="STDiT3"), torch_dtype=dtype)
+    foreign = {"model_type": "STDiT3", "dtype": "bfloat16", "torch_dtype": "bfloat16", "transformers_version": "5.0"}
+    loaded = STDiT3.from_pretrained(official_folder(tmp_path / "o", model, **foreign), torch_dtype=dtype)
     assert loaded.dtype == dtype and not loaded.training
     given = arguments()
     assert torch.equal(loaded(**given), model.to(dtype)(**given))

@@ -35,6 +35,8 @@ def test_cleaning_is_the_original_one(case):
         ("<b><i>open</b> still", "open still"),
         ("x <![x", "x <![x"),
         ("1 < 2", "1 < 2"),
+        ("a &#0; &#x0; &#xD800; &#1114112;", "a � � � �"),
+        ("&#129;&#1;", "\x81\x01"),
     ],
 )
 def test_text_of_markup(markup, expected):

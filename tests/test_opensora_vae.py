@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tiny_opensora import info_of, load_vector, names_of, randomised, tiny_vae
 
 # isort: split
-from opensora12.vae import SPATIAL_SCALE, OpenSoraVAE, TemporalVAE
+from opensora12.vae import SCALE, SHIFT, SPATIAL_SCALE, OpenSoraVAE, TemporalVAE
 
 
 def vector_vae(vector) -> OpenSoraVAE:
@@ -98,12 +98,16 @@ def test_full_size_has_the_official_keys_and_shapes(name):
 def test_both_layouts_load(tmp_path, official):
     vae = tiny_vae(shift=(0.1, 0.2, 0.3, 0.4), scale=(1.0, 2.0, 3.0, 4.0))
     if official:
+        foreign = {"cal_loss": False, "freeze_vae_2d": False, "dtype": "float32", "micro_frame_size": None}
         config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-        (tmp_path / "config.json").write_text(json.dumps({**config, "cal_loss": False, "freeze_vae_2d": False}))
+        (tmp_path / "config.json").write_text(json.dumps({**config, **foreign}))
         save_file(vae.state_dict(), tmp_path / "model.safetensors")
     else:
         vae.save_pretrained(tmp_path)
     loaded = OpenSoraVAE.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    if official:  # what the original sets, whatever the file says; its buffers are those of the weights
+        assert loaded.config.micro_frame_size == 17
+        assert (tuple(loaded.config.shift), tuple(loaded.config.scale)) == (SHIFT, SCALE)
     assert loaded.scale.dtype == torch.bfloat16 and loaded.scale.flatten().tolist() == [1, 2, 3, 4]
     latents = torch.randn(1, 4, 5, 4, 4).bfloat16()
     assert torch.equal(loaded.decode(latents, num_frames=17), vae.to(torch.bfloat16).decode(latents, num_frames=17))

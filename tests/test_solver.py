@@ -4,6 +4,7 @@ import inspect
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -13,6 +14,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from toys import flow_solver
 
 from ertacache import solver
 from ertacache.solver import StepCall, StepSignature
@@ -20,12 +22,8 @@ from ertacache.solver import StepCall, StepSignature
 pytestmark = pytest.mark.core
 SCHEDULERS = {
     "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
-    "unipc": lambda: UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=2
-    ),
-    "dpm++": lambda: DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, algorithm_type="dpmsolver++"
-    ),
+    "unipc": lambda: flow_solver(UniPCMultistepScheduler, flow_shift=3.0, solver_order=2),
+    "dpm++": lambda: flow_solver(DPMSolverMultistepScheduler, flow_shift=3.0, algorithm_type="dpmsolver++"),
     "stochastic ddim": lambda: DDIMScheduler(prediction_type="v_prediction", clip_sample=False),
 }
 
@@ -99,7 +97,7 @@ def test_host_grid_of_flux_matches_the_golden_schedule():
     cases = json.loads((Path(__file__).parent / "vectors" / "flux_schedule.json").read_text())["cases"]
     case = cases["1024x1024_28"]
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-    base = torch.linspace(1, 1 / 28, 28).tolist()
+    base = np.linspace(1, 1 / 28, 28)
     scheduler.set_timesteps(sigmas=base, mu=case["mu"])
     timesteps, sigmas = solver.host_grid(scheduler)
     assert sigmas == pytest.approx(case["sigmas"], abs=1e-6)

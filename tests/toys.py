@@ -1,7 +1,9 @@
 """A pipeline small enough to know every number of it: diffusers' loop around a velocity in closed form."""
 
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
@@ -60,6 +62,14 @@ class ToyPipeline:
                 output = without + self.guidance_scale * (output - without)
             latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
         return (latents if output_type == "latent" else latents.sigmoid(),)
+
+
+def flow_solver(kind: type, **settings: Any) -> Any:
+    """A multistep solver on flow sigmas; the test skips where diffusers is older than those."""
+    try:
+        return kind(prediction_type="flow_prediction", use_flow_sigmas=True, **settings)
+    except TypeError:
+        pytest.skip("this diffusers has no flow sigmas")
 
 
 def plain_fields(steps: int) -> dict:

@@ -1,7 +1,7 @@
 """Loads the official repositories, which hold one `model.safetensors` where diffusers looks for another name."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.utils import logging
@@ -12,11 +12,19 @@ from safetensors.torch import load_file
 logger = logging.get_logger(__name__)
 
 WEIGHTS = "model.safetensors"
+# of a configuration, that say how it was saved; diffusers would pass them on to __init__
+SAVED_WITH = ("dtype", "torch_dtype", "quantization_config")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 
 
 class OfficialLayout:
-    """Mixin before `ModelMixin`: `from_pretrained` reads the official layout as well as diffusers' own."""
+    """Mixin before `ModelMixin`: `from_pretrained` reads the official layout as well as diffusers' own.
+
+    Attributes:
+        official: what the original sets whatever an official configuration says.
+    """
+
+    official: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **kwargs: Any) -> Self:
@@ -35,7 +43,8 @@ class OfficialLayout:
         weights = _official_weights(str(source), subfolder, hub)
         if weights is None:
             return super().from_pretrained(source, **kwargs)
-        config = cls.load_config(source, subfolder=subfolder or None, **hub)
+        found = cls.load_config(source, subfolder=subfolder or None, **hub)
+        config = {key: value for key, value in found.items() if key not in SAVED_WITH} | cls.official
         with torch.device("meta"):
             model = cls.from_config(config)
         _assign(model, load_file(weights), weights)

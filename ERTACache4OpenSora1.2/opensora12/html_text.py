@@ -44,15 +44,17 @@ class _Text(HTMLParser):
 
 
 def _character(code: int) -> str:
-    if code < 256:
+    if 0 < code < 256:
         try:
             return bytes([code]).decode("windows-1252")
         except UnicodeDecodeError:
             pass
     try:
-        return chr(code)
+        character = chr(code or -1)  # nor is 0 one
+        character.encode()  # surrogates are no characters
     except (ValueError, OverflowError):
         return "\N{REPLACEMENT CHARACTER}"
+    return character
 
 
 def text_of(markup: str) -> str:

@@ -34,14 +34,21 @@ def transform_ratio(height: Tensor, width: Tensor, num_frames: Tensor) -> Tensor
     bfloat16 sizes give a bfloat16 ratio, as in the original; the timesteps differ in the fourth digit.
 
     Raises:
-        ValueError: 2 to 16 frames, which count as no latent frame and would make every time 0 / 0.
+        ValueError: 2 to 16 frames, which count as no latent frame and would make every time 0 / 0; a size whose
+            pixels overflow float16.
     """
     latent_frames = num_frames // CHUNK_FRAMES * CHUNK_LATENTS
     if float(num_frames) == 1:
         latent_frames = torch.ones_like(num_frames)
     elif float(latent_frames) < 1:
         raise ValueError(f"num_frames is {int(num_frames)}: Open-Sora 1.2 makes 1 frame or {CHUNK_FRAMES} and more")
-    return (height * width / BASE_PIXELS).sqrt() * latent_frames.sqrt()
+    pixels = height * width
+    if not bool(pixels.isfinite().all()):
+        raise ValueError(
+            f"{int(height)}x{int(width)} pixels overflow {str(pixels.dtype).removeprefix('torch.')} in the noise grid, "
+            "in the original too: use bfloat16 or float32"
+        )
+    return (pixels / BASE_PIXELS).sqrt() * latent_frames.sqrt()
 
 
 def transform_times(times: Tensor, ratio: Tensor) -> Tensor:

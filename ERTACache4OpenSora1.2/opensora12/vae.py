@@ -5,7 +5,7 @@ hpcai-tech/OpenSora-VAE-v1.2. Pixels are in [-1, 1].
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
@@ -32,6 +32,7 @@ SDXL_SHAPE = {
 }
 SHIFT = (-0.10, 0.34, 0.27, 0.98)  # mean and spread of the temporal latents, by channel
 SCALE = (3.85, 2.32, 2.33, 3.06)
+MICRO_FRAMES = 17
 
 
 class SpatialVAE(nn.Module):
@@ -77,6 +78,7 @@ class OpenSoraVAE(OfficialLayout, ModelMixin, ConfigMixin):
         shift, scale: latents are (z - shift) / scale, by channel.
     """
 
+    official: ClassVar[dict[str, Any]] = {"micro_frame_size": MICRO_FRAMES, "shift": SHIFT, "scale": SCALE}
     use_slicing = False  # one video at a time, so that a batch needs no more memory than one
 
     @register_to_config
@@ -84,7 +86,7 @@ class OpenSoraVAE(OfficialLayout, ModelMixin, ConfigMixin):
         self,
         spatial_config: dict[str, Any] | None = None,
         temporal_config: dict[str, Any] | None = None,
-        micro_frame_size: int | None = 17,
+        micro_frame_size: int | None = MICRO_FRAMES,
         micro_batch_size: int | None = 4,
         shift: tuple[float, ...] = SHIFT,
         scale: tuple[float, ...] = SCALE,

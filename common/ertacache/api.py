@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from ertacache.attach import Attachment
+from ertacache.attach import Attachment, networks_of
 from ertacache.calibration import Bundle, Calibration
 from ertacache.checks import check_pipeline
 from ertacache.errors import CalibrationError, MismatchError
@@ -29,7 +30,12 @@ class Applied:
     def __init__(self, pipe: Any, calibration: Calibration | Bundle, attachment: "Attachment | ModelAttachment"):
         self.pipe = pipe
         self.calibration = calibration
-        self._attachment = attachment.attach()
+        self._roll = _called(pipe, calibration)
+        try:
+            self._attachment = attachment.attach()
+        except BaseException:
+            self._leave()
+            raise
         attachment.handle, self._closed = self, False
         self._replaced: Applied | None = None
 
@@ -46,8 +52,13 @@ class Applied:
     def __enter__(self) -> "Applied":
         return self
 
+    def _leave(self) -> None:
+        if self._roll is not None:
+            self._roll.leave()
+
     def __exit__(self, *_: object) -> None:
         self._closed = True
+        self._leave()
         if attachment_of(self.pipe) is not self._attachment:
             return  # removed, or replaced by a later one
         self._attachment.detach()
@@ -84,8 +95,8 @@ def apply(
         CalibrationError: the file is not a valid calibration.
         MismatchError: the calibration is for another model or scheduler; in a run, for another number of steps, noise
             grid or number of channels.
-        StateError: the transformer is attached elsewhere; in a run, its calls cannot be followed: no set_timesteps
-            before it, a start after step 0, a replaced scheduler.
+        StateError: the transformer is attached elsewhere, or shared with processes in which it is not attached; in
+            a run, its calls cannot be followed: no set_timesteps before it, a start after step 0, a replaced scheduler.
         NumericsError: in a run, see `check_finite`.
     Warns:
         MismatchWarning: other weights or dtype than calibrated; in a run another guidance scale or latent shape, or
@@ -135,14 +146,42 @@ def _replacing(before: Any, pipe: Any, calibration: Calibration | Bundle, attach
     return made
 
 
+def _called(pipe: Any, calibration: Calibration) -> Any:
+    """The roll of the processes that share the model, once all of them are attached; None for a process alone."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    from ertacache.official.ranks import joined  # one process is the rule
+
+    return joined([pipe] if isinstance(pipe, nn.Module) else networks_of(pipe).values(), calibration.computed_steps)
+
+
 def check_parts_of(pipe: Any) -> None:
-    """Raise MismatchError for a pipeline that has no transformer or no scheduler."""
+    """Raise MismatchError for a pipeline that has no transformer or no scheduler that can be followed."""
+    name = type(pipe).__name__
     for part in ("transformer", "scheduler"):
         if getattr(pipe, part, None) is None:
             unet = " but a UNet" if getattr(pipe, "unet", None) is not None else ""
             raise MismatchError(
-                f"{type(pipe).__name__} has no {part}{unet}: ERTACache attaches to a transformer and a scheduler"
+                f"{name} has no {part}{unet}: ERTACache attaches to a transformer and a scheduler{_instead(pipe)}"
             )
+    if not all(callable(getattr(pipe.scheduler, method, None)) for method in ("set_timesteps", "step")):
+        raise MismatchError(
+            f"{name}'s scheduler {type(pipe.scheduler).__name__} has no set_timesteps and step, so its loop cannot be "
+            f"followed{_instead(pipe)}"
+        )
+
+
+def _instead(pipe: Any) -> str:
+    """What to apply to in place of an object of another package: a model that it holds, or what holds one."""
+    from ertacache.bare import can_follow
+
+    parts = {"transformer": getattr(pipe, "transformer", None), **getattr(pipe, "__dict__", {})}
+    for name, part in parts.items():
+        if isinstance(part, nn.Module) and can_follow(part):
+            return f". Apply to its .{name}, with converted=True; to calibrate, see docs/official-packages.md"
+        if isinstance(getattr(part, "transformer", None), nn.Module):
+            return f". Apply to its .{name}.transformer, with converted=True; see docs/official-packages.md"
+    return ""
 
 
 def remove(pipe: Any) -> None:
@@ -152,6 +191,7 @@ def remove(pipe: Any) -> None:
         return
     handle = getattr(attachment, "handle", None)
     while handle is not None:  # those that it replaced stay away too
+        handle._leave()
         handle._closed, handle = True, handle._replaced
     attachment.detach()
     unfollow(pipe)  # of a pipeline that was copied while attached

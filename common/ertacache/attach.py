@@ -34,7 +34,7 @@ from ertacache.solver import StepCall, StepSignature, first_output, host_grid
 
 # names of components hold one of these; what they make serves one step only, so they rest where it is reused
 NETWORK_NAMES = ("transformer", "controlnet")
-TIMESTEP_TOLERANCE = 1.0  # in timesteps of 0 .. 1000
+TIMESTEP_TOLERANCE = 1e-3  # of a grid's largest timestep: 1 in 0 .. 1000
 
 
 class FiniteCheck:
@@ -123,7 +123,7 @@ class Stream:
             self._refuse(f"is at step {index} of the grid")
         if place >= len(self.timesteps):
             self._refuse("comes after the end of the grid")
-        if value is not None and abs(value - self.timesteps[place]) > TIMESTEP_TOLERANCE:
+        if value is not None and abs(value - self.timesteps[place]) > TIMESTEP_TOLERANCE * max(self.timesteps):
             self._refuse(f"has timestep {value:g}, the grid has {self.timesteps[place]:g} there")
 
     def _first(self, index: int | None, value: float | None) -> int:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ertacache.branches import Branch, FollowedRun
-from ertacache.cache import PLAIN, Cache
+from ertacache.cache import PLAIN
 from ertacache.calibration import Calibration
-from ertacache.checks import check_latents, check_model, check_weights
+from ertacache.checks import check_latents, check_model, check_weights, warn
 from ertacache.errors import MismatchError, StateError
 from ertacache.intercept import Interception, check_free, uncompiled
+from ertacache.replay import cache_of
 
 # Names that models give to the timestep and to what conditions them (the text), the first one that they have.
 TIMESTEP_NAMES = ("t", "timestep", "timesteps")
@@ -52,7 +53,6 @@ class ModelAttachment:
         self.condition_name = _first_of(CONDITION_NAMES, names, model)
         self.input_name = names[1]
         self.computed = frozenset(calibration.computed_steps)
-        self.coefficients = calibration.combinations()
         self.run = FollowedRun(calibration.timesteps)
         self.interception = Interception(model, self.answer, self)
         self.computed_calls = self.reused_calls = 0
@@ -75,7 +75,7 @@ class ModelAttachment:
         step = self.run.current_step
         if step == 0:
             self._check_shape(inputs[0])
-            branch.caches = [Cache(self.computed, self.coefficients).start(x.device) for x in inputs]
+            branch.caches = [cache_of(self.calibration, own_grid=True).start(x.device) for x in inputs]
         result = self._result(branch, step, inputs, args, kwargs)
         if self.check_finite:
             for tensor in tensors_of(result):
@@ -105,16 +105,17 @@ class ModelAttachment:
             fresh: the output of this step, where it was computed.
         """
         cache, shape = branch.caches[index], branch.shapes[index]
-        row, kept = cache.rows[step], None if fresh is None else channels_of(fresh, latents)
-        of_latents = (cache.history[0] if kept is None else kept).shape == latents.shape
-        if row.latents and not of_latents:
+        kept = None if fresh is None else channels_of(fresh, latents)
+        row = cache.rows[step] if cache.rows else None  # none of the published method, which needs the latents
+        of_latents = shape == latents.shape or _wider_axis(shape, latents.shape) is not None
+        if (row is None or row.latents) and not of_latents:
             raise MismatchError(
                 f"the model makes {list(shape)} of latents {list(latents.shape)}, but the calibration combines both: "
-                "calibrate again with refine=0"
+                "calibrate again with effort 'balanced' and method 'ertacache'"
             )
         # on a reused step the cache reads no model output
         tensor = cache.output(step, ModelCall(latents if kept is None else kept, latents))
-        if row == PLAIN and fresh is not None:
+        if fresh is not None and row in (None, PLAIN):
             return fresh
         return widened(tensor, shape, fresh)
 
@@ -139,10 +140,10 @@ def check_bare_model(calibration: Calibration, model: nn.Module, converted: bool
         converted: the model holds the calibrated weights in the class of another package, so that neither class nor
             configuration nor a fingerprint of the weights can be compared.
     """
-    if calibration.method == "paper":
-        raise MismatchError(
-            "the published method adjusts the scheduler's timesteps, and a transformer alone has no scheduler: use a "
-            "calibration of method ertacache"
+    if calibration.method == "paper" and (calibration.adjusted_sigmas or calibration.adjusted_timesteps):
+        warn(
+            "method 'paper' runs without its timestep adjustment here, since the loop's scheduler is out of reach: "
+            "residual reuse and error model alone"
         )
     if not converted:
         check_model(calibration, model)
@@ -163,6 +164,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in names):
                 return unwrapped(inner)
     return model
+
+
+def can_follow(model: nn.Module) -> bool:
+    """Whether a model's forward takes a timestep and a condition."""
+    names = inspect.signature(type(unwrapped(model)).forward).parameters
+    return all(any(name in names for name in wanted) for wanted in (TIMESTEP_NAMES, CONDITION_NAMES))
 
 
 def _first_of(wanted: Sequence[str], present: Sequence[str], model: nn.Module) -> str:

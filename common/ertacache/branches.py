@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ertacache.attach import FiniteCheck
 from ertacache.cache import Cache
-from ertacache.checks import AGAIN, GRID_TOLERANCE
+from ertacache.checks import AGAIN, GRID_TOLERANCE, time_scale
 from ertacache.errors import MismatchError, StateError
 
 
@@ -34,7 +34,7 @@ class FollowedRun:
     """
 
     def __init__(self, timesteps: Sequence[float]):
-        self.timesteps = list(timesteps)
+        self.calibrated = self.timesteps = list(timesteps)
         self.reset()
 
     def reset(self) -> None:
@@ -91,9 +91,11 @@ class FollowedRun:
         self._verify_copied()  # an answer that was given wrongly may be part of the run that begins
         self.reset()
         value = read_value(timestep)
+        scale = 1.0 if value is None else time_scale(value, self.calibrated[0])
+        self.timesteps = [scale * t for t in self.calibrated]
         if value is not None and not self._fits(value, 0, timestep):
             raise MismatchError(
-                f"the run starts at timestep {value:g}, the calibrated one at {self.timesteps[0]:g}: another noise "
+                f"the run starts at timestep {value:g}, the calibrated one at {self.calibrated[0]:g}: another noise "
                 f"grid, or a run that starts in the middle; {AGAIN}"
             )
         self.step = 0
@@ -122,7 +124,7 @@ class FollowedRun:
         else:
             self.step = following
             self._check(value, timestep)
-            self._copied = None if value is not None else copied_to_host(timestep)
+            self._copied = None if value is not None else copied_to_host(timestep, self._largest)
 
     def _stay(self, timestep: Any) -> None:
         """Another branch of the present step.
@@ -160,7 +162,11 @@ class FollowedRun:
             )
 
     def _fits(self, value: float, step: int, timestep: Any) -> bool:
-        return abs(value - self.timesteps[step]) <= tolerance_of(value, timestep)
+        return abs(value - self.timesteps[step]) <= tolerance_of(value, timestep, self._largest)
+
+    @property
+    def _largest(self) -> float:
+        return max(map(abs, self.timesteps))
 
     def _refuse(self, message: str, kind: type[Exception] = StateError) -> None:
         self.reset()
@@ -184,13 +190,13 @@ def read_value(timestep: Any) -> float | None:
     return None if timestep.is_meta else float(timestep.reshape(-1)[0])
 
 
-def tolerance_of(value: float, timestep: Any) -> float:
+def tolerance_of(value: float, timestep: Any, largest: float = 1000.0) -> float:
     """How far a timestep may be off: rounding of the grid, and of the dtype that the loop casts it to."""
     floating = isinstance(timestep, Tensor) and timestep.is_floating_point()
-    return GRID_TOLERANCE + (abs(value) * torch.finfo(timestep.dtype).eps / 2 if floating else 0.0)
+    return GRID_TOLERANCE * largest + (abs(value) * torch.finfo(timestep.dtype).eps / 2 if floating else 0.0)
 
 
-def copied_to_host(timestep: Tensor) -> tuple[Tensor, Any, float] | None:
+def copied_to_host(timestep: Tensor, largest: float) -> tuple[Tensor, Any, float] | None:
     """(pinned host tensor, event after which it holds the timestep, tolerance); None for meta tensors."""
     if not timestep.is_cuda:
         return None
@@ -198,4 +204,4 @@ def copied_to_host(timestep: Tensor) -> tuple[Tensor, Any, float] | None:
     host = torch.empty(1, dtype=first.dtype, pin_memory=True).copy_(first, non_blocking=True)
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(timestep.device))
-    return host, event, tolerance_of(1000.0, timestep)
+    return host, event, tolerance_of(largest, timestep, largest)

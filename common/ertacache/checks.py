@@ -1,5 +1,6 @@
 """Refuse a calibration that does not belong to a pipeline or a run; warn if that costs quality only."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,8 @@ from ertacache.calibration import Calibration
 from ertacache.errors import MismatchError, MismatchWarning, StateError
 from ertacache.schema import printable, shown
 
-GRID_TOLERANCE = 0.05  # in timesteps of 0 .. 1000
+GRID_TOLERANCE = 5e-5  # of a grid's largest timestep, by which a timestep may be off: 0.05 in 0 .. 1000
+TIME_SCALES = (1.0, 1e-3, 1e3)  # packages count the same time from 1000 to 0, or from 1 to 0
 LOWER = "quality may be lower"
 # names of hooks, of caches that diffusers ships
 OTHER_CACHES = ("mag_cache", "fbc_", "faster_cache", "taylorseer", "sea_cache", "pyramid_attention")
@@ -79,7 +81,8 @@ def check_model(calibration: Calibration, transformer: Any) -> None:
     present = provenance.class_name(transformer)
     if present != calibration.model["class"]:
         raise MismatchError(
-            f"the calibration is for {printable(calibration.model['class'])}, the pipeline has {present}: {AGAIN}"
+            f"the calibration is for {printable(calibration.model['class'])}, the pipeline has {present}: {AGAIN}; if "
+            f"{present} holds the calibrated weights in another package's class, apply to it alone, with converted=True"
         )
     wanted = calibration.model.get("config_sha256")
     if wanted and provenance.config_hash(transformer) != wanted:
@@ -240,15 +243,21 @@ def check_grid(calibration: Calibration, timesteps: list[float], sigmas: list[fl
 def _differs(calibration: Calibration, timesteps: list[float], sigmas: list[float]) -> tuple[int, float, float] | None:
     """The first step at which a grid is not the calibrated one, with both values."""
     wanted = calibration.num_inference_steps
-    pairs = zip(
-        [*timesteps[:wanted], *(1000 * s for s in sigmas)],
-        [*calibration.timesteps, *(1000 * s for s in calibration.sigmas)],
-        strict=False,
-    )
-    for index, (present, calibrated) in enumerate(pairs):
-        if abs(present - calibrated) > GRID_TOLERANCE:
-            return index if index < wanted else index - wanted, present, calibrated  # the sigmas follow the timesteps
+    scale = time_scale(timesteps[0], calibration.timesteps[0])
+    times = [scale * t for t in calibration.timesteps]
+    grids = (timesteps[:wanted], times, max(map(abs, times))), (sigmas, calibration.sigmas, 1.0)
+    for present, calibrated, largest in grids:
+        for step, (one, other) in enumerate(zip(present, calibrated, strict=False)):
+            if abs(one - other) > GRID_TOLERANCE * largest:
+                return step, one, other
     return None
+
+
+def time_scale(first: float, calibrated: float) -> float:
+    """The factor by which a run that begins at timestep `first` counts time otherwise than the calibration."""
+    if first <= 0 or calibrated <= 0:
+        return 1.0
+    return min(TIME_SCALES, key=lambda scale: abs(math.log(first / (scale * calibrated))))
 
 
 def warn(message: str) -> None:

@@ -15,6 +15,15 @@ REPOSITORY = re.compile(rf"{NAME_PART}/{NAME_PART}")
 FILE_NAME = re.compile(rf"({NAME_PART}/)*{NAME_PART}\.json")
 
 
+def _client() -> Any:
+    """The hub's client; raises CalibrationError where it is not installed."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise CalibrationError("the hub's client is not installed: pip install huggingface_hub") from None
+    return huggingface_hub
+
+
 def push(
     calibration: "Calibration | Bundle",
     repo_id: str,
@@ -37,7 +46,7 @@ def push(
 
     Raises CalibrationError: the names are not allowed, or the hub refuses.
     """
-    import huggingface_hub
+    huggingface_hub = _client()
 
     from ertacache.calibration import to_json
 
@@ -79,8 +88,8 @@ def fetch(
 
     Raises CalibrationError: the names are not allowed, there is no such file, or it is too large.
     """
-    import huggingface_hub
-    from huggingface_hub import constants
+    huggingface_hub = _client()
+    from huggingface_hub import constants  # where the client is, this is
 
     check_names(repo_id, filename)
     common: dict[str, Any] = {"revision": revision, "endpoint": endpoint}

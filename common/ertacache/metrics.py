@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ertacache.errors import ERTACacheError
+
 IDENTICAL_DB = 120.0
 SSIM_SIGMA = 1.5  # pixels; with it scikit-image's Gaussian window is 11 x 11
 SSIM_WINDOW = 11
@@ -112,8 +114,10 @@ def _frames(batch: Tensor) -> Iterator[np.ndarray]:
 
 def _ssim_of_frame(image: np.ndarray, reference: np.ndarray) -> float:
     # Imported here: calibrating and generating need no scikit-image.
-    from skimage.metrics import structural_similarity
-
+    try:
+        from skimage.metrics import structural_similarity
+    except ImportError:
+        raise ERTACacheError("SSIM needs scikit-image: pip install scikit-image") from None
     return float(
         structural_similarity(
             image,

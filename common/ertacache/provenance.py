@@ -15,6 +15,7 @@ from torch import nn
 from ertacache._version import __version__
 from ertacache.attach import CachedTransformer, networks_of
 from ertacache.intercept import FOLLOWED, uncompiled
+from ertacache.solver import config_of
 
 FINGERPRINT_VALUES = 4  # of every parameter: a LoRA or a fine-tuning may change a few of them only
 VERSIONED = ("torch", "diffusers", "transformers")
@@ -39,10 +40,10 @@ def pipeline_identity(pipe: Any) -> dict[str, Any]:
 
 def pipeline_facts(pipe: Any) -> dict[str, Any]:
     """Return the class and the plain config values of a pipeline, guiders' among them."""
-    config = {key: value for key, value in dict(getattr(pipe, "config", {}) or {}).items() if not key.startswith("_")}
+    config = config_of(pipe) or {}
     for name, part in vars(pipe).items():
         if "guider" in name and hasattr(part, "config"):
-            config |= {f"{name}.{key}": value for key, value in dict(part.config).items() if not key.startswith("_")}
+            config |= {f"{name}.{key}": value for key, value in (config_of(part) or {}).items()}
     return {
         "class": getattr(vars(type(pipe)).get(FOLLOWED, type(pipe)), "__name__", None),
         "config": {key: value for key, value in sorted(config.items()) if isinstance(value, PLAIN)},
@@ -77,7 +78,10 @@ def class_name(model: nn.Module) -> str:
 
 def model_name(model: Any) -> str | None:
     """The hub id that a model was loaded from, or the last two parts of a local folder."""
-    path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    config = getattr(model, "config", None)
+    path = getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None)
+    if not isinstance(path, str) or not path:
+        return None
     if path and Path(path).exists():
         return "/".join(Path(path).resolve().parts[-2:])
     return path
@@ -90,12 +94,17 @@ def model_dtype(model: nn.Module) -> str:
 
 
 def config_hash(model: Any) -> str | None:
-    """sha256 of the configuration, without private keys and quantisation."""
-    config = getattr(model, "config", None)
+    """sha256 of the configuration, without private keys and how it was saved; None where it has none."""
+    config = config_of(model)
     if config is None:
         return None
-    public = {k: v for k, v in dict(config).items() if not k.startswith("_") and k != "quantization_config"}
-    return hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=_text).encode()).hexdigest()
+
+
+def _text(value: Any) -> str:
+    """An object of a configuration, without its place in memory."""
+    text = str(value)
+    return type(value).__name__ if " at 0x" in text else text
 
 
 def weights_fingerprint(model: nn.Module, adapters: bool = True) -> str | None:

@@ -36,6 +36,7 @@ class PublishedCache(Cache):
         super().__init__(schedule, Coefficients.of_outputs([]))
         self.error_model, self.grid = error_model, grid
         self.residual: Tensor | None = None
+        self.dtype = torch.float32  # of the model output
 
     def begin(self, scheduler: Any) -> Cache:
         if self.grid is not None:
@@ -44,14 +45,14 @@ class PublishedCache(Cache):
 
     def output(self, step: int, call: Call, scheduler: Any = None) -> Tensor:
         if step in self.schedule:
-            self.residual = call.model_output.float() - call.sample.float()
+            self.residual, self.dtype = call.model_output.float() - call.sample.float(), call.model_output.dtype
             return call.model_output
         assert self.residual is not None  # step 0 is computed
         reused = call.sample.float() + self.residual
         pair = self.error_model[step] if self.error_model else None
         if pair is not None:
             reused = rectify(reused, *pair)
-        return reused.to(call.model_output.dtype)
+        return reused.to(self.dtype)
 
     def end(self) -> None:
         self.residual = None

@@ -148,10 +148,15 @@ class BundleReplay(Replay):
         self.local.replay.guided(step, branches)
 
 
-def cache_of(calibration: Calibration) -> Cache:
-    """Return the cache that plays a calibration of either method."""
+def cache_of(calibration: Calibration, own_grid: bool = False) -> Cache:
+    """Return the cache that plays a calibration of either method.
+
+    Args:
+        own_grid: leave the scheduler on its own grid, without the published method's adjustment.
+    """
     if calibration.method == "ertacache":
         return Cache(calibration.computed_steps, calibration.combinations())
     original = calibration.sigmas, calibration.timesteps
-    grid = AdjustedGrid(calibration.adjusted_sigmas, calibration.adjusted_timesteps, *original)
+    adjusted = AdjustedGrid(calibration.adjusted_sigmas, calibration.adjusted_timesteps, *original)
+    grid = None if own_grid else adjusted
     return PublishedCache(calibration.computed_steps, calibration.error_model, grid)

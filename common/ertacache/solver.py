@@ -7,7 +7,7 @@ c_i = sigma_{i+1} - sigma_i; for any other deterministic solver F_i and c_i come
 import copy
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,11 @@ OUTPUT_NAMES = ("model_output", "noise_pred")
 END_TIMESTEP = -1.0
 GAIN_SPREAD = 1e-3  # relative, by which c may differ between elements and still be one number
 AFFINE_TOLERANCE = 1e-3  # of what a step moves: a step may be that far from F + c o
+# of a configuration, that say how it was saved or by what, and change with the packages that load it
+SAVED_WITH = (
+    *("architectures", "auto_map", "dtype", "model_type", "name_or_path", "quantization_config", "torch_dtype"),
+    *("transformers_version", "transformers_weights"),
+)
 # instance attributes by which attach.py follows a scheduler; a copy must not carry them
 FOLLOWED_METHODS = ("step", "set_timesteps")
 
@@ -185,7 +190,25 @@ def identity(scheduler: Any) -> dict[str, Any]:
     """Class name and configuration of a scheduler, plain JSON values only; infinities as text."""
     config = {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in dict(scheduler.config).items()
-        if not key.startswith("_") and isinstance(value, (bool, int, float, str, type(None)))
+        for key, value in (config_of(scheduler) or {}).items()
+        if isinstance(value, (bool, int, float, str, type(None)))
     }
     return {"class": type(scheduler).__name__, "config": dict(sorted(config.items()))}
+
+
+def config_of(part: Any) -> dict[str, Any] | None:
+    """The public settings of a model's, scheduler's or pipeline's configuration; None where it has none to read.
+
+    It may be a mapping (diffusers), have a `to_dict` (transformers), be a dataclass, a namespace or any object.
+    """
+    config = getattr(part, "config", None)
+    if isinstance(config, Mapping):
+        found = dict(config)
+    elif isinstance(config, type) or not hasattr(config, "__dict__"):
+        return None
+    else:
+        to_dict = getattr(config, "to_dict", None)
+        found = dict(to_dict()) if callable(to_dict) else dict(vars(config))
+        own = inspect.signature(type(config).__init__).parameters  # the rest is the base class's, of its version
+        found = {key: value for key, value in found.items() if key in own} or found
+    return {key: value for key, value in found.items() if not key.startswith("_") and key not in SAVED_WITH}

@@ -39,6 +39,7 @@ def quality_of(values: Tensor) -> dict[str, Any]:
         "psnr_range": mean_range(values),
         "psnr_p10": float(worst_decile(values, True)),
         "folds": FOLDS,
+        "each": values.tolist(),
     }
 
 

@@ -350,13 +350,14 @@ def quiet(pipe: Any) -> Iterator[None]:
     config = dict(getattr(pipe, "_progress_bar_config", {}))
     vae = getattr(pipe, "vae", None)
     slicing = getattr(vae, "use_slicing", None)  # None where there is no VAE, or none that can
-    pipe.set_progress_bar_config(disable=True)
+    set_bar = getattr(pipe, "set_progress_bar_config", lambda **_: None)
+    set_bar(disable=True)
     if vae is not None and slicing is not None:
         vae.use_slicing = True
     try:
         yield
     finally:
-        pipe.set_progress_bar_config(**config)
+        set_bar(**config)
         if vae is not None and slicing is not None:
             vae.use_slicing = slicing
 
