@@ -64,7 +64,7 @@ def calibrate(
         computed_steps: K itself.
         min_psnr: dB to the uncached result; the smallest K whose predicted PSNR reaches it.
         threshold: the published method's lambda.
-        effort: "fast", "balanced" or "best": 1.5 P, 2.5 P + 2 and at most 100 uncached runs for P prompts and K = N / 2.
+        effort: "fast", "balanced" or "best": 1.5 P, 2.5 P + 2 or at most 100 uncached runs for P prompts, K = N / 2.
             "fast" predicts no quality; "best" fits end to end.
         method: "ertacache", or "paper" for the published one, which alone takes `threshold`.
         phi_over: of method "paper": what its timestep adjustment measures an error by, "output" or "change".
