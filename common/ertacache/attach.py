@@ -224,6 +224,7 @@ class Attachment:
         self.runs: dict[int, Run | None] = {}  # by thread; None for one of a pipeline that is not attached
         self.calls: dict[int, PipelineCall] = {}  # by thread
         self.computed_calls = self.reused_calls = 0
+        self.handle: Any = None  # what `apply` returned
 
     # -- attaching ---------------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ def _registry(module: Any) -> Any:
 
 def check_parts(calibration: Calibration, pipe: Any) -> None:
     """Compare the pipeline's class, config and further networks with those of a file that has them."""
-    wanted, present = calibration.pipeline, provenance.pipeline_identity(pipe)
+    wanted, present = calibration.pipeline or {}, provenance.pipeline_identity(pipe)
     names = dict.fromkeys([*wanted["networks"], *present["networks"]])
     for name in names:
         one, other = wanted["networks"].get(name), present["networks"].get(name)
@@ -230,9 +230,9 @@ def check_grid(calibration: Calibration, timesteps: list[float], sigmas: list[fl
             return first
     if further:
         raise MismatchError(f"the run has {len(timesteps)} steps, the calibration is for {count}: {AGAIN}")
-    step, present, calibrated = differing[0] or (0, 0.0, 0.0)
+    at, present, calibrated = differing[0] or (0, 0.0, 0.0)
     raise MismatchError(
-        f"the noise grid differs at step {step} ({present:g}, calibrated {calibrated:g}); another resolution "
+        f"the noise grid differs at step {at} ({present:g}, calibrated {calibrated:g}); another resolution "
         f"or shift moves it: {AGAIN}"
     )
 

@@ -49,7 +49,8 @@ def arguments_of(pipe: Any, args: tuple | None, kwargs: dict[str, Any]) -> dict[
     """Return the plain arguments of a pipeline's call and their defaults, by name; none for args None."""
     if args is None:
         return {}
-    parameters = _parameters(type(pipe))
+    kind: Any = type(pipe)
+    parameters = _parameters(kind)
     names = [name for name, kind, _ in parameters if kind is not inspect.Parameter.VAR_KEYWORD]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     found = {name: (given.pop(name, default), default) for name, _, default in parameters if name in names}
@@ -188,7 +189,7 @@ def _offloaded(model: nn.Module, name: str) -> torch.Tensor | None:
     return None
 
 
-def prompts_hash(prompts: Sequence[str], seeds: Sequence[int] = ()) -> str:
+def prompts_hash(prompts: Sequence[str | None], seeds: Sequence[int] = ()) -> str:
     """sha256 of prompts and seeds in order."""
     return hashlib.sha256(json.dumps([list(prompts), list(seeds)]).encode()).hexdigest()
 

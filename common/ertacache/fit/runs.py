@@ -47,7 +47,7 @@ class Runs:
     """
 
     pipe: Any
-    prompts: list[str] | list[None]
+    prompts: Sequence[str | None]
     seeds: list[int]
     kwargs: dict[str, Any]
     micro_batch: int
@@ -114,7 +114,7 @@ class Runs:
         """What the pipeline returns: one result of all prompts, or a list of results."""
         calls = [self._arguments([row], output_type) for row in range(len(self))]
         if self.alone:
-            steps = Lockstep(cache, [lambda pipe, c=call: pipe(**c) for call in calls], self.seeds, keep)
+            steps = Lockstep(cache, [partial(called, **call) for call in calls], self.seeds, keep)
             with attached(
                 self.pipe, steps.begin, stepped=steps.stepped, check="step", blanks=self.blanks, **told
             ) as on:
@@ -173,6 +173,11 @@ class Runs:
         return all(float((a.float() - b.float()).norm()) <= SAME[b.dtype] * float(b.float().norm()) for a, b in pairs)
 
 
+def called(pipe: Any, **arguments: Any) -> Any:
+    """What a pipeline returns."""
+    return pipe(**arguments)
+
+
 def record_runs(
     pipe: Any,
     prompts: str | Sequence[str] | None,
@@ -196,26 +201,26 @@ def record_runs(
     Raises CalibrationError: there is no prompt or no seed, or no run can be repeated.
     """
     given = {name: rows_of(name, values) for name, values in (per_prompt or {}).items()}
+    texts: list[str | None] = [prompts] if isinstance(prompts, str) else list(prompts or ())
     if prompts is None:
-        prompts = [None] * max(map(len, given.values()), default=0)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [None] * max(map(len, given.values()), default=0)
     seeds = list(seeds)
-    if not prompts or not seeds:
+    if not texts or not seeds:
         raise CalibrationError("calibration needs at least one prompt and one seed")
-    count = max(len(prompts), len(seeds))
+    count = max(len(texts), len(seeds))
     alone, rest = bool(given), {}
     for name, value in kwargs.items():
-        if isinstance(value, (list, tuple)) and "prompt" in name and len(value) == len(prompts):
+        if isinstance(value, (list, tuple)) and "prompt" in name and len(value) == len(texts):
             given[name] = list(value)  # such as negative prompts
         elif name not in NOT_OURS:
             rest[name] = value
     for name, values in given.items():
-        if len(values) != len(prompts):
-            raise CalibrationError(f"{name} holds {len(values)} values for {len(prompts)} prompts: give each its own")
+        if len(values) != len(texts):
+            raise CalibrationError(f"{name} holds {len(values)} values for {len(texts)} prompts: give each its own")
     bar = tqdm(total=None, desc="calibrate", unit="call", disable=not progress, leave=False)
     runs = Runs(
         pipe,
-        [prompts[i % len(prompts)] for i in range(count)],
+        [texts[i % len(texts)] for i in range(count)],
         [seeds[i % len(seeds)] for i in range(count)],
         rest,
         micro_batch,
@@ -258,7 +263,7 @@ def counted(pipe: Any) -> Iterator[dict[str, float]]:
     """Parameters times samples of calls of modules that do not rest on reused steps, from a run's second step on."""
     work: dict[str, float] = {}
 
-    def called(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def worked(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if attachment_of(pipe) is not None and attachment_of(pipe).after_first_step:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
             work[name] = work.get(name, 0.0) + size_of(module) * (len(tensors[0]) if tensors else 1)
@@ -267,7 +272,7 @@ def counted(pipe: Any) -> Iterator[dict[str, float]]:
     others = {
         name: part for name, part in vars(pipe).items() if isinstance(part, nn.Module) and id(part) not in resting
     }
-    hooks = [part.register_forward_pre_hook(partial(called, name), with_kwargs=True) for name, part in others.items()]
+    hooks = [part.register_forward_pre_hook(partial(worked, name), with_kwargs=True) for name, part in others.items()]
     try:
         yield work
     finally:
