@@ -167,6 +167,8 @@ def check_arguments(calibration: Calibration, pipe: Any, arguments: dict[str, tu
         calibrated = known.get(name, default)
         if name in UNCOMPARED or name.startswith(("prompt", "callback")) or calibrated == PER_PROMPT:
             continue
+        if present is None and name not in known and calibration.pipeline is None:
+            continue  # older files left None out
         if not alike(present, calibrated):
             what = name.replace("_", " ")
             warn(f"{what} is {shown(present)}, the calibration is for {shown(calibrated)}: {LOWER}")
