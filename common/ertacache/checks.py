@@ -39,6 +39,7 @@ def check_no_other_cache(pipe: Any) -> None:
         on = getattr(network, "is_cache_enabled", False)
         hooks = [hook for part in network.modules() for hook in getattr(_registry(part), "hooks", {})]
         found = [hook for hook in hooks if any(kind in hook for kind in OTHER_CACHES)]
+        found += ["cache-dit"] if getattr(network, "_is_cached", False) else []
         if found or (on and not any("text_kv_cache" in hook for hook in hooks)):  # which is exact
             raise StateError(
                 f"another cache is on in pipe.{name} ({found[0] if found else 'enable_cache'}), and two cannot share a "

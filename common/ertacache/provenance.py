@@ -54,7 +54,9 @@ def arguments_of(pipe: Any, args: tuple | None, kwargs: dict[str, Any]) -> dict[
     names = [name for name, kind, _ in parameters if kind is not inspect.Parameter.VAR_KEYWORD]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     found = {name: (given.pop(name, default), default) for name, _, default in parameters if name in names}
-    found |= {name: (value, None) for name, value in given.items()}  # of a call that takes any
+    # a modular pipeline's call takes any, and its blocks know their defaults
+    inputs = {one.name: one.default for one in getattr(getattr(pipe, "blocks", None), "inputs", ())}
+    found |= {name: (given.get(name, inputs.get(name)), inputs.get(name)) for name in {**inputs, **given} if name}
     return {name: pair for name, pair in found.items() if all(isinstance(value, PLAIN) for value in pair)}
 
 

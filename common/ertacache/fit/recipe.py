@@ -125,9 +125,10 @@ def most_evaluations(effort: str, prompts: int, steps: int, computed: int) -> in
 
     P (N + K) for "fast", which predicts no quality. "best" fits end to end with what is left of BEST_RUNS.
     """
+    tried = min(prompts, 2) * min(TRIED_STEPS, steps)
     if effort == "fast":
-        return prompts * (steps + computed) + TRIED_STEPS
-    total = prompts * (steps + (1 + FOLDS) * computed) + TRIED_STEPS + min(prompts, GUARD_PROMPTS) * computed
+        return prompts * (steps + computed) + tried
+    total = prompts * (steps + (1 + FOLDS) * computed) + tried + min(prompts, GUARD_PROMPTS) * computed
     return max(total, BEST_RUNS * steps) if effort == "best" else total
 
 

@@ -158,8 +158,14 @@ class Runs:
         return in_micro_batches(interception, args, kwargs, self.micro_batch)
 
     def repeats(self) -> bool:
-        """Whether the first prompt alone, run for its first steps once more, gives the outputs that were recorded."""
-        trial, tried = Recording(), replace(self.first(1), alone=True)
+        """Whether prompts alone, run for their first steps once more, give the outputs that were recorded.
+
+        The first one and the last, which lies in another micro-batch and draws other noise than the first in a batch.
+        """
+        return all(self._repeats(row) for row in {0, len(self) - 1})
+
+    def _repeats(self, row: int) -> bool:
+        trial, tried = Recording(), replace(self.subset([row]), alone=True)
 
         def keep(step: int, latents: Tensor, stream: int) -> None:
             trial.stepped(step, latents, stream)
