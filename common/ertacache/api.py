@@ -30,7 +30,7 @@ class Applied:
         self.pipe = pipe
         self.calibration = calibration
         self._attachment = attachment.attach()
-        attachment.handle, self._closed = self, False
+        self._attachment.handle, self._closed = self, False
         self._replaced: Applied | None = None
 
     @property

@@ -91,6 +91,11 @@ class FollowedRun:
         self._verify_copied()  # an answer that was given wrongly may be part of the run that begins
         self.reset()
         value = read_value(timestep)
+        if value is not None and self._fits(1000 * value, 0, timestep):
+            raise MismatchError(
+                f"the model is given t / 1000 ({value:g} for {1000 * value:g}), as FLUX is; a transformer alone is "
+                "followed by timesteps of 0 to 1000: apply the calibration to its pipeline"
+            )
         if value is not None and not self._fits(value, 0, timestep):
             raise MismatchError(
                 f"the run starts at timestep {value:g}, the calibrated one at {self.timesteps[0]:g}: another noise "

@@ -48,8 +48,8 @@ class Replay:
 
     def attachment(self, check: str | None = "end", **options: Any) -> Attachment:
         """Return the Attachment to the pipeline, not attached yet; options as `Attachment` takes them."""
-        told = {"started": self.started, "guided": self.guided}
-        self.attached = Attachment(self.pipe, self.begin, check=check, **told, **options)
+        options = {"started": self.started, "guided": self.guided, "check": check, **options}
+        self.attached = Attachment(self.pipe, self.begin, **options)
         return self.attached
 
 
