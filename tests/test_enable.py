@@ -199,6 +199,24 @@ def test_another_guidance_scale_is_a_setting_if_told_so(tmp_path):
     assert counts == {False: STEPS, True: 2 * STEPS}  # two calls a step
 
 
+def test_any_guidance_argument_is_compared(tmp_path):
+    class Guided(ToyPipeline):
+        def __call__(self, prompt, generator=None, num_inference_steps=8, output_type="pt", true_cfg_scale=1.0):
+            return super().__call__(prompt, generator, num_inference_steps, output_type)
+
+    for strict in (False, True):
+        pipe = Guided(curved)
+        enable(pipe, tmp_path, strict=strict)
+        for seed in range(SAMPLES):
+            call(pipe, seed)
+        assert evaluations(pipe, lambda pipe=pipe: call(pipe, 9, true_cfg_scale=1.0)) == STEPS // 2
+        if strict:
+            assert evaluations(pipe, lambda pipe=pipe: call(pipe, 9, true_cfg_scale=4.0)) == STEPS
+        else:
+            with pytest.warns(ertacache.MismatchWarning, match="true_cfg_scale"):
+                call(pipe, 9, true_cfg_scale=4.0)
+
+
 def test_other_weights_are_another_setting(ready):
     pipe, _ = ready
     with torch.no_grad():

@@ -262,7 +262,8 @@ class Enabled:
             self.not_followed(f"{type(error).__name__}: {error}")
             return None
         if self.options.strict:
-            found |= {"guidance_scale": getattr(current.pipe, "guidance_scale", None), "adapted": weights}
+            scales = {name: value for name, (value, _) in current.guidance.items()}
+            found |= {"guidance": [getattr(current.pipe, "guidance_scale", None), scales], "adapted": weights}
         current.weights = weights
         return Facts(found, grid, weights)
 
@@ -343,6 +344,10 @@ class Enabled:
         checks.check_grid(calibration, *facts.grid)
         checks.check_guidance(calibration, current.pipe)
         checks.check_latents(calibration, call.sample.shape[1:])
+        for name, (value, default) in current.guidance.items():
+            wanted = calibration.settings.get(name, default)
+            if isinstance(value, (int, float)) and value != wanted:
+                checks.warn(f"{name} is {value!r}, the calibration is for {wanted!r}: quality may be lower")
         if facts.weights != calibration.model.get("weights_fingerprint") and facts.weights not in known.warned_of:
             known.warned_of.add(facts.weights)
             checks.check_weights(calibration, current.pipe.transformer)

@@ -97,6 +97,7 @@ def facts_of(pipe: Any, scheduler: Any, grid: tuple[list[float], list[float]]) -
     """
     timesteps, sigmas = grid
     return {
+        "pipeline": [type(pipe).__name__, _plain(getattr(pipe, "config", {}))],
         "models": [
             {
                 "class": provenance.class_name(model),
@@ -110,6 +111,11 @@ def facts_of(pipe: Any, scheduler: Any, grid: tuple[list[float], list[float]]) -
         "timesteps": [round(t, TIMESTEP_DIGITS) + 0.0 for t in timesteps],
         "sigmas": [round(s, SIGMA_DIGITS) + 0.0 for s in sigmas],
     }
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The plain values of a pipeline's configuration, as the boundary between two transformers."""
+    return {k: v for k, v in dict(config).items() if isinstance(v, (bool, int, float)) and not k.startswith("_")}
 
 
 def base_fingerprint(model: nn.Module) -> str | None:

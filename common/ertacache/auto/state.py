@@ -76,6 +76,11 @@ class Call:
     structure: Structure | None = None
     weights: str | None = None
 
+    @property
+    def guidance(self) -> dict[str, tuple[Any, Any]]:
+        """Its guidance beside the guidance scale: what is given, and the default."""
+        return self.again.guidance if self.again is not None else {}
+
 
 @dataclass(frozen=True)
 class SettingStatus:

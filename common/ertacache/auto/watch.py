@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from ertacache.fit.store import TrajectoryStore
 from ertacache.fit.together import check_repeats
 from ertacache.intercept import Interception
 
+GUIDANCE = re.compile("guidance|cfg")  # in the names of arguments
 ENCODE = "encode_prompt"
 CALLBACK = "callback_on_step_end"
 CALLBACKS = "callback"  # what the names of a call's callbacks and of their options begin with
@@ -67,6 +69,9 @@ class PipelineCall:
                 raise CalibrationError(f"{type(pipe).__name__} takes *{name}: its calls cannot be made again")
             given = bound.arguments[name]
             self.arguments.update(given if starred is inspect.Parameter.VAR_KEYWORD else {name: given})
+        scales = [name for name in parameters if GUIDANCE.search(name) and name != "guidance_scale"]
+        # beside the one that pipelines have as a property: (the call's own, the default)
+        self.guidance = {n: (self.arguments.get(n, parameters[n].default), parameters[n].default) for n in scales}
         self.encoded: list[Any] = []  # while a fit makes the call again and again
         self.takes_output_type = "output_type" in parameters
         # before the call, which moves them on
