@@ -42,6 +42,7 @@ MEMORY_LIMIT = 2 * 2**30  # bytes of trajectories in memory; the calls above it 
 KEPT_LIMIT = 8 * 2**30  # bytes of all trajectories, in memory and files; the setting used longest ago loses its own
 EFFORTS = ("fast", "balanced")
 ATTEMPTS = 3  # fits that may fail at a setting before it stays uncached
+DRAIN_SECONDS = 600.0  # that a fit waits for the calls of other threads, before it leaves it to a later call
 AUDITS = 4  # whose mean is held against what was promised
 AUDIT_MARGIN = 3.0  # dB
 
@@ -243,6 +244,7 @@ class Enabled:
     def _leave(self) -> None:
         with self._gate:
             self._active -= 1
+            self._gate.notify_all()
 
     # -- a run -------------------------------------------------------------------------------------------
 
@@ -258,7 +260,9 @@ class Enabled:
             self.not_followed(f"{type(error).__name__}: {error}")
             return None
         if self.options.strict:
-            found |= {"guidance_scale": getattr(current.pipe, "guidance_scale", None), "adapted": weights}
+            given = provenance.arguments_of(*self._follower.caller).items()
+            scales = {name: value for name, (value, _) in given if "guidance" in name or "cfg" in name}
+            found |= {"guidance": [getattr(current.pipe, "guidance_scale", None), scales], "adapted": weights}
         current.weights = weights
         return Facts(found, scheduler, solver.host_grid(scheduler))
 
@@ -427,15 +431,17 @@ class Enabled:
 
     @contextmanager
     def _alone(self) -> Iterator[bool]:
-        """Hold off the calls of other threads; False where some are under way."""
+        """Hold off new calls, and wait for those under way in other threads; False where another thread does so."""
         with self._gate:
-            alone = not self._active and self._fitting is None and bool(self._follower.interceptions)
-            if alone:
+            mine = self._fitting is None and bool(self._follower.interceptions)
+            if mine:
                 self._fitting = threading.get_ident()
         try:
+            with self._gate:
+                alone = mine and self._gate.wait_for(lambda: not self._active, DRAIN_SECONDS)
             yield alone
         finally:
-            if alone:
+            if mine:
                 with self._gate:
                     self._fitting = None
                     self._gate.notify_all()
