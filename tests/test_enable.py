@@ -201,6 +201,24 @@ def test_another_guidance_scale_is_a_setting_if_told_so(tmp_path):
     assert counts == {False: STEPS, True: 2 * STEPS}  # two calls a step
 
 
+def test_any_guidance_argument_is_compared(tmp_path):
+    class Guided(ToyPipeline):
+        def __call__(self, prompt, generator=None, num_inference_steps=8, output_type="pt", true_cfg_scale=1.0):
+            return super().__call__(prompt, generator, num_inference_steps, output_type)
+
+    for strict in (False, True):
+        pipe = Guided(curved)
+        enable(pipe, tmp_path, strict=strict)
+        for seed in range(SAMPLES):
+            call(pipe, seed)
+        assert evaluations(pipe, lambda pipe=pipe: call(pipe, 9, true_cfg_scale=1.0)) == STEPS // 2
+        if strict:
+            assert evaluations(pipe, lambda pipe=pipe: call(pipe, 9, true_cfg_scale=4.0)) == STEPS
+        else:
+            with pytest.warns(ertacache.MismatchWarning, match="true cfg scale"):
+                call(pipe, 9, true_cfg_scale=4.0)
+
+
 def test_other_weights_are_another_setting(ready):
     pipe, _ = ready
     with torch.no_grad():
@@ -423,18 +441,23 @@ def test_runs_under_inference_mode(watched_in, flux):
     assert enabled.status()[0].accelerated == 2
 
 
-def test_a_call_from_another_thread_waits_for_the_fit(ready):
-    pipe, enabled = ready
-    enabled.speedup = 5
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(call(copied(pipe), 9))) for _ in range(3)]
+def test_requests_of_many_threads(tmp_path):
+    pipe, results = ToyPipeline(curved), []
+    enabled = enable(pipe, tmp_path)
+
+    def serve(first):
+        for seed in range(first, first + 4):
+            results.append((seed, call(copied(pipe), seed)))
+
+    threads = [threading.Thread(target=serve, args=(first,)) for first in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(torch.equal(result, results[0]) or torch.equal(result, plain(9)) for result in results)
-    assert len(results) == 3 and not enabled._active
-    assert evaluations(pipe, lambda: call(pipe, 9)) in (2, SAMPLES * 2 + TRIED + 2)
+    assert evaluations(pipe, lambda: call(pipe, 9)) == STEPS // 2
+    for seed, result in results:
+        assert torch.equal(result, plain(seed)) or torch.equal(result, call(pipe, seed))
+    assert len(results) == 16 and enabled.status()[0].watched >= SAMPLES
 
 
 def copied(pipe):

@@ -153,6 +153,18 @@ def test_the_page_says_what_was_measured():
     bench_enable.fill(bench_enable.PAGE, bench_enable.table(read("enable_*")), bench_enable.MARKER, check=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "steps", "latents", "outputs"),
+    # bytes of a tensor: 64 x 64 tokens of 64 channels; 16 channels, 21 frames of 60 x 104
+    [("FLUX.1-dev", 28, 64 * 64 * 64 * 2, 64 * 64 * 64 * 2), ("Wan2.1-1.3B", 50, 2096640 * 4, 2096640 * 2)],
+)
+def test_the_memory_on_the_page_is_that_of_the_tensors(name, steps, latents, outputs):
+    one = ((steps + 1) * latents + steps * outputs) / 2**20
+    [row] = [row for row in bench_enable.PAGE.read_text().splitlines() if row.startswith(f"| {name}")]
+    four = f"{4 * one:.0f} MiB" if 4 * one < 1024 else f"{4 * one / 1024:.1f} GiB"
+    assert [cell.strip() for cell in row.split("|")[2:4]] == [f"{one:.3g} MiB", four], (one, four)
+
+
 @pytest.mark.parametrize("damage", [[], {}, "x", [{"schema": 1}]])
 def test_a_damaged_bundle_is_refused(damage, tmp_path):
     path = tmp_path / "b.json"

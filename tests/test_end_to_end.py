@@ -1,6 +1,7 @@
 """The fit end to end, and runs with given outputs, on toy pipelines."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -40,7 +41,11 @@ def unipc():
     return flow_solver(UniPCMultistepScheduler, flow_shift=3.0)
 
 
-SCHEDULERS = {"euler": FlowMatchEulerDiscreteScheduler, "unipc": unipc, "ddim": DDIMScheduler}
+SCHEDULERS = {
+    "euler": FlowMatchEulerDiscreteScheduler,
+    "unipc": unipc,
+    "ddim": partial(DDIMScheduler, clip_sample=False),
+}
 
 
 def recorded(scheduler="euler", **kwargs) -> Runs:

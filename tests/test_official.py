@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from bare_models import STEPS, Pipeline, WanModel, noise_of, official_generate, scheduler_of, text_of
 from torch import nn
+from toys import ToyPipeline, curved
 from transformers import PretrainedConfig
 
 import ertacache
@@ -248,6 +249,13 @@ def test_a_shared_model_that_is_attached_on_one_rank_is_refused(model, calibrati
         official_generate(model, "x")
     assert applied.reused_calls == 10
     assert not two_ranks.check([ranks.Roll(calibration.computed_steps)._key(0)])
+
+
+def test_a_shared_pipeline_is_not_enabled_on_one_rank(two_ranks, tmp_path):
+    pipe = ToyPipeline(curved)
+    sequence_parallel(pipe.transformer)
+    with pytest.raises(StateError, match="2 processes share"):
+        ertacache.enable(pipe, store=tmp_path)
 
 
 @pytest.mark.parametrize("share", [lambda model: setattr(model, "parallel_manager", Manager(1)), lambda model: None])

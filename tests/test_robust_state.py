@@ -63,12 +63,11 @@ def abandon(pipe, name, at: int) -> None:
     handle = pipe.transformer.register_forward_pre_hook(lambda _m, a, k: seen.append((a, k)), with_kwargs=True)
     interrupt(pipe, name, 0)
     handle.remove()
-    arguments, keywords = seen[0]
     latents = expected(name)[0]
     set_grid(pipe, name)
     with torch.no_grad():
         for t in pipe.scheduler.timesteps[: at + 1]:
-            output = pipe.transformer(*arguments, **keywords)[0]
+            output = [pipe.transformer(*arguments, **keywords)[0] for arguments, keywords in seen][-1]
             pipe.scheduler.step(output.reshape(-1)[: latents.numel()].reshape(latents.shape), t, latents)
 
 

@@ -36,7 +36,7 @@ class Applied:
         except BaseException:
             self._leave()
             raise
-        attachment.handle, self._closed = self, False
+        self._attachment.handle, self._closed = self, False
         self._replaced: Applied | None = None
 
     @property
@@ -146,13 +146,15 @@ def _replacing(before: Any, pipe: Any, calibration: Calibration | Bundle, attach
     return made
 
 
-def _called(pipe: Any, calibration: Calibration) -> Any:
+def _called(pipe: Any, calibration: Calibration | Bundle) -> Any:
     """The roll of the processes that share the model, once all of them are attached; None for a process alone."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
     from ertacache.official.ranks import joined  # one process is the rule
 
-    return joined([pipe] if isinstance(pipe, nn.Module) else networks_of(pipe).values(), calibration.computed_steps)
+    schedules = calibration if isinstance(calibration, Bundle) else [calibration]
+    steps = [step for one in schedules for step in one.computed_steps]
+    return joined([pipe] if isinstance(pipe, nn.Module) else networks_of(pipe).values(), steps)
 
 
 def check_parts_of(pipe: Any) -> None:

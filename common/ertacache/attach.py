@@ -224,6 +224,7 @@ class Attachment:
         self.runs: dict[int, Run | None] = {}  # by thread; None for one of a pipeline that is not attached
         self.calls: dict[int, PipelineCall] = {}  # by thread
         self.computed_calls = self.reused_calls = 0
+        self.handle: Any = None  # what `apply` returned
 
     # -- attaching ---------------------------------------------------------------------------------------
 
@@ -376,6 +377,12 @@ class Attachment:
             result = method.original(*args, **kwargs)  # a further stream of a run that begins
             run.grids.append((scheduler, host_grid(scheduler)[0]))
             return result
+        for other, one in list(self.runs.items()):
+            if other in self.calls and other != thread and one and any(s is scheduler for s, _ in one.grids):
+                raise StateError(
+                    "another thread runs with this scheduler: give each a copy.copy(pipe) whose scheduler is a "
+                    "copy.deepcopy of the pipeline's"
+                )
         self.finish()
         stranger = self._stranger()
         if stranger is not None:

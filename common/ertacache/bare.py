@@ -56,6 +56,7 @@ class ModelAttachment:
         self.run = FollowedRun(calibration.timesteps)
         self.interception = Interception(model, self.answer, self)
         self.computed_calls = self.reused_calls = 0
+        self.handle: Any = None  # what `apply` returned
 
     def attach(self) -> "ModelAttachment":
         check_free(self.model)

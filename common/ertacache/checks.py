@@ -41,6 +41,7 @@ def check_no_other_cache(pipe: Any) -> None:
         on = getattr(network, "is_cache_enabled", False)
         hooks = [hook for part in network.modules() for hook in getattr(_registry(part), "hooks", {})]
         found = [hook for hook in hooks if any(kind in hook for kind in OTHER_CACHES)]
+        found += ["cache-dit"] if getattr(network, "_is_cached", False) else []
         if found or (on and not any("text_kv_cache" in hook for hook in hooks)):  # which is exact
             raise StateError(
                 f"another cache is on in pipe.{name} ({found[0] if found else 'enable_cache'}), and two cannot share a "
@@ -54,7 +55,7 @@ def _registry(module: Any) -> Any:
 
 def check_parts(calibration: Calibration, pipe: Any) -> None:
     """Compare the pipeline's class, config and further networks with those of a file that has them."""
-    wanted, present = calibration.pipeline, provenance.pipeline_identity(pipe)
+    wanted, present = calibration.pipeline or {}, provenance.pipeline_identity(pipe)
     names = dict.fromkeys([*wanted["networks"], *present["networks"]])
     for name in names:
         one, other = wanted["networks"].get(name), present["networks"].get(name)
@@ -170,6 +171,8 @@ def check_arguments(calibration: Calibration, pipe: Any, arguments: dict[str, tu
         calibrated = known.get(name, default)
         if name in UNCOMPARED or name.startswith(("prompt", "callback")) or calibrated == PER_PROMPT:
             continue
+        if present is None and name not in known and calibration.pipeline is None:
+            continue  # older files left None out
         if not alike(present, calibrated):
             what = name.replace("_", " ")
             warn(f"{what} is {shown(present)}, the calibration is for {shown(calibrated)}: {LOWER}")
@@ -233,9 +236,9 @@ def check_grid(calibration: Calibration, timesteps: list[float], sigmas: list[fl
             return first
     if further:
         raise MismatchError(f"the run has {len(timesteps)} steps, the calibration is for {count}: {AGAIN}")
-    step, present, calibrated = differing[0] or (0, 0.0, 0.0)
+    at, present, calibrated = differing[0] or (0, 0.0, 0.0)
     raise MismatchError(
-        f"the noise grid differs at step {step} ({present:g}, calibrated {calibrated:g}); another resolution "
+        f"the noise grid differs at step {at} ({present:g}, calibrated {calibrated:g}); another resolution "
         f"or shift moves it: {AGAIN}"
     )
 

@@ -54,11 +54,14 @@ def arguments_of(pipe: Any, args: tuple | None, kwargs: dict[str, Any]) -> dict[
     """Return the plain arguments of a pipeline's call and their defaults, by name; none for args None."""
     if args is None:
         return {}
-    parameters = _parameters(type(pipe))
+    kind: Any = type(pipe)
+    parameters = _parameters(kind)
     names = [name for name, kind, _ in parameters if kind is not inspect.Parameter.VAR_KEYWORD]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     found = {name: (given.pop(name, default), default) for name, _, default in parameters if name in names}
-    found |= {name: (value, None) for name, value in given.items()}  # of a call that takes any
+    # a modular pipeline's call takes any, and its blocks know their defaults
+    inputs = {one.name: one.default for one in getattr(getattr(pipe, "blocks", None), "inputs", ())}
+    found |= {name: (given.get(name, inputs.get(name)), inputs.get(name)) for name in {**inputs, **given} if name}
     return {name: pair for name, pair in found.items() if all(isinstance(value, PLAIN) for value in pair)}
 
 
@@ -208,7 +211,7 @@ def _offloaded(model: nn.Module, name: str) -> torch.Tensor | None:
     return None
 
 
-def prompts_hash(prompts: Sequence[str], seeds: Sequence[int] = ()) -> str:
+def prompts_hash(prompts: Sequence[str | None], seeds: Sequence[int] = ()) -> str:
     """sha256 of prompts and seeds in order."""
     return hashlib.sha256(json.dumps([list(prompts), list(seeds)]).encode()).hexdigest()
 

@@ -48,8 +48,8 @@ class Replay:
 
     def attachment(self, check: str | None = "end", **options: Any) -> Attachment:
         """Return the Attachment to the pipeline, not attached yet; options as `Attachment` takes them."""
-        told = {"started": self.started, "guided": self.guided}
-        self.attached = Attachment(self.pipe, self.begin, check=check, **told, **options)
+        options = {"started": self.started, "guided": self.guided, "check": check, **options}
+        self.attached = Attachment(self.pipe, self.begin, **options)
         return self.attached
 
 
@@ -110,7 +110,8 @@ class BundleReplay(Replay):
 
     def begin(self, scheduler: Any) -> Cache:
         """Return the cache of a run on a scheduler whose grid is set; refuse if no calibration is for it."""
-        grid, fitting = solver.host_grid(scheduler), {}
+        grid = solver.host_grid(scheduler)
+        fitting: dict[int, list[Replay]] = {}
         for replay in self.replays:
             with suppress(MismatchError):
                 fitting.setdefault(checks.check_grid(replay.calibration, *grid), []).append(replay)

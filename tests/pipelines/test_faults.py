@@ -307,6 +307,21 @@ def test_prompts_side_by_side_are_fitted_as_in_a_batch(plain):
         calibrated(replace(plain.case, per_prompt=lambda _: {"guidance_scale": [1.0, 2.0]}))
 
 
+def test_a_pipeline_that_takes_one_prompt_only_is_calibrated_prompt_by_prompt(plain):
+    case, encode = Case(flux(), SIZE), plain.pipe.encode_prompt
+
+    def single(prompt=None, **rest):
+        if isinstance(prompt, list):
+            raise ValueError("one prompt only")
+        return encode(prompt, **rest)
+
+    case.pipe.encode_prompt = single
+    assert calibrated(case).computed_steps == plain.made.computed_steps
+    case.pipe.encode_prompt = lambda **_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        calibrated(case)
+
+
 def test_more_prompts_than_a_micro_batch_read_their_own_text():
     case = Case(qwen21(), {"height": 32, "width": 32, **TRUE_CFG})
     one, other = (calibrated(case, micro_batch=size, effort="fast") for size in (8, 2))
@@ -451,6 +466,32 @@ def test_video_and_audio_have_coefficients_of_their_own(tmp_path):
 
 
 # -- messages ----------------------------------------------------------------------------------------------------
+
+
+def test_threads_on_one_pipeline_are_told_to_take_copies(plain):
+    """Without ERTACache they would share the scheduler's step without a word."""
+    inside, leave, said = threading.Event(), threading.Event(), []
+
+    def wait(*_):
+        inside.set()
+        leave.wait(30)
+
+    hook = plain.pipe.transformer.register_forward_pre_hook(wait)
+    with ertacache.apply(plain.pipe, plain.made):
+        thread = threading.Thread(target=lambda: said.append(sample(plain.case)))
+        thread.start()
+        inside.wait(30)
+        with pytest.raises(StateError, match=r"copy\.deepcopy"):
+            sample(plain.case)
+        leave.set()
+        thread.join()
+    hook.remove()
+    assert torch.equal(said[0], plain.cached)
+
+
+def test_a_transformer_that_is_given_thousandths_is_followed(plain):
+    with ertacache.apply(plain.pipe.transformer, plain.made):
+        assert torch.allclose(sample(plain.case), plain.cached, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ertacache import checks, provenance, solver
 from ertacache.api import check_parts_of, remove
-from ertacache.attach import Attachment, Run
+from ertacache.attach import Attachment, Run, networks_of
 from ertacache.auto.follow import Follower, is_own
 from ertacache.auto.setting import KEY, Goal, Setting, facts_of, fits, grid_facts
 from ertacache.auto.state import Call, Facts, Known, Options, SettingStatus, Status, promise
@@ -35,13 +35,14 @@ from ertacache.calibration import Calibration
 from ertacache.errors import CalibrationError, EnableWarning, ERTACacheError, MismatchError
 from ertacache.fit.recipe import calibrate_runs, most_evaluations
 from ertacache.fit.runs import blanks_of_one, quiet
-from ertacache.replay import cache_of
+from ertacache.replay import Chosen, cache_of
 
 SAMPLES = 4
 MEMORY_LIMIT = 2 * 2**30  # bytes of trajectories in memory; the calls above it go to files
 KEPT_LIMIT = 8 * 2**30  # bytes of all trajectories, in memory and files; the setting used longest ago loses its own
 EFFORTS = ("fast", "balanced")
 ATTEMPTS = 3  # fits that may fail at a setting before it stays uncached
+DRAIN_SECONDS = 600.0  # that a fit waits for the calls of other threads, before it leaves it to a later call
 AUDITS = 4  # whose mean is held against what was promised
 AUDIT_MARGIN = 3.0  # dB
 
@@ -90,7 +91,8 @@ def enable(
     Raises:
         CalibrationError: an argument has an impossible value.
         MismatchError: this is not a pipeline with a transformer and a scheduler.
-        StateError: its transformer or its scheduler is attached as part of another pipeline.
+        StateError: its transformer or its scheduler is attached as part of another pipeline, or other processes take
+            part in its forward.
     """
     effort = "balanced" if min_psnr is not None else effort
     if effort not in EFFORTS:
@@ -100,6 +102,10 @@ def enable(
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < lowest):
             raise CalibrationError(f"{name} is {value!r}: it must be a whole number from {lowest}")
     check_parts_of(pipe)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from ertacache.official.ranks import check_alone  # one process is the rule
+
+        check_alone(networks_of(pipe).values())
     goal = Goal.of(speedup=speedup, computed_steps=computed_steps, min_psnr=min_psnr)
     remove(pipe)
     options = Options(samples, effort, strict, audit_every, retry, memory_limit, progress)
@@ -243,6 +249,7 @@ class Enabled:
     def _leave(self) -> None:
         with self._gate:
             self._active -= 1
+            self._gate.notify_all()
 
     # -- a run -------------------------------------------------------------------------------------------
 
@@ -258,7 +265,9 @@ class Enabled:
             self.not_followed(f"{type(error).__name__}: {error}")
             return None
         if self.options.strict:
-            found |= {"guidance_scale": getattr(current.pipe, "guidance_scale", None), "adapted": weights}
+            given = provenance.arguments_of(*self._follower.caller).items()
+            scales = {name: value for name, (value, _) in given if "guidance" in name or "cfg" in name}
+            found |= {"guidance": [getattr(current.pipe, "guidance_scale", None), scales], "adapted": weights}
         current.weights = weights
         return Facts(found, scheduler, solver.host_grid(scheduler))
 
@@ -364,6 +373,7 @@ class Enabled:
         """Count the accelerated runs of a call that has ended."""
         for run in current.runs:
             if current.known is not None and not is_own(run) and self._whole(current, run):
+                assert isinstance(run.cache, Chosen) and run.cache.chosen is not None
                 current.known.accelerated += 1
                 current.known.saved_calls += (run.step - len(run.cache.chosen.schedule)) * current.calls
 
@@ -427,15 +437,17 @@ class Enabled:
 
     @contextmanager
     def _alone(self) -> Iterator[bool]:
-        """Hold off the calls of other threads; False where some are under way."""
+        """Hold off new calls, and wait for those under way in other threads; False where another thread does so."""
         with self._gate:
-            alone = not self._active and self._fitting is None and bool(self._follower.interceptions)
-            if alone:
+            mine = self._fitting is None and bool(self._follower.interceptions)
+            if mine:
                 self._fitting = threading.get_ident()
         try:
+            with self._gate:
+                alone = mine and self._gate.wait_for(lambda: not self._active, DRAIN_SECONDS)
             yield alone
         finally:
-            if alone:
+            if mine:
                 with self._gate:
                     self._fitting = None
                     self._gate.notify_all()

@@ -332,8 +332,9 @@ class WatchedRuns(Runs):
         made.references = self.references[:calls]
         return made
 
-    def _tried(self) -> Runs:
-        return self._some(2)  # side by side: what a transformer keeps between calls must not be mixed
+    def repeats(self) -> bool:
+        """Whether the first two calls, side by side, give the same outputs: what a model keeps must not be mixed."""
+        return self._some(2).same_again()
 
     def quality(self, cache: Cache) -> Tensor:
         self.latents(cache)

@@ -60,7 +60,8 @@ def _run(pipe: Any, prompt: str | None, arguments: dict[str, Any]) -> list[str]:
     steps, first, times = len(recording.timesteps), recording.first, recording.timesteps
     whole = f"{steps - first} steps, timesteps {times[first]:g} to {times[-1]:g}"
     branches = [recording.branches.get(step, 0.0) for step in range(len(recording.outputs))]
-    shapes = [recording.latents[0].shape[1:], *(s.latents[0].shape[1:] for s in recording.streams if s.latents)]
+    streams = [recording, *(stream for stream in recording.streams if isinstance(stream, Recording))]
+    shapes = [stream.latents[0].shape[1:] for stream in streams]
     found = [
         f"grid       {whole}" + (f", from step {first} of {steps} on" if first else ""),
         f"latents    {' and '.join(str(list(shape)) for shape in shapes)}",

@@ -11,6 +11,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,8 @@ class Turns:
 
     def __init__(self, bodies: Sequence[Body], together: Callable[[list[Any]], list[Any]], seeds: Sequence[int]):
         self.bodies, self.together, self.seeds = bodies, together, seeds
-        self.turn, self.changed, self.failure = 0, threading.Condition(), None
+        self.turn, self.changed = 0, threading.Condition()
+        self.failure: BaseException | None = None
         self.places: dict[int, int] = {}  # by thread
         self.over: set[int] = set()
         self.brought: list[Any] = [None] * len(bodies)
@@ -268,11 +270,15 @@ class Lockstep:
 
     def run(self, pipe: Any) -> list[Any]:
         """What the calls return, for a pipeline that is attached to with `begin` and `stepped`."""
-        self.turns = Turns([lambda b=body: b(own_copy(pipe)) for body in self.bodies], self._together, self.seeds)
+        calls = [partial(self._call, body, pipe) for body in self.bodies]
+        self.turns = Turns(calls, self._together, self.seeds)
         try:
             return self.turns.run()
         finally:
             self.shared.end()
+
+    def _call(self, body: Callable[[Any], Any], pipe: Any) -> Any:
+        return body(own_copy(pipe))
 
     def begin(self, scheduler: Any) -> Cache:
         """The seat of the thread whose run begins."""

@@ -73,8 +73,8 @@ def calibrate(
         computed_steps: K itself.
         min_psnr: dB to the uncached result; the smallest K whose predicted PSNR reaches it.
         threshold: the published method's lambda.
-        effort: "fast", "balanced" or "best": 1.5 P, 2.5 P + 2 and at most 100 uncached runs for P prompts and
-            K = N / 2. "fast" predicts no quality; "best" fits end to end.
+        effort: "fast", "balanced" or "best": 1.5 P, 2.5 P + 2 or at most 100 uncached runs for P prompts, K = N / 2.
+            "fast" predicts no quality; "best" fits end to end.
         method: "ertacache", or "paper" for the published one, which alone takes `threshold`.
         phi_over: of method "paper": what its timestep adjustment measures an error by, "output" or "change".
         per_prompt: arguments of which each prompt has its own, as lists: {"image": images}, {"prompt_embeds": ...}.
@@ -159,9 +159,10 @@ def most_evaluations(effort: str, prompts: int, steps: int, computed: int) -> in
 
     P (N + K) for "fast", which predicts no quality. "best" fits end to end with what is left of BEST_RUNS.
     """
+    tried = min(prompts, 2) * min(TRIED_STEPS, steps)
     if effort == "fast":
-        return prompts * (steps + computed) + TRIED_STEPS
-    total = prompts * (steps + (1 + FOLDS) * computed) + TRIED_STEPS + min(prompts, GUARD_PROMPTS) * computed
+        return prompts * (steps + computed) + tried
+    total = prompts * (steps + (1 + FOLDS) * computed) + tried + min(prompts, GUARD_PROMPTS) * computed
     return max(total, BEST_RUNS * steps) if effort == "best" else total
 
 

@@ -58,7 +58,7 @@ class Runs:
     """
 
     pipe: Any
-    prompts: list[str] | list[None]
+    prompts: Sequence[str | None]
     seeds: list[int]
     kwargs: dict[str, Any]
     micro_batch: int
@@ -129,7 +129,7 @@ class Runs:
         """What the pipeline returns: one result of all prompts, or a list of results."""
         calls = [self._arguments([row], output_type) for row in range(len(self))]
         if self.alone:
-            steps = Lockstep(cache, [lambda pipe, c=call: pipe(**c) for call in calls], self.seeds, keep)
+            steps = Lockstep(cache, [partial(called, **call) for call in calls], self.seeds, keep)
             options = {**told, "call": self._call, "stepped": steps.stepped, "check": "step", "blanks": self.blanks}
             with attached(self.pipe, steps.begin, **options) as on:
                 result = steps.run(self.pipe)
@@ -165,17 +165,26 @@ class Runs:
             return interception.run(*args, **kwargs)
         return in_micro_batches(interception, args, kwargs, self.micro_batch)
 
-    def _tried(self) -> "Runs":
-        return replace(self.first(1), alone=True)
-
     def repeats(self) -> bool:
-        """Whether the first prompt alone, run for its first steps once more, gives the outputs that were recorded."""
-        trial, tried = Trial(), self._tried()
+        """Whether prompts alone, run for their first steps once more, give the outputs that were recorded.
+
+        The first one and the last, which lies in another micro-batch and draws other noise than the first in a batch.
+        """
+        return all(replace(self.subset([row]), alone=True).same_again() for row in {0, len(self) - 1})
+
+    def same_again(self) -> bool:
+        """Whether these runs give the same outputs at their first steps once more."""
+        trial = Trial()
         with suppress(TriedError):
-            tried._results(trial, trial.stepped, "latent", started=trial.started)
-        self.bar.update(len(trial.outputs) * len(tried))
-        pairs = zip(trial.outputs, tried.record.outputs, strict=False)
+            self._results(trial, trial.stepped, "latent", started=trial.started)
+        self.bar.update(len(trial.outputs) * len(self))
+        pairs = zip(trial.outputs, self.record.outputs, strict=False)
         return all(float((a.float() - b.float()).norm()) <= SAME[b.dtype] * float(b.float().norm()) for a, b in pairs)
+
+
+def called(pipe: Any, **arguments: Any) -> Any:
+    """What a pipeline returns."""
+    return pipe(**arguments)
 
 
 def record_runs(
@@ -201,26 +210,26 @@ def record_runs(
     Raises CalibrationError: there is no prompt or no seed, or no run can be repeated.
     """
     given = {name: rows_of(name, values) for name, values in (per_prompt or {}).items()}
+    texts: list[str | None] = [prompts] if isinstance(prompts, str) else list(prompts or ())
     if prompts is None:
-        prompts = [None] * max(map(len, given.values()), default=0)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [None] * max(map(len, given.values()), default=0)
     seeds = list(seeds)
-    if not prompts or not seeds:
+    if not texts or not seeds:
         raise CalibrationError("calibration needs at least one prompt and one seed")
-    count = max(len(prompts), len(seeds))
+    count = max(len(texts), len(seeds))
     alone, rest = bool(given), {}
     for name, value in kwargs.items():
-        if isinstance(value, (list, tuple)) and "prompt" in name and len(value) == len(prompts):
+        if isinstance(value, (list, tuple)) and "prompt" in name and len(value) == len(texts):
             given[name] = list(value)  # such as negative prompts
         elif name not in NOT_OURS:
             rest[name] = value
     for name, values in given.items():
-        if len(values) != len(prompts):
-            raise CalibrationError(f"{name} holds {len(values)} values for {len(prompts)} prompts: give each its own")
+        if len(values) != len(texts):
+            raise CalibrationError(f"{name} holds {len(values)} values for {len(texts)} prompts: give each its own")
     bar = tqdm(total=None, desc="calibrate", unit="call", disable=not progress, leave=False)
     runs = Runs(
         pipe,
-        [prompts[i % len(prompts)] for i in range(count)],
+        [texts[i % len(texts)] for i in range(count)],
         [seeds[i % len(seeds)] for i in range(count)],
         rest,
         micro_batch,
@@ -261,7 +270,7 @@ def counted(pipe: Any) -> Iterator[dict[str, float]]:
     """Parameters times samples of calls of modules that do not rest on reused steps, from a run's second step on."""
     work: dict[str, float] = {}
 
-    def called(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def worked(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if attachment_of(pipe) is not None and attachment_of(pipe).after_first_step:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
             work[name] = work.get(name, 0.0) + size_of(module) * (len(tensors[0]) if tensors else 1)
@@ -270,7 +279,7 @@ def counted(pipe: Any) -> Iterator[dict[str, float]]:
     others = {
         name: part for name, part in vars(pipe).items() if isinstance(part, nn.Module) and id(part) not in resting
     }
-    hooks = [part.register_forward_pre_hook(partial(called, name), with_kwargs=True) for name, part in others.items()]
+    hooks = [part.register_forward_pre_hook(partial(worked, name), with_kwargs=True) for name, part in others.items()]
     try:
         yield work
     finally:

@@ -67,6 +67,16 @@ def joined(models: Iterable[nn.Module], schedule: Sequence[int]) -> "Roll | None
     return None if sign is None else Roll(schedule).call(sign)
 
 
+def check_alone(models: Iterable[nn.Module]) -> None:
+    """Raise StateError where other processes take part in a model's forward."""
+    sign = next(filter(None, map(shared_by_ranks, models)), None)
+    if sign is not None:
+        raise StateError(
+            f"{world_size()} processes share the model ({sign}), and each would watch and fit alone: calibrate, and "
+            "apply the calibration in all of them, see docs/official-packages.md"
+        )
+
+
 class Roll:
     """Say to the other ranks that this one is attached, and hear it from them.
 
