@@ -124,11 +124,11 @@ class Pipeline(ToyPipeline):
         return Result(super().__call__(prompt, **kwargs))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/calibration-file.md"])
-def test_the_library_example_runs(page, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("page", "place"), [("README.md", -1), ("docs/calibration-file.md", 0)])
+def test_the_library_example_runs(page, place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {"pipe": Pipeline(curved), "prompts": ["a", "b"], "prompt": "c", "ertacache": ertacache}
-    exec(compile(python_blocks(ROOT / page)[0], page, "exec"), names)
+    exec(compile(python_blocks(ROOT / page)[place], page, "exec"), names)
     (file,) = tmp_path.glob("*.json")
     assert Calibration.load(file) == names["calibration"]
 
@@ -137,7 +137,7 @@ def test_the_examples_of_enable_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ERTACACHE_HOME", str(tmp_path / "store"))
     names = {"pipe": Pipeline(curved), "prompts": ["a", "b"], "prompt": "c"}
-    for code in python_blocks(ROOT / "docs" / "enable.md"):
+    for code in [python_blocks(ROOT / "README.md")[0], *python_blocks(ROOT / "docs" / "enable.md")]:
         exec(compile(code, "enable.md", "exec"), names)
     assert len(names["bundle"]) == 9 and (tmp_path / "flux.json").exists()
 

@@ -14,7 +14,7 @@ from compare.results import COMPARABLE_BAND, METRICS, Row, best_rival, metric_te
 from ertacache.cli import command
 
 MARKER, STRIP_MARKER = "overview", "schedule"
-OURS = {"ertacache": "Default, dB", "ertacache-best": "Best effort, dB"}  # methods and their columns
+OURS = {"ertacache": "ERTACache, dB", "ertacache-best": "best effort"}  # methods and their columns
 DEFAULT = "ertacache"
 
 
@@ -59,9 +59,9 @@ def _ours(section: Sequence[Row], method: str = DEFAULT) -> Row | None:
 def _table(results: Sequence[Sequence[Row]]) -> str:
     """Both efforts in columns of their own where both were measured; results of one alone do not say which it was."""
     measured = {row.method for rows in results for row in rows}
-    methods = OURS if measured >= OURS.keys() else {DEFAULT: "ERTACache, dB"}
-    header = ["Model", "Computed", "Speed-up", *methods.values(), "Best rival", "its dB"]
-    return grid(header, [_line(section, list(methods)) for rows in results for section in _sections(rows)], left=2)
+    methods = [name for name in OURS if name in measured] or [DEFAULT]
+    header = ["Model", "Computed", "Speed-up", *(OURS[name] for name in methods), "Best rival", "its dB"]
+    return grid(header, [_line(section, methods) for rows in results for section in _sections(rows)], left=2)
 
 
 def _line(section: Sequence[Row], methods: Sequence[str]) -> list[str]:
