@@ -27,7 +27,7 @@ test:
 # Not the comparisons: run `sh reproduce.sh` in a model folder, and copy its results by hand (CONTRIBUTING.md).
 bench:
 	$(PYTHON) bench/latency.py --tiny --memory
-	$(PYTHON) bench/latency.py --device cpu
+	$(PYTHON) bench/latency.py
 	$(PYTHON) bench/few_steps.py
 	$(PYTHON) bench/prompts_needed.py
 	$(PYTHON) bench/scaling.py
@@ -36,6 +36,8 @@ bench:
 	$(PYTHON) bench/published_parts.py
 	$(PYTHON) bench/fuzz_calibration.py
 	$(PYTHON) bench/fuzz_kill.py
+	$(PYTHON) bench/enable.py
+	$(PYTHON) bench/fuzz_enable.py
 
 figures:
 	@for page in $(PAGES); do \
@@ -48,4 +50,5 @@ figures:
 	$(PYTHON) -m compare.overview $(wildcard $(foreach page,$(PAGES),bench/results/$(firstword $(subst :, ,$(page))).json)) --into README.md
 	$(PYTHON) bench/speed_page.py
 	$(PYTHON) bench/changed_weights.py --page
+	$(PYTHON) bench/enable.py --page
 	$(PYTHON) bench/published_parts.py --page

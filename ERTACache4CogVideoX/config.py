@@ -28,7 +28,7 @@ MAX_SEQUENCE_LENGTH = 226  # text tokens; the 2B model takes no other number
 SOLVER = "ddim"  # ddim, or dpm (second order, draws noise at every step)
 
 # how to accelerate: set exactly one of the four goals, leave the others None
-METHOD = "ertacache"  # none, ertacache, paper (the published method) or teacache
+METHOD = "ertacache"  # none, ertacache, auto (no prompts needed), paper (published) or teacache
 SPEEDUP: float | None = 2.0  # N / K: steps per computed step
 COMPUTED_STEPS: int | None = None  # K: steps at which the transformer runs
 MIN_PSNR: float | None = None  # dB to the uncached video, as predicted

@@ -20,7 +20,7 @@ GUIDANCE_SCALE = 3.5  # an embedding of the distilled model: one call per step
 MAX_SEQUENCE_LENGTH = 512  # text tokens
 
 # how to accelerate: set exactly one of the four goals, leave the others None
-METHOD = "ertacache"  # none, ertacache, paper (the published method) or teacache
+METHOD = "ertacache"  # none, ertacache, auto (no prompts needed), paper (published) or teacache
 SPEEDUP: float | None = 2.0  # N / K: steps per computed step
 COMPUTED_STEPS: int | None = None  # K: steps at which the transformer runs
 MIN_PSNR: float | None = None  # dB to the uncached picture, as predicted

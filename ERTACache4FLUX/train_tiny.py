@@ -26,6 +26,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from tiny_training import flow, plan, report, vae
+from tiny_training.lessons import Lessons
+from tiny_training.loop import small_checkpoints
 from tiny_training.plan import MAX_TEXT_LENGTH, SEED, SIZE, Material, Plan
 from tiny_training.sources import rendered
 
@@ -40,6 +42,7 @@ PLAN = Plan(
     distil_steps=1_500,
     sampling_steps=28,
 )
+FLOW_SHARE = 0.85  # of the time, where that is given
 GUIDANCE_SCALE = 3.5
 GUIDANCE_STRENGTH = 1.0  # what the scale says of classifier-free guidance: g is 1 + strength (scale - 1)
 
@@ -68,7 +71,9 @@ class FluxVelocity:
 
 
 def trained_autoencoder(material: Material, plan: Plan, args: argparse.Namespace) -> AutoencoderKL:
-    """Trained on everything, with the scale that gives its latents unit power."""
+    """Trained on everything, with the scale that gives its latents unit power; or a finished one, where it is given."""
+    if args.vae:
+        return vae.finished_vae(build_vae(), args.vae, 1, 3, SIZE, SIZE).to(args.device)
     pixels = rendered(material.everything, plan.vae_examples, args.pixels)
     autoencoder = vae.train_vae(
         build_vae(),
@@ -85,11 +90,11 @@ def trained_autoencoder(material: Material, plan: Plan, args: argparse.Namespace
     return autoencoder
 
 
-def packed_latents(autoencoder: AutoencoderKL, material: Material, plan: Plan, args: argparse.Namespace) -> Tensor:
+def packed_latents(autoencoder: AutoencoderKL, material: Material, steps: Plan, args: argparse.Namespace) -> Tensor:
     """Normalised, packed latents of all stills, float16 (n, tokens, channels * 4)."""
-    path = args.work / f"latents-{plan.stills}-{plan.vae_steps}.pt"
+    path = args.work / f"latents-{steps.stills}-{plan.latents_tag(args, steps)}.pt"
     if not path.exists():
-        pixels = rendered(material.stills, plan.stills, args.pixels)
+        pixels = rendered(material.stills, steps.stills, args.pixels)
         torch.save(vae.encode_all(autoencoder, pixels[:, 0], args.device), path)
     latents = torch.load(path, weights_only=True).float()
     latents = (latents - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
@@ -97,22 +102,23 @@ def packed_latents(autoencoder: AutoencoderKL, material: Material, plan: Plan, a
     return FluxPipeline._pack_latents(latents, len(latents), LATENT_CHANNELS, side, side).half()
 
 
-def trained_transformer(latents: Tensor, material: Material, plan: Plan, args: argparse.Namespace) -> nn.ModuleDict:
+def trained_transformer(lessons: Lessons, steps: Plan, args: argparse.Namespace) -> nn.ModuleDict:
     """Transformer and text encoders, trained with dropped captions, then its guidance distilled into an embedding."""
-    sequence, pooled = build_text_encoders(len(material.tokenizer))
+    sequence, pooled = build_text_encoders(lessons.vocabulary)
     transformer = build_transformer(guidance_embeds=False)
     parts = nn.ModuleDict({"transformer": transformer, "sequence": sequence, "pooled": pooled})
     velocity = FluxVelocity(parts, args.device)
-    tokens = material.tokens(material.stills, plan.stills)
-    batches = flow.Batches(latents, tokens, material.empty, plan.still_batch * plan.batch_factor, args.device)
+    latents, tokens = lessons.latents["stills"], lessons.tokens["stills"]
+    batches = flow.Batches(latents, tokens, lessons.empty, steps.still_batch * steps.batch_factor, args.device)
     flow.train_flow(
         parts,
         velocity,
         batches,
-        num_steps=plan.still_steps,
+        num_steps=steps.still_steps,
         learning_rate=2e-3,
         folder=args.work,
         name="flow-stills",
+        until=plan.until(args, FLOW_SHARE),
     )
     parts.requires_grad_(False)
     parts["transformer"] = flow.distil_guidance(
@@ -120,10 +126,11 @@ def trained_transformer(latents: Tensor, material: Material, plan: Plan, args: a
         guided_copy(transformer),
         velocity,
         batches,
-        num_steps=plan.distil_steps,
+        num_steps=steps.distil_steps,
         learning_rate=1e-3,
         folder=args.work,
         strength=GUIDANCE_STRENGTH,
+        until=plan.until(args, 1.0),
     )
     return parts.eval()
 
@@ -187,12 +194,19 @@ def sampler(pipeline: FluxPipeline, distilled: bool, batch_size: int = 25) -> re
 def main() -> None:
     args, steps = plan.parse_arguments(__doc__, FOLDER, PLAN)
     torch.manual_seed(SEED)
+    if args.packed:
+        with small_checkpoints(args.work, args.out):
+            trained_transformer(Lessons.read(args.packed), steps, args)
+        return
     material = plan.load_material(args, moving=False)
     autoencoder = trained_autoencoder(material, steps, args)
+    lessons = Lessons.of(material, {"stills": packed_latents(autoencoder, material, steps, args)})
+    if args.pack:
+        lessons.write(args.pack)
+        return
     unseen = np.stack([material.unseen.pixels(i)[0] for i in range(8 if args.smoke else 96)])
     fidelity = vae.reconstruction_psnr(autoencoder, unseen, args.device)
-    latents = packed_latents(autoencoder, material, steps, args)
-    parts = trained_transformer(latents, material, steps, args)
+    parts = trained_transformer(lessons, steps, args)
     save_pipeline(autoencoder, parts, material.tokenizer, args.out)
     pipeline = FluxPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)
     report.measure(sampler(pipeline, distilled=steps.distil_steps > 0), fidelity, material, steps, args)

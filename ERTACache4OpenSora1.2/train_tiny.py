@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from tiny_training import flow, plan, report, text, video_stages
+from tiny_training.lessons import Lessons
+from tiny_training.loop import small_checkpoints
 from tiny_training.plan import NUM_FRAMES, SEED, SIZE, Material, Plan
 from tiny_training.sources import Source, rendered
+from tiny_training.vae import finished_vae
 
 FOLDER = Path(__file__).parent
 GUIDANCE_SCALE = 7.0
@@ -115,49 +118,63 @@ def sampler(pipeline: OpenSoraPipeline) -> report.Sample:
 
 
 def trained_autoencoder(
-    material: Material, plan: Plan, args: argparse.Namespace
+    material: Material, steps: Plan, args: argparse.Namespace
 ) -> tuple[OpenSoraVAE, np.ndarray, np.ndarray]:
     """The autoencoder, and the latents of first frames and of clips."""
-    autoencoder = build_vae().to(args.device)
-    if not args.smoke:
+    autoencoder = build_vae()
+    if args.vae:
+        autoencoder = finished_vae(autoencoder, args.vae, 1, 3, NUM_FRAMES, SIZE, SIZE, seen_as=Clips)
+    autoencoder.to(args.device)
+    if not args.vae and not args.smoke:
         load_picture_part(autoencoder, args.picture_vae or args.work.parent / "flux" / "vae")
 
     def frames(source: Source, count: int, name: str) -> np.ndarray:
         pixels = rendered(source, count, args.pixels)
-        return encoded_frames(autoencoder, pixels, args.work / f"frames-{name}-{count}.npy", args.device, 8)
+        made_by = f"-{plan.latents_tag(args, steps)}" if args.vae else ""
+        path = args.work / f"frames-{name}-{count}{made_by}.npy"
+        return encoded_frames(autoencoder, pixels, path, args.device, 8)
 
     assert material.clips is not None
-    everything = frames(material.everything, plan.vae_examples, "everything")
-    train_temporal_part(
-        autoencoder,
-        everything,
-        num_steps=plan.vae_steps,
-        batch_factor=plan.batch_factor,
-        folder=args.work,
-        device=args.device,
-    )
-    stills, clips = frames(material.stills, plan.stills, "stills"), frames(material.clips, plan.clips, "clips")
+    if not args.vae:
+        train_temporal_part(
+            autoencoder,
+            frames(material.everything, steps.vae_examples, "everything"),
+            num_steps=steps.vae_steps,
+            batch_factor=steps.batch_factor,
+            folder=args.work,
+            device=args.device,
+        )
+    stills, clips = frames(material.stills, steps.stills, "stills"), frames(material.clips, steps.clips, "clips")
     return autoencoder, *(encoded_latents(autoencoder, part, args.device) for part in (stills, clips))
+
+
+def trained_transformer(lessons: Lessons, steps: Plan, args: argparse.Namespace) -> nn.ModuleDict:
+    """Transformer and text encoder, trained on first frames and on clips."""
+    encoder = build_text_encoder(lessons.vocabulary)
+    parts = nn.ModuleDict({"transformer": build_transformer(), "sequence": encoder})
+    velocity = OpenSoraVelocity(parts, lessons.empty, args.device)
+    video_stages.train_transformer(parts, velocity, lessons, steps, args, path=data_minus_noise)
+    return parts
 
 
 def main() -> None:
     args, steps = plan.parse_arguments(__doc__, FOLDER, PLAN, FLAGS)
     torch.manual_seed(SEED)
+    if args.packed:
+        with small_checkpoints(args.work, args.out):
+            trained_transformer(Lessons.read(args.packed), steps, args)
+        return
     material = plan.load_material(args, moving=True)
     autoencoder, *latents = trained_autoencoder(material, steps, args)
+    if not args.vae:
+        set_latent_scale(autoencoder, latents[1])
+    stills, clips = (normalised(autoencoder, part) for part in latents)
+    lessons = Lessons.of(material, {"stills": stills, "clips": clips})
+    if args.pack:
+        lessons.write(args.pack)
+        return
     fidelity = video_stages.fidelity(Clips(autoencoder), material, args)
-    set_latent_scale(autoencoder, latents[1])
-    encoder = build_text_encoder(len(material.tokenizer))
-    parts = nn.ModuleDict({"transformer": build_transformer(), "sequence": encoder})
-    video_stages.train_transformer(
-        parts,
-        OpenSoraVelocity(parts, material.empty, args.device),
-        tuple(normalised(autoencoder, part) for part in latents),
-        material,
-        steps,
-        args,
-        path=data_minus_noise,
-    )
+    parts = trained_transformer(lessons, steps, args)
     save_pipeline(autoencoder, parts.eval(), material.tokenizer, args.out)
 
     pipeline = OpenSoraPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)

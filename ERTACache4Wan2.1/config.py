@@ -35,7 +35,7 @@ FLOW_SHIFT = 5.0  # sigma' = s sigma / (1 + (s - 1) sigma); 8 to 12 advised for 
 GRID = "official"  # official, or diffusers: other sigmas since its release 0.37
 
 # how to accelerate: set exactly one of the four goals, leave the others None
-METHOD = "ertacache"  # none, ertacache, paper (the published method) or teacache
+METHOD = "ertacache"  # none, ertacache, auto (no prompts needed), paper (published) or teacache
 SPEEDUP: float | None = 2.0  # N / K: steps per computed step
 COMPUTED_STEPS: int | None = None  # K: steps at which the transformer runs
 MIN_PSNR: float | None = None  # dB to the uncached video, as predicted

@@ -7,6 +7,7 @@ resumes after an interruption, by the same command. `--report` shows what is the
 of each stage on drawn scenes.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from tiny_training import plan, report, text, video_stages
+from tiny_training.lessons import Lessons
+from tiny_training.loop import small_checkpoints
 from tiny_training.plan import MAX_TEXT_LENGTH, SEED, Plan
 from tiny_training.video_vae import Crops
 
@@ -78,24 +81,33 @@ def save_pipeline(
     pipeline.to("cpu", torch.float16).save_pretrained(folder)
 
 
+def trained_transformer(lessons: Lessons, steps: Plan, args: argparse.Namespace) -> nn.ModuleDict:
+    """Transformer and text encoder, trained on first frames and on clips."""
+    encoder = build_text_encoder(lessons.vocabulary)
+    parts = nn.ModuleDict({"transformer": build_transformer(), "sequence": encoder})
+    video_stages.train_transformer(parts, WanVelocity(parts), lessons, steps, args)
+    return parts
+
+
 def main() -> None:
     args, steps = plan.parse_arguments(__doc__, FOLDER, PLAN)
     torch.manual_seed(SEED)
+    if args.packed:
+        with small_checkpoints(args.work, args.out):
+            trained_transformer(Lessons.read(args.packed), steps, args)
+        return
     material = plan.load_material(args, moving=True)
     autoencoder = video_stages.trained_autoencoder(build_vae(), VAE_PHASES, material, steps, args)
-    fidelity = video_stages.fidelity(autoencoder, material, args)
     latents = video_stages.encoded_examples(autoencoder, material, steps, args)
-    set_latent_scale(autoencoder, latents[1])
-    encoder = build_text_encoder(len(material.tokenizer))
-    parts = nn.ModuleDict({"transformer": build_transformer(), "sequence": encoder})
-    video_stages.train_transformer(
-        parts,
-        WanVelocity(parts),
-        tuple(normalised(autoencoder, part) for part in latents),
-        material,
-        steps,
-        args,
-    )
+    if not args.vae:
+        set_latent_scale(autoencoder, latents[1])
+    stills, clips = (normalised(autoencoder, part) for part in latents)
+    lessons = Lessons.of(material, {"stills": stills, "clips": clips})
+    if args.pack:
+        lessons.write(args.pack)
+        return
+    fidelity = video_stages.fidelity(autoencoder, material, args)
+    parts = trained_transformer(lessons, steps, args)
     save_pipeline(autoencoder, parts.eval(), material.tokenizer, args.out)
 
     pipeline = WanPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)

@@ -1,59 +1,64 @@
-"""Checks of a cached run that need a device: host synchronisation, CUDA graphs, torch.compile.
+"""Checks of a cached run on a device: bitwise equality, host synchronisation, CUDA graphs.
 
-Only the last one does anything on a CPU; the others say that they were not made there.
+On a CPU they run too, so that they are known to run: nothing waits there, and a graph is a plain call.
 """
 
 import functools
-import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from record import attempted
 from step_timer import Call
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import ertacache
 from compare.rivals.base import replaced
-from ertacache import solver
-from ertacache.cache import combine
 from ertacache.calibration import Calibration
-from ertacache.solver import StepCall, StepSignature
 
 LIBRARY = str(Path(ertacache.__file__).parent)
+SYNCHRONISED = "called a synchronizing"  # of torch's warning
 
 
-def run_checks(pipe: Any, call: Call, calibration: Calibration, device: torch.device) -> dict[str, Any]:
-    """Name -> what came out, for the JSON; {"error": ...} for a check that could not be made."""
-    not_here = {"skipped": "no CUDA device"}
-    cuda = device.type == "cuda"
-    return {
-        "host_syncs": attempted(lambda: host_syncs(pipe, call, calibration)) if cuda else not_here,
-        "cuda_graphs": attempted(lambda: cuda_graphs(pipe, call, calibration)) if cuda else not_here,
-        "compile": attempted(lambda: compiled_graphs(pipe, call, calibration)),
-    }
-
-
-def host_syncs(pipe: Any, call: Call, calibration: Calibration) -> dict[str, int]:
-    """Synchronising calls inside the loop, of an uncached run, a cached one, and those made by the library's code."""
-    uncached = _synced_from(pipe, call)
+def all_computed(pipe: Any, call: Call, calibration: Calibration) -> dict[str, bool]:
+    """Whether a calibration that computes every step gives the uncached latents bit by bit, and whether these recur."""
+    expected = call()[0]
+    recurs = torch.equal(call()[0], expected)
     with ertacache.apply(pipe, calibration):
+        return {"equal": torch.equal(call()[0], expected), "uncached_recurs": recurs}
+
+
+def host_syncs(pipe: Any, call: Call, calibration: Calibration) -> dict[str, Any]:
+    """Synchronising calls inside the loop: of an uncached run, a cached one, and those made by the library's code.
+
+    Without the look for NaN and Inf, which reads from the device after the last step. Where the uncached loop never
+    waits, a cached one is run again in torch's mode that makes waiting an error.
+    """
+    uncached = _synced_from(pipe, call)
+    with ertacache.apply(pipe, calibration, check_finite=False):
         cached = _synced_from(pipe, call)
+        forbidden = "not tried: the uncached loop waits"
+        if not uncached:
+            error = attempted(lambda: _synced_from(pipe, call, "error"))
+            forbidden = error["error"] if isinstance(error, dict) else "runs"
     return {
         "uncached_loop": len(uncached),
         "cached_loop": len(cached),
         "by_the_cache": sum(place.startswith(LIBRARY) for place in cached),
+        "where_waiting_is_an_error": forbidden,
     }
 
 
-def _synced_from(pipe: Any, call: Call) -> list[str]:
+def _synced_from(pipe: Any, call: Call, mode: str = "warn") -> list[str]:
     """Files whose code synchronised, once a time."""
     original = pipe.progress_bar
 
     def opening(*args: Any, **kwargs: Any) -> Any:
-        torch.cuda.set_sync_debug_mode("warn")  # from here on: what comes before is no part of the loop
+        _set_sync_mode(mode)  # from here on: what comes before is no part of the loop
         return original(*args, **kwargs)
 
     with warnings.catch_warnings(record=True) as seen, replaced(pipe, "progress_bar", opening):
@@ -61,94 +66,74 @@ def _synced_from(pipe: Any, call: Call) -> list[str]:
         try:
             call()
         finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return [warning.filename for warning in seen if "synchronizing" in str(warning.message)]
+            _set_sync_mode("default")
+    return [warning.filename for warning in seen if SYNCHRONISED in str(warning.message)]
 
 
-def cuda_graphs(pipe: Any, call: Call, calibration: Calibration) -> dict[str, Any]:
-    """Whether a computed step's forward and the cache's sum replay from a graph with the eager result."""
-    works = parts_of_steps(pipe, call, calibration)
-    return {name: attempted(lambda work=work: _replays(work)) for name, work in works.items()}
+def _set_sync_mode(mode: str) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode(mode)
 
 
-def parts_of_steps(pipe: Any, call: Call, calibration: Calibration) -> dict[str, Callable[[], Tensor]]:
-    """The transformer's forward at a computed step, and what the cache does at a reused one, on a run's tensors.
+def graph_replay(pipe: Any, call: Call, calibration: Calibration, tolerance: float) -> dict[str, Any]:
+    """A cached run whose computed steps replay one CUDA graph, which writes every output to the same memory.
 
-    Without the scheduler's step: UniPC's copies numbers from the host, which a graph cannot hold, with a cache or
-    without.
+    Returns:
+        distance to the eager cached run, relative to its size, and whether that is at most `tolerance`.
     """
-    forwards: list[tuple[tuple, dict[str, Any]]] = []
-    steps: list[StepCall] = []
-    signature = StepSignature.of(inspect.signature(pipe.scheduler.step))
-    last = calibration.num_inference_steps - 1
-    coefficients = calibration.combinations()
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        forwards.append((args, kwargs))
-        return original_forward(*args, **kwargs)
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        call = signature.call(args, kwargs)
-        if len(steps) < len(coefficients.outputs[last]):
-            steps.append(call.with_output(call.model_output.clone()))
-        return original_step(*args, **kwargs)
-
-    original_forward, original_step = pipe.transformer.forward, pipe.scheduler.step
-    with (
-        replaced(pipe.transformer, "forward", functools.wraps(original_forward)(forward)),
-        replaced(pipe.scheduler, "step", functools.wraps(original_step)(step)),
-    ):
-        call()
-    args, kwargs = forwards[0]
-    outputs, latents = [one.model_output for one in steps], steps[-1].sample
-    row = coefficients.rows(latents.device)[last]
-    return {
-        "computed_step": lambda: solver.first_output(pipe.transformer(*args, **kwargs)),
-        "reused_step": lambda: combine(outputs, row, latents).clone(),
-    }
+    with ertacache.apply(pipe, calibration):
+        expected = call()[0].float()
+        with replayed(pipe.transformer):
+            found = call()[0].float()
+    distance = float((found - expected).norm() / expected.norm())
+    return {"equal": distance <= tolerance, "distance": distance}
 
 
-@torch.no_grad()
-def _replays(work: Callable[[], Tensor]) -> bool:
-    """Capture `work`, replay it, and compare with running it eagerly."""
-    expected = work().clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = work()
-    captured.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    return torch.allclose(captured.float(), expected.float(), rtol=1e-3, atol=1e-3)
+@contextmanager
+def replayed(transformer: nn.Module) -> Iterator[None]:
+    """Answer the transformer's calls by a graph of its forward, captured at the first of them."""
+    original, graphs = transformer.forward, []
+
+    @functools.wraps(original)
+    def replaying(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        if not graphs:
+            graphs.append(_Graph(original, leaves, spec))
+        return graphs[0](leaves)
+
+    with replaced(transformer, "forward", replaying):
+        yield
 
 
-def compiled_graphs(pipe: Any, call: Call, calibration: Calibration) -> dict[str, int]:
-    """Graphs that torch.compile(fullgraph=True) makes of the transformer, without and with the cache attached.
+class _Graph:
+    """One forward on fixed memory."""
 
-    Counted with a backend that runs the graphs eagerly; the same number means that the compiled path is whole.
-    """
-    counts = {}
-    for name in ("uncached", "cached"):
-        graphs: list[Any] = []
+    @torch.no_grad()
+    def __init__(self, forward: Callable[..., Any], leaves: list[Any], spec: Any):
+        self.inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(self.inputs, spec)
+        self.work = functools.partial(forward, *args, **kwargs)
+        self.graph = None
+        capture: Any = nullcontext()
+        if torch.cuda.is_available():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # what is set up at the first call must not be captured
+                self.work()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            capture = torch.cuda.graph(self.graph)
+        with capture:
+            self.output = self.work()
 
-        def backend(graph: torch.fx.GraphModule, _: list[Tensor], graphs: list[Any] = graphs) -> Any:
-            graphs.append(graph)
-            return graph.forward
-
-        torch.compiler.reset()
-        pipe.transformer.compile(fullgraph=True, backend=backend)
-        try:
-            if name == "cached":
-                with ertacache.apply(pipe, calibration):
-                    call()
-            else:
-                call()
-        finally:
-            pipe.transformer._compiled_call_impl = None
-            torch.compiler.reset()
-        counts[name] = len(graphs)
-    return counts
+    @torch.no_grad()
+    def __call__(self, leaves: list[Any]) -> Any:
+        for mine, given in zip(self.inputs, leaves, strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(given)
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            for mine, new in zip(tree_flatten(self.output)[0], tree_flatten(self.work())[0], strict=True):
+                mine.copy_(new)
+        return self.output

@@ -33,7 +33,7 @@ ALWAYS = 1e9  # threshold; memory is that of a run that reuses whenever it may
 
 
 def live_bytes(device: torch.device) -> int:
-    """Bytes of all storages on the device that a Python object refers to; those of `gc.freeze` are left out."""
+    """Bytes of all storages that a Python object refers to; those of `gc.freeze` are left out."""
     sizes: dict[int, int] = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor) and thing.device.type == device.type:
@@ -61,13 +61,8 @@ def held_bytes(call: Call, device: torch.device) -> int:
     return max(seen)
 
 
-def peak_bytes(call: Call, device: torch.device) -> int:
-    """Most bytes that are allocated at once in a run; on a CPU beyond what was there before it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        with torch.no_grad():
-            call()
-        return torch.cuda.max_memory_allocated(device)
+def peak_bytes(call: Call) -> int:
+    """Most bytes that are allocated at once in a run on a CPU, beyond what was there before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, torch.no_grad():
         call()
     changes = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -80,14 +75,14 @@ def compare_memory(
 ) -> list[dict[str, Any]]:
     """One entry a cache: bytes beyond the uncached run, also in units of one guided output."""
     call()  # whatever the first run leaves behind is not the cache's
-    plain, plain_peak = held_bytes(call, device), peak_bytes(call, device)
+    plain, plain_peak = held_bytes(call, device), peak_bytes(call)
     found = [{"method": "none", "held_bytes": plain, "peak_bytes": plain_peak}]
     for name, attach in _caches(pipe, calibration):
         try:
             with attach():
                 held = held_bytes(call, device)
             with attach():  # anew, so that what the first run keeps for the next ones counts
-                peak = peak_bytes(call, device)
+                peak = peak_bytes(call)
         except NotApplicable as reason:
             found.append({"method": name, "not_applicable": str(reason)})
             continue

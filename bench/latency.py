@@ -1,15 +1,13 @@
-"""Do saved steps become saved seconds? Times uncached and cached denoising loops of the real architectures.
+"""Do saved steps become saved seconds on a CPU? Times uncached and cached denoising loops.
 
-    python bench/latency.py flux --device cuda                       full size: random weights, no download
-    python bench/latency.py wan --layers 0.04 --scale 0.25 --steps 6 a thirtieth of the blocks, a sixteenth of the area
-    python bench/latency.py wan --device cpu                         reduced as real_models.py says, and prints
     python bench/latency.py flux --tiny                              the folder's tiny pipeline, the calibrations there
+    python bench/latency.py wan                                      a real architecture, reduced as real_models.py says
+    python bench/latency.py wan --layers 0.04 --scale 0.25 --steps 6 a thirtieth of the blocks, a sixteenth of the area
     python bench/latency.py flux --memory                            also what each cache holds
-    python bench/latency.py flux --device cuda --checks              also syncs, CUDA graphs, torch.compile
 
-With OMP_NUM_THREADS=1 on a CPU the times are those of the processor, which other work on the machine leaves alone.
-Writes bench/results/latency_<model>_<device>_full.json, ..._reduced.json or latency_<model>_tiny.json after every row.
-The uncached and the cached runs take turns; the first of each warms up and is not counted.
+On a GPU: sh bench/gpu.sh. With OMP_NUM_THREADS=1 the times are those of the processor, which other work on the machine
+leaves alone. Writes bench/results/latency_<model>_cpu_reduced.json or latency_<model>_tiny.json after every row. The
+uncached and the cached runs take turns; the first of each warms up and is not counted.
 """
 
 import argparse
@@ -43,7 +41,7 @@ def measure(pipe: Any, call: Call, calibration: Calibration, repeats: int, devic
 
 
 def measure_all(subject: Subject, options: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
-    """Every row, then memory and checks where they are asked for; saved after each, so that a crash loses little."""
+    """Every row, then memory where it is asked for; saved after each, so that a crash loses little."""
     record = {
         **subject.record,
         "rows": [],
@@ -65,11 +63,6 @@ def measure_all(subject: Subject, options: argparse.Namespace, save: Callable[[d
         found = attempted(lambda: compare_memory(subject.pipe, call, made, output_bytes, subject.device))
         record["memory"] = found if isinstance(found, list) else [{"method": "all", **found}]
         save(record)
-    if options.checks:
-        from device_checks import run_checks
-
-        record["checks"] = run_checks(subject.pipe, call, made, subject.device)
-        save(record)
 
 
 def _line(name: str, row: dict[str, Any]) -> str:
@@ -85,24 +78,19 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}; all by default")
     parser.add_argument("--tiny", action="store_true", help="the folder's trained tiny pipeline instead")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16; the real one on CUDA, float32 on a CPU")
-    parser.add_argument("--layers", type=float, help="fraction of each kind of block; 1, or less on a CPU")
-    parser.add_argument("--scale", type=float, help="fraction of height and of width; 1, or less on a CPU")
+    parser.add_argument("--layers", type=float, help="fraction of each kind of block")
+    parser.add_argument("--scale", type=float, help="fraction of height and of width")
     parser.add_argument("--frames", type=int, help="frames of a video instead of the real number")
     parser.add_argument("--steps", type=int, nargs="+", help="scheduler steps instead of the real numbers")
     parser.add_argument(
         "--computed", type=int, nargs="+", help="computed steps instead of N / 1.5, N / 2, N / 3, or all kept ones"
     )
-    parser.add_argument(
-        "--repeats", type=int, help="counted pairs of runs; 25 of the tiny pipelines, 5 on a GPU, 3 on a CPU"
-    )
+    parser.add_argument("--repeats", type=int, help="counted pairs of runs; 25 of the tiny pipelines, 3 of others")
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--checks", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
     if options.repeats is None:
-        options.repeats = 25 if options.tiny else 3 if options.device == "cpu" else 5
+        options.repeats = 25 if options.tiny else 3
     unknown = [name for name in options.models if name not in MODELS]
     if unknown:
         parser.error(f"unknown model {', '.join(unknown)}: choose from {', '.join(MODELS)}")
@@ -116,10 +104,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _subject(name: str, options: argparse.Namespace) -> Subject | None:
     if options.tiny:
         return tiny_subject(name, options.computed)
-    device = torch.device(options.device)
-    dtype = torch.float32 if device.type == "cpu" else MODELS[name].dtype
-    dtype = getattr(torch, options.dtype) if options.dtype else dtype
-    request = Request(options.layers, options.scale, options.frames, device, dtype)
+    request = Request(options.layers, options.scale, options.frames)
     return real_subject(name, request, options.steps, options.computed)
 
 

@@ -21,13 +21,22 @@ SIDE_MULTIPLE = 16  # pixels: 8 of the VAE, 2 of the patches
 
 @dataclass(frozen=True)
 class Request:
-    """What is built and asked for; sizes in pixels and frames, fractions of the real model's (None: left open)."""
+    """What is built and asked for; sizes in pixels and frames, fractions of the real model's (None: left open).
+
+    `width` is the fraction of the attention heads.
+    """
 
     layers: float | None = 1.0
     scale: float | None = 1.0
     frames: int | None = None
     device: torch.device = CPU
     dtype: torch.dtype = torch.float32
+    width: float = 1.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is cut down."""
+        return self.layers == self.scale == self.width == 1 and self.frames is None
 
 
 @dataclass(frozen=True)
@@ -85,9 +94,9 @@ class RealModel:
 
 
 def kept(count: int, fraction: float) -> int:
-    """How many of `count` blocks are kept: at least one."""
+    """How many of `count` blocks or heads are kept: at least one."""
     if not 0 < fraction <= 1:
-        raise ValueError(f"layers is {fraction}: it must be above 0 and at most 1")
+        raise ValueError(f"a fraction is {fraction}: it must be above 0 and at most 1")
     return max(1, round(count * fraction))
 
 
@@ -108,7 +117,8 @@ def made(kind: type, request: Request, **config: Any) -> Any:
     torch.manual_seed(0)
     with created_on(request):
         model = kind(**config)
-    return model.to(request.device).eval().requires_grad_(False)
+    # also what is made in float32 whatever the default, as loading a checkpoint in the dtype would
+    return model.to(request.device, request.dtype).eval().requires_grad_(False)
 
 
 def folder_module(folder: str, name: str) -> ModuleType:

@@ -24,6 +24,7 @@ def build_flux(request: Request, distilled: bool) -> FluxPipeline:
         request,
         num_layers=kept(19, request.layers),
         num_single_layers=kept(38, request.layers),
+        num_attention_heads=kept(24, request.width),
         guidance_embeds=not distilled,
     )
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=not distilled, shift=1.0 if distilled else 3.0)
@@ -45,7 +46,11 @@ def flux_embeddings(tokens: int, guidance_scale: float) -> Callable[[torch.devic
 
 def build_wan(request: Request, _: dict[str, int]) -> WanPipeline:
     transformer = made(
-        WanTransformer3DModel, request, num_attention_heads=12, ffn_dim=8960, num_layers=kept(30, request.layers)
+        WanTransformer3DModel,
+        request,
+        num_attention_heads=kept(12, request.width),
+        ffn_dim=kept(8960, request.width),
+        num_layers=kept(30, request.layers),
     )
     scheduler = folder_module("ERTACache4Wan2.1", "scheduler").make_scheduler("unipc", "official", 5.0)
     return WanPipeline(None, None, None, scheduler, transformer)
@@ -56,6 +61,7 @@ def build_cogvideox(request: Request, size: dict[str, int]) -> CogVideoXPipeline
         CogVideoXTransformer3DModel,
         request,
         num_layers=kept(30, request.layers),
+        num_attention_heads=kept(30, request.width),
         sample_height=size["height"] // 8,
         sample_width=size["width"] // 8,
         sample_frames=size["num_frames"],
@@ -89,7 +95,8 @@ def build_opensora(request: Request, _: dict[str, int]) -> Any:
     # the pipeline asks its VAE for the latents' size and for nothing else here
     with created_on(request):
         vae = OpenSoraVAE(narrow, {"filters": 4, "num_res_blocks": 1, "num_groups": 2})
-    transformer = made(STDiT3, request, depth=kept(28, request.layers))
+    heads = kept(16, request.width)
+    transformer = made(STDiT3, request, depth=kept(28, request.layers), hidden_size=72 * heads, num_heads=heads)
     return OpenSoraPipeline(transformer, vae.to(request.device), RFlowScheduler())
 
 

@@ -10,39 +10,15 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+import gpu_page
+from page_parts import Record, machines, size_of
 from record import RESULTS, ROOT, read
 from speed_targets import commands, targets
 
 from compare.pages import grid, replace_between
 
 PAGE = ROOT / "docs" / "speed.md"
-Record = dict[str, Any]
-
-
-def ran_on(record: Record) -> str:
-    """What a result was measured on, in a line."""
-    versions = record["versions"]
-    count = "1 thread" if record["threads"] == 1 else f"{record['threads']} threads"
-    clock = ", processor time" if record.get("clock") == "processor" else ""
-    threads = f", {count}{clock}" if record["device_kind"] == "cpu" else ""
-    libraries = f"torch {versions['torch']}, diffusers {versions['diffusers']}"
-    code = f", commit {record['commit']}" if "commit" in record else ""
-    return f"{record['model']}: {record['device']}{threads}, {record['dtype']}, {libraries}{code}"
-
-
-def size_of(record: Record) -> str:
-    """Size, and how much of the real model it is."""
-    size = record["size"]
-    text = f"{size['width']}x{size['height']}" + (f"x{size['num_frames']}" if "num_frames" in size else "")
-    if record["weights"] == "trained":
-        return text
-    parameters = f"{record['parameters'] / 1e6:.0f} M parameters"
-    if record["full_size"]:
-        return f"{text}, full size, {parameters}"
-    fractions = f"{record['layers_fraction']:g} of the blocks, {record['scale']:g} of each side"
-    return f"{text}, **reduced**: {fractions}, {parameters}"
 
 
 def latency(records: Sequence[Record]) -> str:
@@ -62,7 +38,7 @@ def latency(records: Sequence[Record]) -> str:
         for record in records
         for row in record["rows"]
     ]
-    return f"{grid(header, lines)}\n\n{_machines(records)}"
+    return f"{grid(header, lines)}\n\n{machines(records)}"
 
 
 def shares(records: Sequence[Record]) -> str:
@@ -101,23 +77,6 @@ def memory(records: Sequence[Record]) -> str:
     return grid(header, lines, left=2) if lines else ""
 
 
-def checks(records: Sequence[Record]) -> str:
-    header = ["Model and size", "Host syncs in the loop: uncached, cached, by the cache"]
-    header += ["CUDA graph of a computed step's forward, of the cache's sum", "Compiled graphs: uncached, cached"]
-    lines = []
-    for record in records:
-        if "checks" in record:
-            syncs, graphs, compiled = (record["checks"][k] for k in ("host_syncs", "cuda_graphs", "compile"))
-            lines.append([f"{record['model']}, {size_of(record)}", *map(_found, (syncs, graphs, compiled))])
-    return grid(header, lines, left=4) if lines else ""
-
-
-def _found(check: Record) -> str:
-    """What a check found, or why there is nothing; its parts may have failed one by one."""
-    parts = [_found(part) if isinstance(part, dict) else str(part) for part in check.values()]
-    return ", ".join(parts).replace("|", "/")
-
-
 def prompts(records: Sequence[Record]) -> str:
     header = ["Model", "Steps", "Prompts", "PSNR, dB (lowest, highest draw)", "p10, dB", "Predicted, dB"]
     header += ["Evaluations", "Seconds"]
@@ -137,7 +96,7 @@ def prompts(records: Sequence[Record]) -> str:
     ]
     figure = "![held-out PSNR over calibration prompts](speed-prompts.png)"
     held = ", ".join(f"{record['model']} {record['held_out_prompts']}" for record in records)
-    return f"{grid(header, lines, left=2)}\n\nHeld-out prompts: {held}.\n\n{_machines(records)}\n\n{figure}"
+    return f"{grid(header, lines, left=2)}\n\nHeld-out prompts: {held}.\n\n{machines(records)}\n\n{figure}"
 
 
 def scaling(records: Sequence[Record]) -> str:
@@ -153,7 +112,7 @@ def scaling(records: Sequence[Record]) -> str:
         for one in record["series"]
     ]
     figure = "![seconds of each stage over what grows](speed-scaling.png)"
-    return f"Exponents of growth.\n\n{grid(header, lines, left=2)}\n\n{_machines(records)}\n\n{figure}"
+    return f"Exponents of growth.\n\n{grid(header, lines, left=2)}\n\n{machines(records)}\n\n{figure}"
 
 
 def few_steps(records: Sequence[Record]) -> str:
@@ -174,25 +133,19 @@ def few_steps(records: Sequence[Record]) -> str:
         for row in record["rows"]
     ]
     figure = "![PSNR over speed-up at few steps](speed-few-steps.png)"
-    return f"{grid(header, lines)}\n\n{_machines(records)}\n\n{figure}"
+    return f"{grid(header, lines)}\n\n{machines(records)}\n\n{figure}"
 
 
-def _machines(records: Sequence[Record]) -> str:
-    """Where each model was measured; those that were measured alike in one sentence."""
-    alike: dict[str, list[str]] = {}
-    for model, where in (ran_on(record).split(": ", 1) for record in records):
-        if model not in alike.setdefault(where, []):
-            alike[where].append(model)
-    return "Measured on: " + "; ".join(f"{', '.join(models)}: {where}" for where, models in alike.items()) + "."
-
-
-# section of the page -> (what makes it, JSON files, command that makes those)
+# section of the page -> (what makes it, patterns of JSON files, command that makes those)
 SECTIONS: dict[str, tuple[Callable[[Sequence[Record]], str], str, str]] = {
-    "targets": (targets, "latency_*", "python bench/latency.py"),
+    "targets": (targets, "latency_* gpu/*", "python bench/latency.py"),
     "latency": (latency, "latency_*", "python bench/latency.py"),
     "shares": (shares, "latency_*", "python bench/latency.py"),
     "memory": (memory, "latency_*", "python bench/latency.py --memory"),
-    "checks": (checks, "latency_*", "python bench/latency.py --checks"),
+    "gpu": (gpu_page.latency, "gpu/*", "sh bench/gpu.sh"),
+    "gpu-checks": (gpu_page.checks, "gpu/*", "sh bench/gpu.sh"),
+    "gpu-rivals": (gpu_page.rivals, "gpu/rivals", "sh bench/gpu.sh rivals"),
+    "gpu-offload": (gpu_page.offload, "gpu/offload", "sh bench/gpu.sh offload"),
     "prompts": (prompts, "prompts_needed_*", "python bench/prompts_needed.py"),
     "scaling": (scaling, "scaling", "python bench/scaling.py"),
     "few-steps": (few_steps, "few_steps_*", "python bench/few_steps.py"),
@@ -201,8 +154,8 @@ SECTIONS: dict[str, tuple[Callable[[Sequence[Record]], str], str, str]] = {
 
 def section(name: str, folder: Path = RESULTS) -> str:
     """The Markdown of a section, from whatever results there are."""
-    make, pattern, command = SECTIONS[name]
-    records = read(pattern, folder)
+    make, patterns, command = SECTIONS[name]
+    records = [record for pattern in patterns.split() for record in read(pattern, folder)]
     return (make(records) if records else "") or f"Not measured yet: `{command}`."
 
 

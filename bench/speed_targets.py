@@ -57,6 +57,9 @@ def _reused(records: Sequence[Record]) -> Found:
 
 def _held(records: Sequence[Record]) -> Found:
     """Of each guidance branch its share: outputs are kept after guidance, one for both branches."""
+    for record, row in _rows(records):
+        if "extra_latents" in row and record["full_size"]:
+            yield round(row["extra_latents"], 1) / record["branches"], _where(record, row)
     for record in records:
         for entry in record.get("memory", []):
             if entry["method"] == "ertacache" and "beyond_uncached_outputs" in entry:
@@ -65,9 +68,9 @@ def _held(records: Sequence[Record]) -> Found:
 
 def _waited(records: Sequence[Record]) -> Found:
     for record in records:
-        count = record.get("checks", {}).get("host_syncs", {}).get("by_the_cache")
-        if count is not None:
-            yield count, record["model"]
+        for name, found in record.items():
+            if name.startswith("host_syncs") and "by_the_cache" in found:
+                yield found["by_the_cache"], record["model"]
 
 
 def _rows(records: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
@@ -89,8 +92,8 @@ TARGETS = (
 # command -> the results that it writes
 COMMANDS = {
     "python bench/latency.py --tiny --memory": "latency_*_tiny",
-    "python bench/latency.py --device cpu": "latency_*_cpu_reduced",
-    "python bench/latency.py --device cuda --memory --checks": "latency_*_cuda_full",
+    "python bench/latency.py": "latency_*_cpu_reduced",
+    "sh bench/gpu.sh": "gpu/run",
     "python bench/few_steps.py": "few_steps_*",
     "python bench/prompts_needed.py": "prompts_needed_*",
     "python bench/scaling.py": "scaling",

@@ -8,7 +8,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -26,8 +26,8 @@ class Timings:
 
     Attributes:
         steps: each step of the loop, with everything that the pipeline does in it.
-        transformer: of each step, inside the transformer's forward.
-        scheduler: of each step, inside scheduler.step and whatever is attached to it.
+        transformer: of each step, inside the transformer's forward; empty where steps were not split.
+        scheduler: of each step, inside scheduler.step and whatever is attached to it; likewise.
     """
 
     steps: list[float] = field(default_factory=list)
@@ -70,8 +70,12 @@ class Marks:
         return start.elapsed_time(end) / 1000 if self.cuda else end - start
 
 
-def time_run(pipe: Any, call: Call, device: torch.device) -> Timings:
-    """One run of `call` on `pipe`, with or without something attached to it."""
+def time_run(pipe: Any, call: Call, device: torch.device, split: bool = True) -> Timings:
+    """One run of `call` on `pipe`, with or without something attached to it.
+
+    Args:
+        split: time transformer and scheduler too; a compiled transformer would be compiled again for it.
+    """
     marks = Marks(device)
     ends: list[Any] = []
     inside: dict[str, list[list[tuple[Any, Any]]]] = {"transformer": [[]], "scheduler": [[]]}
@@ -82,16 +86,19 @@ def time_run(pipe: Any, call: Call, device: torch.device) -> Timings:
             spans.append([])
         return {}
 
-    with (
-        _loop_start(pipe, lambda: ends.append(marks.now())),
-        replaced(pipe.transformer, "forward", _timed(pipe.transformer.forward, marks, inside["transformer"])),
-        replaced(pipe.scheduler, "step", _timed(pipe.scheduler.step, marks, inside["scheduler"])),
-        torch.no_grad(),
-    ):
-        call(callback_on_step_end=step_ends)
+    parts = ((pipe.transformer, "forward", "transformer"), (pipe.scheduler, "step", "scheduler"))
+    with ExitStack() as stack:
+        stack.enter_context(_loop_start(pipe, lambda: ends.append(marks.now())))
+        for owner, method, name in parts if split else ():
+            timed = _timed(getattr(owner, method), marks, inside[name])
+            stack.enter_context(replaced(owner, method, timed))
+        with torch.no_grad():
+            call(callback_on_step_end=step_ends)
     if marks.cuda:
         torch.cuda.synchronize(device)
     steps = [marks.seconds(a, b) for a, b in pairwise(ends)]
+    if not split:
+        return Timings(steps)
     sums = {
         name: [sum(marks.seconds(a, b) for a, b in step) for step in spans[: len(steps)]]
         for name, spans in inside.items()
@@ -137,7 +144,7 @@ def compare(uncached: list[Timings], cached: list[Timings], computed_steps: list
     fresh = _median(uncached, "steps", later)
     spared = _median(cached, "steps", reused)
     ideal = num_steps / len(computed_steps)
-    return {
+    found = {
         "num_inference_steps": num_steps,
         "computed_steps": computed_steps,
         "uncached_seconds": slow,
@@ -149,6 +156,11 @@ def compare(uncached: list[Timings], cached: list[Timings], computed_steps: list
         "computed_step_seconds": _median(cached, "steps", computed),
         "reused_step_seconds": spared,
         "reused_percent_of_computed": 100 * spared / fresh,
+        "repeats": len(cached),
+    }
+    if not uncached[0].transformer:
+        return found
+    return found | {
         "transformer_percent": 100 * _median(uncached, "transformer", later) / fresh,
         "scheduler_percent": 100 * _median(uncached, "scheduler", later) / fresh,
         "pipeline_percent": 100 * _median(uncached, "pipeline", later) / fresh,
@@ -156,7 +168,6 @@ def compare(uncached: list[Timings], cached: list[Timings], computed_steps: list
         "reused_scheduler_and_cache_seconds": _median(cached, "scheduler", reused),
         "reused_pipeline_seconds": _median(cached, "pipeline", reused),
         "uncached_scheduler_seconds": _median(uncached, "scheduler", later),
-        "repeats": len(cached),
     }
 
 

@@ -41,11 +41,11 @@ class Subject:
     dtype: torch.dtype
 
 
-def caller(pipe: Any, arguments: dict[str, Any], steps: int) -> Call:
-    """A function that runs the pipeline to its latents, the same ones every time."""
+def caller(pipe: Any, arguments: dict[str, Any], steps: int, device: str = "cpu") -> Call:
+    """A function that runs the pipeline to its latents, the same ones every time, of noise drawn on `device`."""
 
     def call(**overrides: Any) -> Any:
-        generator = torch.Generator("cpu").manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         with torch.no_grad():
             return pipe(num_inference_steps=steps, generator=generator, **{**arguments, **overrides})
 
@@ -69,14 +69,13 @@ def real_subject(name: str, request: Request, steps: list[int] | None, computed:
         print(f"{name}: on a CPU reduced to {said}; all of it: --layers 1 --scale 1", file=sys.stderr)
     request = replace(request, layers=request.layers or 1.0, scale=request.scale or 1.0)
     pipe, arguments = model.pipeline(request)
-    full = request.layers == request.scale == 1 and request.frames is None
     record = {
         "model": model.name,
         "weights": "random",
         "branches": model.branches,
         "layers_fraction": request.layers,
         "scale": request.scale,
-        "full_size": full,
+        "full_size": request.whole,
         "size": model.sized(request),
         "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
     }
@@ -86,7 +85,7 @@ def real_subject(name: str, request: Request, steps: list[int] | None, computed:
         return synthetic_calibration(pipe, timesteps, sigmas, shape, count)
 
     return Subject(
-        f"{name}_{request.device.type}_{'full' if full else 'reduced'}",
+        f"{name}_{request.device.type}_{'full' if request.whole else 'reduced'}",
         pipe,
         arguments,
         record,

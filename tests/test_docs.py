@@ -89,6 +89,7 @@ GIVEN = {
     "README.md": {"pipe", "prompts", "prompt", *LOOP},
     "method.md": LOOP,
     "calibration-file.md": {"pipe", "prompts"},
+    "enable.md": {"pipe", "prompts", "prompt"},
     "ERTACache4OpenSora1.2/README.md": {"model", "scheduler", "arguments"},
     "official-packages.md": {
         *("ertacache", "model", "scheduler", "text_encoder", "z", "prompts", "prompt", "batch_prompts_loop", "device"),
@@ -131,6 +132,15 @@ def test_the_library_example_runs(page, tmp_path, monkeypatch, capsys):
     exec(compile(python_blocks(ROOT / page)[0], page, "exec"), names)
     (file,) = tmp_path.glob("*.json")
     assert Calibration.load(file) == names["calibration"]
+
+
+def test_the_examples_of_enable_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ERTACACHE_HOME", str(tmp_path / "store"))
+    names = {"pipe": Pipeline(curved), "prompts": ["a", "b"], "prompt": "c"}
+    for code in python_blocks(ROOT / "docs" / "enable.md"):
+        exec(compile(code, "enable.md", "exec"), names)
+    assert len(names["bundle"]) == 9 and (tmp_path / "flux.json").exists()
 
 
 # -- the package -----------------------------------------------------------------------------------------

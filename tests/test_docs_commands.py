@@ -75,6 +75,11 @@ def check_script(folder: Path, name: str, argv: list[str]) -> None:
             argv = argv[2:]
         assert all((ROOT / word).exists() for word in argv)
         return
+    if Path(name).parent.name == "bench":
+        script = Path(name).with_suffix(".py")
+        if (ROOT / script).exists():
+            check_python([str(script), *argv], folder)
+        return
     # UsageError for an unknown flag or a value of the wrong type
     if name == "reproduce.sh":
         reproduce.parse(folder, argv)
@@ -104,7 +109,10 @@ def check_python(words: list[str], folder: Path) -> None:
     else:
         path = next((p for p in (ROOT / words[0], folder / words[0]) if p.exists()), ROOT / words[0])
     assert path.exists(), path
-    known = set(re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", path.read_text(encoding="utf-8")))
+    text = path.read_text(encoding="utf-8")
+    if path.name == "train_tiny.py":
+        text += (ROOT / "common" / "tiny_training" / "plan.py").read_text(encoding="utf-8")
+    known = set(re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", text))
     for word in words[1:]:
         if word.startswith("--"):
             assert word in known, f"{path.name} knows no {word}"

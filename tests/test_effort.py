@@ -9,7 +9,6 @@ import torch
 from toys import ToyPipeline, curved
 
 import ertacache
-from compare import study
 from ertacache.cli import kept, settings
 from ertacache.cli.folder import ModelFolder
 from ertacache.errors import CalibrationError, UsageError
@@ -41,7 +40,7 @@ def evaluations(text: str, kind: str) -> int:
 
 
 def test_the_bound_by_hand():
-    """P (N + K), P (N + 3 K) with two folds, and 100 N where these leave some of it; 2, and 4 K of plain reuse, to check."""
+    """P (N + K), P (N + 3 K) with two folds, and 100 N where these leave some; 2, and 4 K of plain reuse, to check."""
     assert most_evaluations("fast", prompts=8, steps=28, computed=14) == (28 + 14) * 8 + 2
     assert most_evaluations("balanced", 8, 28, 14) == (28 + 3 * 14) * 8 + 2 + 4 * 14
     assert most_evaluations("balanced", 3, 28, 14) == (28 + 3 * 14) * 3 + 2 + 3 * 14
@@ -54,7 +53,12 @@ def test_what_fast_announces_is_spent(computed, capsys):
     pipe = ToyPipeline(curved)
     calibrate(pipe, effort="fast", computed_steps=computed)
     said = capsys.readouterr().err
-    assert pipe.transformer.calls == evaluations(said, "at most") == evaluations(said, "took") == 4 * (STEPS + computed) + 2
+    assert (
+        pipe.transformer.calls
+        == evaluations(said, "at most")
+        == evaluations(said, "took")
+        == 4 * (STEPS + computed) + 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +93,11 @@ def test_best_takes_fewer_prompts_where_the_cost_would_be_exceeded(capsys, monke
         monkeypatch.setattr(recipe, "BEST_RUNS", runs)
         pipe = ToyPipeline(curved)
         calibrate(pipe, effort="best", computed_steps=5)
-        assert pipe.transformer.calls <= evaluations(capsys.readouterr().err, "at most") <= max(runs * STEPS, most_evaluations("balanced", 4, STEPS, 5))
+        assert (
+            pipe.transformer.calls
+            <= evaluations(capsys.readouterr().err, "at most")
+            <= max(runs * STEPS, most_evaluations("balanced", 4, STEPS, 5))
+        )
     assert seen == [4]
 
 
@@ -175,7 +183,7 @@ class Stop(Exception):
     """Ends a test where what it asks about is known."""
 
 
-def test_the_flag_reaches_the_calibration_and_the_recorded_runs_of_a_comparison(monkeypatch):
+def test_the_flag_reaches_the_calibration(monkeypatch):
     chosen = settings.parse(FOLDERS[0], ["--model", "tiny", "--memory-limit-gib", "0.5"], "test")
     given = []
 
@@ -184,10 +192,6 @@ def test_the_flag_reaches_the_calibration_and_the_recorded_runs_of_a_comparison(
         raise Stop
 
     monkeypatch.setattr(recipe, "calibrate", taken)
-    monkeypatch.setattr(study, "recorded_runs", taken)
-    model = ModelFolder("made up", lambda _: {}, lambda *_: None)
-    compared = SimpleNamespace(pipe=None, chosen=chosen, calibration_prompts=["a"], arguments={})
-    for call in (lambda: kept.new_calibration(None, chosen, model), lambda: study.Study._recorded(compared)):
-        with pytest.raises(Stop):
-            call()
-    assert given == [2**29, 2**29]
+    with pytest.raises(Stop):
+        kept.new_calibration(None, chosen, ModelFolder("made up", lambda _: {}, lambda *_: None))
+    assert given == [2**29]

@@ -1,4 +1,4 @@
-"""What the library needs at run time: torch, numpy and tqdm; everything else is an extra, and said where it is missing."""
+"""What the library needs at run time: torch, numpy and tqdm; what else it uses is an extra, said where missing."""
 
 import re
 import subprocess

@@ -1,24 +1,30 @@
 """The trainer of the tiny pipelines: its pieces in closed form, and the scripts from end to end on drawn scenes."""
 
+import itertools
 import math
+import os
 import runpy
+import subprocess
 import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from tiny_pipelines import imports_from
 
-from tiny_training import flow, judge, loop, text, train_all
+from tiny_training import flow, judge, loop, plan, text, train_all
 from tiny_training.arrays import filled_array
-from tiny_training.loop import Stage, optimizers_for
+from tiny_training.lessons import Lessons
+from tiny_training.loop import Stage, optimizers_for, small_checkpoints
 from tiny_training.muon import Muon, orthogonalized
 from tiny_training.plan import SMOKE, as_far_as_trained
 from tiny_training.sources import SceneSet, rendered
-from tiny_training.vae import reconstruction_loss
+from tiny_training.vae import finished_vae, reconstruction_loss
 from tiny_training.video_vae import Crops, draw_crops, set_memory_format
 
 ROOT = Path(__file__).parent.parent
@@ -146,9 +152,10 @@ def test_the_reconstruction_loss_is_that_of_its_parts_in_closed_form():
 
 
 def test_a_prolonged_stage_goes_on_at_the_same_rate_until_its_last_part():
-    short, long = (loop.learning_rate_factor(7000, steps) for steps in (10_000, 100_000))
+    short, long = (loop.learning_rate_factor(7000, 1 - 7000 / steps) for steps in (10_000, 100_000))
     assert short == long == pytest.approx((loop.HOLD_STEPS / 7001) ** 0.5)
-    assert loop.learning_rate_factor(9_999, 10_000) < 1e-3 and loop.learning_rate_factor(0, 10_000) < 0.01
+    assert loop.learning_rate_factor(9_999, 1e-4) < 1e-3 and loop.learning_rate_factor(0, 1.0) < 0.01
+    assert loop.learning_rate_factor(5000, 1.0, fresh=5000) < 0.01, "fresh optimisers warm up"
 
 
 def test_a_stage_of_no_steps_leaves_the_model_and_one_resumes_where_it_was(tmp_path):
@@ -166,8 +173,85 @@ def test_a_stage_of_no_steps_leaves_the_model_and_one_resumes_where_it_was(tmp_p
         Stage("line", model, loss, steps, 1e-3, tmp_path).run()
     assert seen == [0, 1, 2, 3, 4]
     torch.save({"step": 2}, tmp_path / "flow-stills.pt")
-    plan = as_far_as_trained(SMOKE, tmp_path)
-    assert (plan.still_steps, plan.clip_steps, plan.vae_steps) == (2, 0, 0)
+    trained = as_far_as_trained(SMOKE, tmp_path)
+    assert (trained.still_steps, trained.clip_steps, trained.vae_steps) == (2, 0, 0)
+
+
+def test_a_stage_ends_by_the_clock_and_is_gone_on_with_from_a_small_checkpoint(tmp_path, monkeypatch):
+    """Every step takes a second of a made-up clock, ten until the end; the rate falls over the last one and a half."""
+    now, model, rates = [100.0], torch.nn.Linear(1, 1), []
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    factor = loop.learning_rate_factor
+    monkeypatch.setattr(loop, "learning_rate_factor", lambda *given: rates.append(given[1:]) or factor(*given))
+
+    def loss(step: int) -> torch.Tensor:
+        now[0] += 1
+        return model(torch.ones(1)).square().sum()
+
+    work, out = tmp_path / "work", tmp_path / "out"
+    with small_checkpoints(work, out):
+        Stage("flow-stills", model, loss, 3, 1e-3, work, until=110.0).run()
+    assert [left for left, _ in rates] == pytest.approx([1 - i / 10 for i in range(10)])
+    small = torch.load(out / "flow-stills.pt", weights_only=True)
+    assert set(small) == {"step", "average"} and small["step"] == 10
+    assert {value.dtype for value in small["average"].values()} == {torch.float16}
+    rates.clear()
+    Stage("flow-stills", model, loss, 3, 1e-3, out, until=113.0).run()
+    assert [fresh for _, fresh in rates] == [10] * 3, "the optimisers begin anew, and the rate with them"
+    assert torch.load(out / "flow-stills.pt", weights_only=True)["step"] == 13
+    Stage("flow-stills", model, loss, 3, 1e-3, out, until=113.0).run()
+    assert torch.load(out / "flow-stills.pt", weights_only=True)["step"] == 13, "no time, no step"
+
+
+def test_what_is_packed_is_as_much_as_fits_and_nearly_exact(tmp_path):
+    latents = {"stills": torch.randn(900, 4, 8).half(), "clips": torch.randn(900, 3, 4, 8).half()}
+    tokens = {name: torch.randint(0, 900, (900, 2, 5)) for name in latents}
+    lessons, path = Lessons(latents, tokens, torch.ones(1, 5, dtype=torch.long), 900), tmp_path / "a.safetensors"
+    limit = 2**16 + 40_000
+    lessons.write(path, limit)
+    found = Lessons.read(path)
+    assert limit - 2**16 - 500 < path.stat().st_size <= limit and found.vocabulary == 900
+    assert torch.equal(found.empty, lessons.empty)
+    for name, part in found.latents.items():
+        count = len(part)
+        assert 100 < count < 900 and part.dtype == torch.float16
+        assert torch.equal(found.tokens[name], tokens[name][:count])
+        assert (part - latents[name][:count]).abs().max() < 0.5 * 4.5 / 127 + 2e-3
+    lessons.write(path)
+    assert {name: len(part) for name, part in Lessons.read(path).latents.items()} == {"stills": 900, "clips": 900}
+
+
+def test_a_finished_autoencoder_must_make_the_latents_that_the_transformer_is_for(tmp_path):
+    def autoencoder(channels: int, width: int) -> AutoencoderKL:
+        return AutoencoderKL(block_out_channels=(width,), latent_channels=channels, norm_num_groups=2)
+
+    autoencoder(2, 4).save_pretrained(tmp_path)
+    assert finished_vae(autoencoder(2, 8), tmp_path, 1, 3, 8, 8).config.block_out_channels == [4]
+    with pytest.raises(SystemExit, match=r"makes latents \(1, 2, 8, 8\).* for \(1, 3, 8, 8\)"):
+        finished_vae(autoencoder(3, 4), tmp_path, 1, 3, 8, 8)
+
+
+def test_a_model_that_does_not_compile_is_trained_as_it_is(monkeypatch, capsys):
+    model = torch.nn.Linear(2, 1)
+    before = torch.get_float32_matmul_precision()
+
+    def loss(ask, step):
+        return ask(torch.ones(2)).sum()
+
+    def broken(_, **__):
+        return lambda *_: (_ for _ in ()).throw(RuntimeError("no compiler"))
+
+    monkeypatch.setattr(torch, "compile", broken)
+    try:
+        ready = flow._compiled_loss(loss, (model,), "cuda")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert "no compiler" in capsys.readouterr().out
+    ready(0).backward()
+    assert model.weight.grad is not None
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    ready = flow._compiled_loss(loss, (model,), "cpu")
+    assert torch.equal(ready(1), loss(model, 1))
 
 
 def test_crops_come_from_the_clips_and_fill_the_frame():
@@ -193,10 +277,10 @@ def test_a_subject_is_recognised_among_the_first_guesses_of_all_frames_together(
 
 @pytest.mark.parametrize("folder", train_all.FOLDERS.values())
 def test_training_runs_from_scenes_to_a_measured_pipeline_and_resumes(folder, tmp_path, monkeypatch, capsys):
-    def train(*flags: str) -> str:
+    def train(*flags: str, work: Path = tmp_path) -> str:
         """What it says; in this process, since importing everything anew takes ten seconds."""
         script = str(ROOT / folder / "train_tiny.py")
-        monkeypatch.setattr(sys, "argv", [script, "--work", str(tmp_path), "--smoke", *flags])
+        monkeypatch.setattr(sys, "argv", [script, "--smoke", *flags, "--work", str(work)])
         with imports_from(ROOT / folder):
             runpy.run_path(script, run_name="__main__")
         return capsys.readouterr().err
@@ -209,6 +293,27 @@ def test_training_runs_from_scenes_to_a_measured_pipeline_and_resumes(folder, tm
     first = "vae-temporal" if "Sora" in folder else "vae"
     assert f"{first}:   0%" not in train(steps, "3"), "a finished stage ran again"
     assert torch.load(tmp_path / f"flow-{stage}.pt", weights_only=True)["step"] == 3
+
+    packed, away = tmp_path / "packed.safetensors", tmp_path / "away"
+    finished = ["--vae", str(ROOT / folder / "tiny/vae")] if stage == "stills" else []
+    train("--pack", str(packed), *finished)
+    clock = itertools.count(0, 10)  # of the training alone: ten seconds a look
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(plan, "time", loop.time)
+    given = ["--packed", str(packed), "--minutes", "2", "--device", "cpu", "--still-batch", "2", "--clip-batch", "2"]
+    if folder == train_all.FOLDERS["flux"]:  # as the script calls it
+        words = ["sh", str(ROOT / "bench/train_gpu.sh"), "flux", "2", str(packed), str(away), *given[4:]]
+        said = subprocess.run(words, env={**os.environ, "PYTHON": "echo"}, capture_output=True, text=True, check=True)
+        program, *given = said.stdout.split()
+        assert program == "train_tiny.py" and given[:2] == ["--packed", str(packed)]
+    train(*given, "--batch-factor", "1", work=away)
+    made = list((away / "small").iterdir())
+    assert f"flow-{stage}.pt" in {p.name for p in made} and sum(p.stat().st_size for p in made) < 16 * 2**20
+    steps = torch.load(away / "small" / f"flow-{stage}.pt", weights_only=True)["step"]
+    assert steps > 0
+    if stage == "stills":
+        train(*given, "--batch-factor", "1", work=away / "small")
+        assert torch.load(away / "small" / f"flow-{stage}.pt", weights_only=True)["step"] > steps, "it did not go on"
 
 
 def test_turns_go_round_until_everything_is_finished(tmp_path, monkeypatch):

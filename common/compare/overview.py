@@ -33,10 +33,9 @@ def overview_markdown(results: Sequence[Sequence[Row]], metas: Sequence[Mapping[
         f"{', '.join(devices)}.",
         _table(results),
         "Speed-up is counted: transformer FLOPs of the uncached run over those of the method. Every rival is tuned to "
-        f"cost as much as ours, or up to {COMPARABLE_BAND:g} of an uncached run more.",
-        _predictions(results, metas),
+        f"cost as much as ours, or up to {COMPARABLE_BAND:g} of an uncached run more. {_predictions(results, metas)}",
     ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(part.rstrip() for part in parts)
 
 
 def strip_markdown(rows: Sequence[Row]) -> str:

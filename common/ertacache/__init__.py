@@ -8,7 +8,8 @@
 `calibrate` makes a `Calibration`, one JSON file. `apply` attaches it to a diffusers pipeline with a transformer and a
 scheduler, or to a bare transformer; `remove` takes it off. What would give a wrong result raises one of the errors
 below; what only costs quality is a `MismatchWarning`. `ertacache.metrics` measures the distance to uncached results.
-The command `ertacache` inspects calibration files.
+`explain` says what ERTACache would do with a pipeline. The command `ertacache` inspects calibration files and
+pipelines.
 
 The method is derived from arXiv 2508.21091; see docs/method.md, and docs/calibration-file.md for the file.
 """
@@ -17,17 +18,29 @@ from typing import TYPE_CHECKING, Any
 
 from ertacache._version import __version__
 from ertacache.api import Applied, apply, remove
-from ertacache.calibration import Calibration
-from ertacache.errors import CalibrationError, ERTACacheError, MismatchError, MismatchWarning, NumericsError, StateError
+from ertacache.calibration import Bundle, Calibration
+from ertacache.errors import (
+    CalibrationError,
+    EnableWarning,
+    ERTACacheError,
+    MismatchError,
+    MismatchWarning,
+    NumericsError,
+    StateError,
+)
 
 if TYPE_CHECKING:
+    from ertacache.auto.handle import enable
+    from ertacache.fit.explain import explain
     from ertacache.fit.recipe import calibrate
 
 __all__ = [
     "Applied",
+    "Bundle",
     "Calibration",
     "CalibrationError",
     "ERTACacheError",
+    "EnableWarning",
     "MismatchError",
     "MismatchWarning",
     "NumericsError",
@@ -35,6 +48,8 @@ __all__ = [
     "__version__",
     "apply",
     "calibrate",
+    "enable",
+    "explain",
     "remove",
 ]
 
@@ -44,4 +59,12 @@ def __getattr__(name: str) -> Any:
         from ertacache.fit.recipe import calibrate
 
         return calibrate
+    if name == "enable":
+        from ertacache.auto.handle import enable
+
+        return enable
+    if name == "explain":
+        from ertacache.fit.explain import explain
+
+        return explain
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

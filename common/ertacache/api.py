@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from ertacache.attach import Attachment, networks_of
-from ertacache.calibration import Calibration
+from ertacache.calibration import Bundle, Calibration
 from ertacache.checks import check_pipeline
 from ertacache.errors import CalibrationError, MismatchError
 from ertacache.intercept import attachment_of, check_free, unfollow
-from ertacache.replay import Replay
+from ertacache.replay import BundleReplay, Replay
 
 if TYPE_CHECKING:
     from ertacache.bare import ModelAttachment
@@ -24,10 +24,10 @@ class Applied:
 
     Attributes:
         pipe: what it is attached to.
-        calibration: the one that runs.
+        calibration: the one that runs, or the bundle.
     """
 
-    def __init__(self, pipe: Any, calibration: Calibration, attachment: "Attachment | ModelAttachment"):
+    def __init__(self, pipe: Any, calibration: Calibration | Bundle, attachment: "Attachment | ModelAttachment"):
         self.pipe = pipe
         self.calibration = calibration
         self._roll = _called(pipe, calibration)
@@ -70,7 +70,12 @@ class Applied:
 
 
 def apply(
-    pipe: Any, calibration: Calibration | str | Path, *, converted: bool = False, check_finite: bool = True
+    pipe: Any,
+    calibration: Calibration | Bundle | str | Path,
+    *,
+    speedup: float | None = None,
+    converted: bool = False,
+    check_finite: bool = True,
 ) -> Applied:
     """Attach a calibration, or the file of that name, to a pipeline with a transformer and a scheduler.
 
@@ -79,6 +84,8 @@ def apply(
     Args:
         pipe: the pipeline; or a bare transformer, if the scheduler is out of reach, as in the official packages. Then
             nothing can compare the guidance scale.
+        calibration: one, or a bundle, each run of which takes the calibration that is for its noise grid.
+        speedup: N / K, where a bundle has several for a grid: the nearest; by default the most computed steps.
         converted: the bare transformer holds the calibrated weights in another package's class: do not compare class,
             configuration and weights.
         check_finite: raise NumericsError at the end of a run that held NaN or Inf, naming the step; reads one number
@@ -95,12 +102,17 @@ def apply(
         MismatchWarning: other weights or dtype than calibrated; in a run another guidance scale or latent shape, or
             weights that changed since.
     """
-    if not isinstance(calibration, (Calibration, str, Path)):
+    if not isinstance(calibration, (Calibration, Bundle, str, Path)):
         raise CalibrationError(f"apply takes a Calibration or the path of its file, not {type(calibration).__name__}")
-    calibration = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
+    if isinstance(calibration, (str, Path)):
+        calibration = Bundle.load(calibration)
+    if isinstance(calibration, Bundle) and len(calibration) == 1:
+        calibration = calibration[0]
     if isinstance(pipe, nn.Module) and getattr(pipe, "scheduler", None) is None:
         from ertacache.bare import ModelAttachment, check_bare_model  # most pipelines have a scheduler
 
+        if isinstance(calibration, Bundle):
+            raise MismatchError("a bundle is for a pipeline: apply one of its calibrations to a transformer alone")
         before = attachment_of(pipe)
         check_bare_model(calibration, pipe, converted)
         if before is not None and not isinstance(before, ModelAttachment):
@@ -110,12 +122,15 @@ def apply(
     if converted:
         raise MismatchError("converted=True is for a transformer alone, not for a pipeline")
     before = attachment_of(pipe)
-    check_pipeline(calibration, pipe)
-    made = Replay(calibration, pipe).attachment("end" if check_finite else None)
-    return _replacing(before, pipe, calibration, made)
+    if isinstance(calibration, Bundle):
+        replay: Replay = BundleReplay(calibration, pipe, speedup)
+    else:
+        check_pipeline(calibration, pipe)
+        replay = Replay(calibration, pipe)
+    return _replacing(before, pipe, calibration, replay.attachment("end" if check_finite else None))
 
 
-def _replacing(before: Any, pipe: Any, calibration: Calibration, attachment: Any) -> Applied:
+def _replacing(before: Any, pipe: Any, calibration: Calibration | Bundle, attachment: Any) -> Applied:
     """Attach in place of what is attached, which comes back if this one is refused or its block is left."""
     handle = getattr(before, "handle", None)
     if before is not None:

@@ -295,10 +295,10 @@ class Attachment:
         return self.calls.get(threading.get_ident()) or PipelineCall(self.pipe, None, {})
 
     @property
-    def in_steps(self) -> bool:
-        """Whether this thread's run has called a network, and has steps left to make."""
+    def after_first_step(self) -> bool:
+        """Whether this thread's run has made a step, and has steps left to make."""
         run = self.runs.get(threading.get_ident())
-        return run is not None and bool(run.calls or run.step)
+        return run is not None and run.step > 0
 
     @contextmanager
     def call_of(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
@@ -395,7 +395,8 @@ class Attachment:
             if thread in self.calls:
                 raise
             cache = Refused(error)  # a server may set the grid before the pipeline sets another one
-        self.runs[thread] = Run(cache, [(scheduler, host_grid(scheduler)[0])], list(self.blanks))
+        blanks = list(getattr(cache, "blanks", None) or self.blanks)
+        self.runs[thread] = Run(cache, [(scheduler, host_grid(scheduler)[0])], blanks)
         return result
 
     def _step(self, method: Method, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -408,7 +409,7 @@ class Attachment:
         call = self.signatures[type(method.scheduler)].call(args, kwargs)
         stream = run.streams.get(id(method.scheduler)) or run.new_stream(method.scheduler)
         stream.check(call)
-        step, cache, leads = stream.step, stream.cache, stream.index == 0
+        step, leads = stream.step, stream.index == 0
         if step == 0 and self.started is not None:
             self.started(call.sample, stream.first, stream.index)
         if not leads and step != run.step - 1:
@@ -420,6 +421,7 @@ class Attachment:
             )
         if run.samples and leads and self.guided is not None:
             self.guided(step, run.samples / len(call.sample))
+        cache = stream.cache  # `guided` may have changed it
         output = cache.output(step, call, stream.scheduler)
         if self.check is not None:
             run.finite.see(step, output)

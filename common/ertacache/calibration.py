@@ -11,7 +11,7 @@ from ertacache.errors import CalibrationError
 from ertacache.files import write_atomically
 from ertacache.schema import SCHEMA, check_schema, printable, read_json, shown, validate
 
-__all__ = ["SCHEMA", "Calibration", "to_json"]
+__all__ = ["SCHEMA", "Bundle", "Calibration", "to_json"]
 
 LONG_FIELD = 8000  # characters
 
@@ -125,6 +125,8 @@ class Calibration:
     def from_dict(cls, data: Any, where: str = "calibration") -> "Calibration":
         """Validate plain JSON data; see `load`."""
         check_schema(data, where)
+        if "bundle" in data:
+            raise CalibrationError(f"{where}: a bundle of several calibrations: give it to apply, or to Bundle.load")
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(data) - known - {"schema"})
         if unknown:
@@ -188,6 +190,33 @@ class Calibration:
                 how = f"on {printable(left_out)} of them that were left out"
             lines.insert(1, f"predicted  {self.quality()} ({count} calibration prompts, {how})")
         return "\n".join(lines)
+
+
+class Bundle(tuple[Calibration, ...]):
+    """Several calibrations of one pipeline in one file: for other numbers of steps, sizes, speed-ups."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write the JSON file atomically and return its path. Raises OSError: it cannot be written."""
+        return write_atomically(path, to_json(self.to_dict()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {"schema": SCHEMA, "bundle": [calibration.to_dict() for calibration in self]}
+
+    def summary(self) -> str:
+        """Summarise each for a person."""
+        return "\n\n".join(calibration.summary() for calibration in self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Bundle":
+        """Read and validate the file of a bundle, or of one calibration; raises CalibrationError as that does."""
+        data = read_json(Path(path))
+        check_schema(data, str(path))
+        if "bundle" not in data:
+            return cls([Calibration.from_dict(data, str(path))])
+        if not isinstance(data["bundle"], list) or not data["bundle"]:
+            raise CalibrationError(f"{path}: field 'bundle' must be a list of calibrations")
+        return cls(Calibration.from_dict(one, f"{path}, entry {i}") for i, one in enumerate(data["bundle"]))
 
 
 def calibration_fields(coefficients: Coefficients) -> dict[str, Any]:

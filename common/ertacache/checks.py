@@ -55,7 +55,7 @@ def _registry(module: Any) -> Any:
 def check_parts(calibration: Calibration, pipe: Any) -> None:
     """Compare the pipeline's class, config and further networks with those of a file that has them."""
     wanted, present = calibration.pipeline, provenance.pipeline_identity(pipe)
-    names = [*wanted["networks"], *present["networks"]]
+    names = dict.fromkeys([*wanted["networks"], *present["networks"]])
     for name in names:
         one, other = wanted["networks"].get(name), present["networks"].get(name)
         if one is None or other is None:
@@ -66,9 +66,9 @@ def check_parts(calibration: Calibration, pipe: Any) -> None:
         for key in ("class", "config_sha256"):
             if one.get(key) and one.get(key) != other[key]:
                 raise MismatchError(f"the {printable(name)} has another {key.split('_')[0]} than calibrated: {AGAIN}")
-        if one.get("weights_fingerprint") and other["weights_fingerprint"]:
-            if one["weights_fingerprint"] != other["weights_fingerprint"]:
-                warn(f"the weights of {printable(name)} differ from the calibrated ones: quality may be lower")
+        weights = [identity.get("weights_fingerprint") for identity in (one, other)]
+        if all(weights) and weights[0] != weights[1]:
+            warn(f"the weights of {printable(name)} differ from the calibrated ones: {LOWER}")
     if wanted["class"] != present["class"]:
         warn(f"the calibration is for a {printable(wanted['class'])}, this is a {present['class']}: {LOWER}")
     for key, value in wanted["config"].items():

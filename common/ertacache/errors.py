@@ -27,3 +27,7 @@ class NumericsError(ERTACacheError, ArithmeticError):
 
 class MismatchWarning(UserWarning):
     """The run differs from the calibrated one in a way that costs quality, not correctness."""
+
+
+class EnableWarning(UserWarning):
+    """What `enable` cannot do: the run goes uncached, or its calibration is not stored."""

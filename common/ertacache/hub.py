@@ -8,7 +8,7 @@ from ertacache.errors import CalibrationError
 from ertacache.schema import MAX_FILE_BYTES, printable
 
 if TYPE_CHECKING:
-    from ertacache.calibration import Calibration
+    from ertacache.calibration import Bundle, Calibration
 
 NAME_PART = r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]*"
 REPOSITORY = re.compile(rf"{NAME_PART}/{NAME_PART}")
@@ -25,7 +25,7 @@ def _client() -> Any:
 
 
 def push(
-    calibration: "Calibration",
+    calibration: "Calibration | Bundle",
     repo_id: str,
     filename: str,
     *,

@@ -33,16 +33,20 @@ def model_identity(transformer: nn.Module, name: str | None = None) -> dict[str,
 
 
 def pipeline_identity(pipe: Any) -> dict[str, Any]:
-    """Return class, plain config values, guiders' among them, and the identity of each network beside `transformer`."""
+    """Return class, config and the identity of each network beside `transformer`."""
+    networks = {name: part for name, part in networks_of(pipe).items() if name != "transformer"}
+    return {**pipeline_facts(pipe), "networks": {name: model_identity(part) for name, part in networks.items()}}
+
+
+def pipeline_facts(pipe: Any) -> dict[str, Any]:
+    """Return the class and the plain config values of a pipeline, guiders' among them."""
     config = config_of(pipe) or {}
     for name, part in vars(pipe).items():
         if "guider" in name and hasattr(part, "config"):
             config |= {f"{name}.{key}": value for key, value in (config_of(part) or {}).items()}
-    networks = {name: part for name, part in networks_of(pipe).items() if name != "transformer"}
     return {
         "class": getattr(vars(type(pipe)).get(FOLLOWED, type(pipe)), "__name__", None),
         "config": {key: value for key, value in sorted(config.items()) if isinstance(value, PLAIN)},
-        "networks": {name: model_identity(part) for name, part in networks.items()},
     }
 
 
@@ -103,13 +107,16 @@ def _text(value: Any) -> str:
     return type(value).__name__ if " at 0x" in text else text
 
 
-def weights_fingerprint(model: nn.Module) -> str | None:
+def weights_fingerprint(model: nn.Module, adapters: bool = True) -> str | None:
     """Hash a few values of every effective weight; changes with an active LoRA, quantisation or fine-tuning.
 
     The same in memory, offloaded by accelerate, and compiled, whatever an adapter is called and whether it is fused;
     None if the weights are out of reach. Reads once from each device.
+
+    Args:
+        adapters: whether those that lie beside the weights count.
     """
-    return _fingerprint(model, effective=True)
+    return _fingerprint(model, effective=True, adapters=adapters)
 
 
 def weights_state(model: nn.Module) -> str | None:
@@ -117,9 +124,13 @@ def weights_state(model: nn.Module) -> str | None:
     return _fingerprint(model, effective=False)
 
 
-def _fingerprint(model: nn.Module, effective: bool) -> str | None:
-    model = uncompiled(model)
-    adapted = {name: layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers beside whose weights adapters lie, by name."""
+    return {name: layer for name, layer in uncompiled(model).named_modules() if hasattr(layer, "base_layer")}
+
+
+def _fingerprint(model: nn.Module, effective: bool, adapters: bool = True) -> str | None:
+    model, adapted = uncompiled(model), adapted_layers(model)
     named = dict(model.named_parameters())
     digest, samples = hashlib.sha256(), []
     if effective and adapted:
@@ -137,7 +148,7 @@ def _fingerprint(model: nn.Module, effective: bool) -> str | None:
             digest.update(type(values).__name__.encode())  # quantised: its numbers are packed
             continue
         path, _, leaf = name.rpartition(".")
-        if effective and path in adapted and leaf == "weight":
+        if effective and adapters and path in adapted and leaf == "weight":
             values = _with_adapters(adapted[path], values)
         samples.append(_sample(values))
     for values in _on_host(samples):

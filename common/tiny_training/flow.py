@@ -5,6 +5,7 @@ sqrt(a) x_0 + sqrt(1 - a) noise, the model says v = sqrt(a) noise - sqrt(1 - a) 
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,24 @@ class Batches:
         return latents, tokens, noise, self.levels(self.batch_size, generator)
 
 
-def _compiled(model: nn.Module, device: str) -> Any:
-    """The model as it is called in training. Compiling takes minutes on a CPU, and saves no time there."""
+def _compiled_loss(loss: Callable[..., Tensor], models: tuple[nn.Module, ...], device: str) -> Callable[[int], Tensor]:
+    """`loss(*models, step)` of compiled models as a function of the step; of plain ones where compiling fails.
+
+    Compiling takes minutes on a CPU, and saves no time there.
+    """
+    if device == "cpu":
+        return partial(loss, *models)
+    torch.set_float32_matmul_precision("high")
     # static shapes: a later stage with more frames would otherwise be compiled for any number of them, and slower
-    return model if device == "cpu" else torch.compile(model, dynamic=False)
+    compiled = partial(loss, *(torch.compile(model, dynamic=False) for model in models))
+    try:
+        compiled(0).backward()
+    except Exception as problem:  # whatever the compiler lacks on this machine
+        print(f"not compiled: {type(problem).__name__}: {str(problem)[:200]}")
+        compiled = partial(loss, *models)
+    for model in models:
+        model.zero_grad(set_to_none=True)
+    return compiled
 
 
 def train_flow(
@@ -111,23 +126,26 @@ def train_flow(
     folder: Path,
     name: str,
     path: NoisePath = straight_path,
+    until: float | None = None,
 ) -> None:
     """Train `parts` in place to say what `path` asks for, some captions dropped; they end with averaged weights.
 
     Args:
         parts: `transformer` and the text encoders that `velocity` calls.
+        until: when to end in place of `num_steps`; see `Stage`.
     """
     parts.to(batches.device).train()
-    ask = _compiled(parts["transformer"], batches.device)
 
-    def loss(step: int) -> Tensor:
+    def loss(ask: nn.Module, step: int) -> Tensor:
         latents, tokens, noise, level = batches.draw(step, drop_captions=True)
         mixed, target = path(latents, noise, level)
         with autocast(batches.device):
             predicted = velocity(ask, mixed, level, tokens, None)
         return (predicted.float() - target).square().mean()
 
-    Stage(name, parts, loss, num_steps, learning_rate, folder, muon=True).run()
+    ready = _compiled_loss(loss, (parts["transformer"],), batches.device)
+    parts.zero_grad(set_to_none=True)
+    Stage(name, parts, ready, num_steps, learning_rate, folder, muon=True, until=until).run()
 
 
 def distil_guidance(
@@ -140,6 +158,7 @@ def distil_guidance(
     learning_rate: float,
     folder: Path,
     strength: float = 1.0,
+    until: float | None = None,
 ) -> nn.Module:
     """Teach `student`, which takes a guidance scale g, the teacher's u + w (c - u) with w = 1 + strength (g - 1).
 
@@ -147,9 +166,8 @@ def distil_guidance(
     """
     teacher.to(batches.device).requires_grad_(False)
     student.to(batches.device)
-    ask, answer = (_compiled(model, batches.device) for model in (teacher, student))
 
-    def loss(step: int) -> Tensor:
+    def loss(ask: nn.Module, answer: nn.Module, step: int) -> Tensor:
         latents, tokens, noise, sigma = batches.draw(step, drop_captions=False)
         low, high = GUIDANCE_RANGE
         chances = torch.rand(len(latents), generator=torch.Generator().manual_seed(step))
@@ -167,4 +185,5 @@ def distil_guidance(
             predicted = velocity(answer, mixed, sigma, tokens, guidance)
         return (predicted.float() - target).square().mean()
 
-    return Stage("distil", student, loss, num_steps, learning_rate, folder, muon=True).run()
+    ready = _compiled_loss(loss, (teacher, student), batches.device)
+    return Stage("distil", student, ready, num_steps, learning_rate, folder, muon=True, until=until).run()

@@ -1,7 +1,9 @@
 """What the training of every tiny pipeline shares: how much of everything, its command line, and what it draws from."""
 
 import argparse
+import hashlib
 import os
+import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,10 @@ def parse_arguments(
     parser.add_argument(
         "--report", action="store_true", help="no training: the pipeline as it is now; --out is WORK/tiny"
     )
+    parser.add_argument("--vae", type=Path, help="a finished autoencoder in place of training one: a folder's tiny/vae")
+    parser.add_argument("--pack", type=Path, help="write latents and captions into this file, and train nothing")
+    parser.add_argument("--packed", type=Path, help="train on such a file alone; small checkpoints go to --out")
+    parser.add_argument("--minutes", type=float, help="with --packed: how long, in place of numbers of steps")
     parser.add_argument("--smoke", action="store_true", help="a step or two of every stage, of drawn scenes")
     for flag, settings in (extra or {}).items():
         parser.add_argument(flag, **settings)
@@ -106,11 +112,31 @@ def parse_arguments(
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, type=int, help=f"default: {getattr(plan, field.name)}")
     args = parser.parse_args()
+    args.started = time.monotonic()
     args.pixels = args.work if args.smoke else args.data
-    args.out = args.out or (args.work if args.smoke or args.report else folder) / "tiny"
+    if args.minutes is not None and args.packed is None:
+        parser.error("--minutes is for a training with --packed")
+    aside = args.smoke or args.report or args.packed
+    args.out = args.out or (args.work if aside else folder) / ("small" if args.packed else "tiny")
     given = {f.name: v for f in fields(Plan) if (v := getattr(args, f.name)) is not None}
     plan = replace(SMOKE if args.smoke else plan, **given)
     return args, as_far_as_trained(plan, args.work) if args.report else plan
+
+
+def until(args: argparse.Namespace, share: float) -> float | None:
+    """When a stage ends that takes `share` of what is left of --minutes, by time.monotonic(); None without them."""
+    if args.minutes is None:
+        return None
+    now = time.monotonic()
+    return now + share * max(0.0, args.started + 60 * args.minutes - now)
+
+
+def latents_tag(args: argparse.Namespace, plan: Plan) -> str:
+    """Tells in a file name which autoencoder made its latents: one that was given, or how long it was trained."""
+    if args.vae is None:
+        return str(plan.vae_steps)
+    weights = b"".join(path.read_bytes() for path in sorted(args.vae.glob("*.safetensors")))
+    return hashlib.sha256(weights).hexdigest()[:8]
 
 
 def as_far_as_trained(plan: Plan, work: Path) -> Plan:

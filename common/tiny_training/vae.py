@@ -1,6 +1,8 @@
 """Trains a small image autoencoder (any diffusers VAE with `encode` and `decode`) on rendered scenes."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +15,24 @@ from tiny_training.precision import autocast
 KL_WEIGHT = 2e-4  # makes the latents noisy by a twentieth, so that the decoder forgives a generator as much
 EDGE_WEIGHT = 0.5
 SQUARE_WEIGHT = 4.0
+
+
+@torch.no_grad()
+def finished_vae(fresh: Any, folder: Path, *shape: int, seen_as: Callable[[Any], Any] = lambda vae: vae) -> Any:
+    """The autoencoder in `folder`. Raises SystemExit where its latents have another shape than those of `fresh`.
+
+    Args:
+        fresh: a new one, of which tiny_parts.py knows the latents.
+        shape: of the pixels that both are asked for.
+        seen_as: gives an autoencoder diffusers' `encode`.
+    """
+    found = type(fresh).from_pretrained(folder, dtype=torch.float32)
+    given, wanted = (tuple(seen_as(vae).encode(torch.zeros(shape)).latent_dist.mean.shape) for vae in (found, fresh))
+    if given != wanted:
+        raise SystemExit(
+            f"{folder} makes latents {given}, and the transformer is for {wanted}: leave --vae out to train one"
+        )
+    return found
 
 
 def reconstruction_loss(picture: Tensor, target: Tensor) -> Tensor:

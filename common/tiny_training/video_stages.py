@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tiny_training import flow, report, video_vae
-from tiny_training.plan import NUM_FRAMES, SIZE, Material, Plan
+from tiny_training.lessons import Lessons
+from tiny_training.plan import NUM_FRAMES, SIZE, Material, Plan, latents_tag, until
 from tiny_training.sources import Source, rendered
+from tiny_training.vae import finished_vae
 from tiny_training.video_vae import Crops
 
 STILL_LEARNING_RATE, CLIP_LEARNING_RATE = 2e-3, 1e-3
+STILLS_SHARE = 0.4  # of the time, where that is given
 ENCODE_BATCH = 8
 UNSEEN_CLIPS = 32
 
@@ -23,7 +26,9 @@ UNSEEN_CLIPS = 32
 def trained_autoencoder(
     autoencoder: nn.Module, phases: tuple[Crops, ...], material: Material, plan: Plan, args: argparse.Namespace
 ) -> nn.Module:
-    """The autoencoder, trained in place on everything that moves."""
+    """The autoencoder, trained in place on everything that moves; or a finished one, where it is given."""
+    if args.vae:
+        return finished_vae(autoencoder, args.vae, 1, 3, NUM_FRAMES, SIZE, SIZE).to(args.device)
     pixels = rendered(material.everything, plan.vae_examples, args.pixels)
     return video_vae.train_video_vae(
         autoencoder,
@@ -44,7 +49,7 @@ def encoded_examples(
     def encode(source: Source, count: int, name: str) -> np.ndarray:
         pixels = rendered(source, count, args.pixels)
         # another length of training is another autoencoder, with other latents
-        path = args.work / f"latents-{name}-{count}-{plan.vae_steps}.npy"
+        path = args.work / f"latents-{name}-{count}-{latents_tag(args, plan)}.npy"
         return video_vae.encoded_clips(autoencoder, pixels, path, args.device, ENCODE_BATCH)
 
     assert material.clips is not None
@@ -60,8 +65,7 @@ def fidelity(autoencoder: nn.Module, material: Material, args: argparse.Namespac
 def train_transformer(
     parts: nn.ModuleDict,
     ask: flow.Velocity,
-    latents: tuple[Tensor, Tensor],
-    material: Material,
+    lessons: Lessons,
     plan: Plan,
     args: argparse.Namespace,
     *,
@@ -71,25 +75,24 @@ def train_transformer(
     """Train transformer and text encoder in place, on first frames, which have a fifth of the tokens, then on clips.
 
     Args:
-        latents: of first frames and of clips, as the transformer sees them, float16.
         levels: the noise levels that are trained at.
     """
-    assert material.clips is not None
     stages = (
-        ("stills", material.stills, plan.still_steps, plan.still_batch, STILL_LEARNING_RATE),
-        ("clips", material.clips, plan.clip_steps, plan.clip_batch, CLIP_LEARNING_RATE),
+        ("stills", plan.still_steps, plan.still_batch, STILL_LEARNING_RATE, STILLS_SHARE),
+        ("clips", plan.clip_steps, plan.clip_batch, CLIP_LEARNING_RATE, 1.0),
     )
-    for (name, source, num_steps, batch_size, rate), part in zip(stages, latents, strict=True):
-        tokens = material.tokens(source, len(part))
+    for name, num_steps, batch_size, rate, share in stages:
+        latents, tokens = lessons.latents[name], lessons.tokens[name]
         flow.train_flow(
             parts,
             ask,
-            flow.Batches(part, tokens, material.empty, batch_size * plan.batch_factor, args.device, levels),
+            flow.Batches(latents, tokens, lessons.empty, batch_size * plan.batch_factor, args.device, levels),
             num_steps=num_steps,
             learning_rate=rate,
             folder=args.work,
             name=f"flow-{name}",
             path=path,
+            until=until(args, share),
         )
 
 

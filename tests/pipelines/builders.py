@@ -84,6 +84,11 @@ def picture(seed: int, side: int = SIDE) -> Tensor:
     return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
+def photo(side: int) -> Any:
+    """A picture as PIL has it."""
+    return diffusers.utils.pt_to_pil(picture(5, side))[0]
+
+
 # -- FLUX.1 --------------------------------------------------------------------------------------------------
 
 
@@ -109,7 +114,9 @@ def _flux_text(prompt: Any = None, prompt_2: Any = None, prompt_embeds: Any = No
     return embedded(prompt, TOKENS, WIDTH), embedded(prompt, POOLED), torch.zeros(TOKENS, 3)
 
 
-def flux(kind: str = "FluxPipeline", scheduler: Any = None, transformer: dict[str, Any] | None = None, **parts: Any) -> Any:
+def flux(
+    kind: str = "FluxPipeline", scheduler: Any = None, transformer: dict[str, Any] | None = None, **parts: Any
+) -> Any:
     """One of FLUX.1's pipelines."""
     pipe = getattr(diffusers, kind)(
         scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -159,7 +166,9 @@ def sd3(kind: str = "StableDiffusion3Pipeline", scheduler: Any = None, **parts: 
         transformer=randomised(transformer),
         scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=autoencoder(),
-        **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")),
+        **dict.fromkeys(
+            ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+        ),
         **parts,
     )
 
@@ -259,7 +268,7 @@ def ltx(kind: str = "LTXConditionPipeline") -> Any:
     return encoding(pipe, _guided_text)
 
 
-VIDEO = {"height": 32, "width": 32, "num_frames": 9}
+VIDEO = {"height": 32, "width": 32, "num_frames": 3}
 
 
 def ltx2(kind: str = "LTX2Pipeline") -> Any:
@@ -344,7 +353,7 @@ def ltx2(kind: str = "LTX2Pipeline") -> Any:
     return encoding(pipe, lambda **given: _guided_text(**{**given, "width": 16}))
 
 
-LTX2 = {**VIDEO, "num_frames": 5, "use_cross_timestep": False, "spatio_temporal_guidance_blocks": [0]}
+LTX2 = {**VIDEO, "use_cross_timestep": False, "spatio_temporal_guidance_blocks": [0]}
 
 
 # -- Z-Image, Qwen-Image, FLUX.2 -----------------------------------------------------------------------------------
@@ -467,7 +476,11 @@ def qwen21() -> Any:
 
     def encode(prompt: Any = None, **_: Any) -> tuple:
         found = embedded(prompt, TOKENS, WIDTH)
-        return found, torch.ones(len(found), TOKENS, dtype=torch.long), torch.zeros(len(found), TOKENS, dtype=torch.bool)
+        return (
+            found,
+            torch.ones(len(found), TOKENS, dtype=torch.long),
+            torch.zeros(len(found), TOKENS, dtype=torch.bool),
+        )
 
     return encoding(pipe, encode)
 
@@ -677,3 +690,15 @@ def framepack() -> Any:
 
     pipe.encode_image = lambda image, **_: torch.ones(len(image), 3, 16)
     return encoding(pipe, encode)
+
+
+def modular_flux() -> Any:
+    """FLUX.1 as a modular pipeline without its text encoders: it is called with embeddings."""
+    from diffusers.modular_pipelines.flux import FluxAutoBlocks
+
+    blocks = FluxAutoBlocks()
+    blocks.sub_blocks.pop("text_encoder")
+    pipe, parts = blocks.init_pipeline(), flux()
+    pipe.update_components(transformer=parts.transformer, vae=parts.vae, scheduler=parts.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,11 +1,13 @@
-"""The command `ertacache`: inspect and validate calibration files."""
+"""The command `ertacache`: inspect calibration files, look after the stored ones, say what a pipeline is made of."""
 
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from ertacache.calibration import Calibration
-from ertacache.cli import command
+from ertacache.calibration import Bundle, Calibration
+from ertacache.cli import command, stored
+from ertacache.errors import UsageError
 from ertacache.schema import printable
 
 
@@ -15,18 +17,49 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> None:
-    parser = command.Parser(prog="ertacache", description="Inspect and validate ERTACache calibration files.")
+    parser = command.Parser(
+        prog="ertacache", description="Inspect ERTACache calibration files, and look after the stored ones."
+    )
     actions = parser.add_subparsers(dest="action", required=True, parser_class=command.Parser)
     inspect = actions.add_parser("inspect", help="print schedule, predicted quality and provenance")
     inspect.add_argument("file", metavar="FILE")
     inspect.add_argument("--json", action="store_true", help="print them as JSON")
     actions.add_parser("validate", help="check a file").add_argument("file", metavar="FILE")
+    stored.add_to(actions)
+    doctor = actions.add_parser("doctor", help="say what would be attached to a pipeline, and what its call is made of")
+    doctor.add_argument("folder", metavar="FOLDER", help="of a diffusers pipeline, with its model_index.json")
+    doctor.add_argument("--prompt", default="a photo", help="of the call, two steps of which are run")
+    doctor.add_argument("--arguments", default="{}", metavar="JSON", help="further ones of the call, as a JSON object")
     chosen = parser.parse_args(argv)
-    calibration = Calibration.load(chosen.file)
+    if chosen.action in stored.ACTIONS:
+        stored.run(chosen, inspection)
+        return
+    if chosen.action == "doctor":
+        print(diagnosis(chosen.folder, chosen.prompt, chosen.arguments))
+        return
+    bundle = Bundle.load(chosen.file)
     if chosen.action == "inspect":
-        print(json.dumps(described(calibration), indent=1) if chosen.json else inspection(calibration))
+        shown = [json.dumps(described(one), indent=1) if chosen.json else inspection(one) for one in bundle]
+        print("\n\n".join(shown))
         return
     print(f"{chosen.file}: valid")
+
+
+def diagnosis(folder: str, prompt: str, arguments: str) -> str:
+    """Describe the pipeline of a folder and one call of it; see `fit.explain.explain`."""
+    try:
+        given = json.loads(arguments)
+    except ValueError as error:
+        raise UsageError(f"--arguments is no JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise UsageError('--arguments must be a JSON object, such as {"height": 512}')
+    if not (Path(folder) / "model_index.json").is_file():
+        raise UsageError(f"{folder}: no folder of a diffusers pipeline, it holds no model_index.json")
+    from diffusers import DiffusionPipeline  # heavy
+
+    from ertacache.fit.explain import explain
+
+    return explain(DiffusionPipeline.from_pretrained(folder, local_files_only=True), prompt, **given)
 
 
 def inspection(calibration: Calibration) -> str:

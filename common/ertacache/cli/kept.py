@@ -16,7 +16,7 @@ from ertacache.published import PHI_OVER
 
 EFFORTS = {"fast": 0, "balanced": 1, "best": 2}
 # of a calibration's settings: what was asked for, and not an argument of the pipeline; older files have the last ones
-ASKED = ("goal", "goal_value", "effort", "phi_over", "search_budget", "refine", "descent")
+ASKED = ("goal", "goal_value", "effort", "phi_over", "setting", "fitted_psnr", "search_budget", "refine", "descent")
 PLAIN = (int, float, str, bool)
 
 

@@ -45,8 +45,12 @@ def generate(pipe: Any, settings: Settings, model: ModelFolder) -> Path:
     if settings.method in ("ertacache", "paper"):
         calibration, path = obtain_calibration(pipe, settings, model)
         print(calibration.summary(), file=sys.stderr)
-    with method_attached(pipe, settings, model, calibration):
+    with method_attached(pipe, settings, model, calibration) as attached:
         pictures, seconds = _sample(pipe, prompts, settings.seed, arguments)
+        if settings.method == "auto":
+            print(attached.status(), file=sys.stderr)
+            status = attached.status()[0]
+            calibration = status.calibration if status.accelerated else None
     references = _sample(pipe, prompts, settings.seed, arguments)[0] if settings.compare else None
     files = [
         model.save(picture, out / f"{i:03d}-{slug(prompt)}", settings)
@@ -77,7 +81,22 @@ def method_attached(
     """Attach the method of `settings` inside a context."""
     if calibration is not None:
         return apply(pipe, calibration)
+    if settings.method == "auto":
+        return _enabled(pipe, settings)
     return _teacache(pipe, settings, model) if settings.method == "teacache" else nullcontext()
+
+
+def _enabled(pipe: Any, settings: Settings) -> Any:
+    from ertacache.auto.handle import MEMORY_LIMIT, enable  # loads the fit
+
+    (goal, value), limit = settings.goal(), settings.memory_limit()
+    return enable(
+        pipe,
+        effort=settings.effort if "effort" in settings.given else "fast",
+        memory_limit=MEMORY_LIMIT if limit is None else limit,
+        store=settings.path("calibration_folder"),
+        **{goal: value},
+    )
 
 
 def _teacache(pipe: Any, settings: Settings, model: ModelFolder) -> Any:

@@ -17,7 +17,7 @@ from ertacache.published import PHI_OVER
 
 GOALS = ("speedup", "computed_steps", "min_psnr", "threshold")
 EFFORTS = ("fast", "balanced", "best")
-METHODS = ("none", "paper", "teacache", "ertacache")
+METHODS = ("none", "paper", "teacache", "ertacache", "auto")
 DTYPES = ("float32", "bfloat16", "float16")
 OFFLOADS = ("none", "model", "sequential")
 
@@ -178,10 +178,12 @@ def check(settings: Settings) -> None:
         raise UsageError(f"--speedup must lie between 1 and the number of steps ({steps}), not {value:g}")
     if name == "computed_steps" and not 1 <= value <= steps:
         raise UsageError(f"--computed-steps must lie between 1 and the number of steps ({steps}), not {value}")
-    if name == "threshold" and (settings.method == "ertacache" or not value > 0):
+    if name == "threshold" and (settings.method in ("ertacache", "auto") or not value > 0):
         raise UsageError("--threshold takes a positive number and belongs to --method paper or teacache")
-    if name == "min_psnr" and not (settings.method in ("ertacache", "paper") and 0 < value < 120):
-        raise UsageError("--min-psnr takes dB between 0 and 120 and belongs to --method ertacache or paper")
+    if name == "min_psnr" and not (settings.method != "teacache" and 0 < value < 120):
+        raise UsageError("--min-psnr takes dB between 0 and 120 and belongs to --method ertacache, auto or paper")
+    if settings.method == "auto" and settings.effort == "best":
+        raise UsageError("--effort best belongs to --method ertacache: auto fits to the results as you make them")
 
 
 def check_multiple(settings: Settings, names: Sequence[str], multiple: int) -> None:

@@ -1,8 +1,8 @@
 """Run several prompts side by side, each in a call of its own, so that what cannot be a batch is fitted together.
 
-Each prompt has a thread, a copy of the pipeline and schedulers of its own, as a server gives to each request. One thread
-runs at a time. At every step of a scheduler it waits for the others; the cache then sees all prompts as one batch. The
-global random generators are each prompt's own, so what is drawn from them is what the prompt would draw alone.
+Each prompt has a thread, a copy of the pipeline, and schedulers of its own, as a server gives to each request. One
+thread runs at a time. At every step of a scheduler it waits for the others; the cache then sees all prompts as one
+batch. The global random generators are each prompt's own, so what is drawn from them is what it would draw alone.
 """
 
 import contextlib
@@ -43,8 +43,8 @@ def own_generators(seed: int) -> Iterator[None]:
 
 
 def generator_state() -> tuple[Any, ...]:
-    """Of the global random generators: torch's on the CPU and the present CUDA device, Python's and numpy's."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    """Of the global random generators: torch's on the CPU and on all CUDA devices, Python's and numpy's."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()
 
 
@@ -53,7 +53,7 @@ def restore(state: tuple[Any, ...]) -> None:
     cpu, cuda, python, numpy = state
     torch.set_rng_state(cpu)
     if cuda is not None:
-        torch.cuda.set_rng_state(cuda)
+        torch.cuda.set_rng_state_all(cuda)
     random.setstate(python)
     np.random.set_state(numpy)
 
@@ -92,13 +92,22 @@ class Turns:
                 thread.join()
         finally:
             restore(state)
-        if self.failure is not None:
-            raise self.failure
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # no circle keeps what the threads held
         return self.results
+
+    @property
+    def place(self) -> int:
+        """Of this thread."""
+        return self.places[threading.get_ident()]
 
     def meet(self, item: Any) -> Any:
         """Wait until all have brought an item, and return what `together` made of them for this thread."""
-        place = self.places[threading.get_ident()]
+        place = self.place
         if self.over:
             raise StateError("the prompts' runs differ in their number of steps: calibrate with prompts of one kind")
         self.brought[place] = item
@@ -173,37 +182,51 @@ class Part:
             restore(state)
 
 
+def joined(batches: Sequence[Tensor]) -> Tensor:
+    """One batch of several: flat where their shapes differ, filled up with zeros, which add nothing to any sum."""
+    if len({batch.shape[1:] for batch in batches}) == 1:
+        return torch.cat(list(batches))
+    flat = [batch.flatten(1) for batch in batches]
+    width = max(batch.shape[1] for batch in flat)
+    return torch.cat([torch.nn.functional.pad(batch, (0, width - batch.shape[1])) for batch in flat])
+
+
+def parted(batch: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """What `joined` made one batch of, in the shapes of these."""
+    pieces = zip(batch.split([len(one) for one in like]), like, strict=True)
+    return [p if p.shape == one.shape else p[:, : one[0].numel()].reshape(one.shape) for p, one in pieces]
+
+
 class JointCall:
     """The calls of all prompts as one; the batch of each is a piece of it."""
 
     def __init__(self, parts: Sequence[Part]):
         self.parts = parts
-        self.sizes = [len(part.call.sample) for part in parts]
-        self.config = getattr(parts[0].scheduler, "config", {})
-        self.model_output = torch.cat([part.call.model_output for part in parts])
-        self.sample = torch.cat([part.call.sample for part in parts])
+        self.samples = [part.call.sample for part in parts]
+        self.model_output = joined([part.call.model_output for part in parts])
+        self.sample = joined(self.samples)
 
     def affine(self) -> tuple[Tensor, Any]:
         """F and c of all; see `solver.affine_step`."""
         offsets, gains = zip(*(part.asked(affine_step) for part in self.parts), strict=True)
-        offset = torch.cat(offsets)
+        offset = joined(offsets)
         if not any(isinstance(gain, Tensor) for gain in gains) and np.ptp(gains) <= 1e-4 * abs(np.mean(gains)):
             return offset, float(np.mean(gains))
         whole = [torch.as_tensor(g).to(o).expand_as(o) for g, o in zip(gains, offsets, strict=True)]
-        return offset, torch.cat(whole)
+        return offset, joined(whole)
 
     def is_affine(self, offset: Tensor, gain: Any) -> bool:
         """Whether each is F + c o; see `solver.is_affine`."""
-        gains = gain.split(self.sizes) if isinstance(gain, Tensor) else [gain] * len(self.parts)
-        offsets = offset.split(self.sizes)
+        gains = parted(gain, self.samples) if isinstance(gain, Tensor) else [gain] * len(self.parts)
+        offsets = parted(offset, self.samples)
         return all(p.asked(is_affine, o, g) for p, o, g in zip(self.parts, offsets, gains, strict=True))
 
 
 class Seat(Cache):
-    """One prompt's side of a cache that all of them share."""
+    """One prompt's side of a cache that all of them share, with placeholders of its own."""
 
-    def __init__(self, shared: Cache, meet: Callable[[Any], Any], index: int = 0):
-        self.shared, self.meet, self.index = shared, meet, index
+    def __init__(self, shared: Cache, meet: Callable[[Any], Any], index: int = 0, blanks: Sequence[Any] = ()):
+        self.shared, self.meet, self.index, self.blanks = shared, meet, index, blanks
 
     def computes(self, step: int) -> bool:
         return self.shared.computes(step)
@@ -227,6 +250,7 @@ class Lockstep:
         bodies: from a copy of the pipeline with schedulers of its own to what its call returns.
         seeds: of the global random generators in each call.
         stepped: told each step, the latents of all after it, and the stream's index.
+        blanks: placeholders of each call, where they differ.
     """
 
     def __init__(
@@ -235,8 +259,10 @@ class Lockstep:
         bodies: Sequence[Callable[[Any], Any]],
         seeds: Sequence[int],
         stepped: Callable[[int, Tensor, int], None],
+        blanks: Sequence[Sequence[Any]] = (),
     ):
         self.shared, self.bodies, self.seeds, self.told = shared, bodies, seeds, stepped
+        self.blanks = blanks or [()] * len(bodies)
         self.begun = False
         self.after: list[Tensor] = []
 
@@ -252,13 +278,13 @@ class Lockstep:
         """The seat of the thread whose run begins."""
         if not self.begun:
             self.shared, self.begun = self.shared.begin(scheduler), True
-        return Seat(self.shared, self.turns.meet)
+        return Seat(self.shared, self.turns.meet, blanks=self.blanks[self.turns.place])
 
     def stepped(self, step: int, latents: Tensor, stream: int) -> None:
         """Gather the latents of all."""
         self.after.append(latents)
         if len(self.after) == len(self.bodies):
-            latents, self.after = torch.cat(self.after), []
+            latents, self.after = joined(self.after), []
             self.told(step, latents, stream)
 
     def _together(self, brought: list[tuple[int, int, Part]]) -> list[Tensor]:
@@ -267,7 +293,7 @@ class Lockstep:
         step, index, _ = brought[0]
         joint = JointCall([part for *_, part in brought])
         output = self.shared.stream(index).output(step, joint)
-        return list(output.split(joint.sizes))
+        return parted(output, [part.call.model_output for part in joint.parts])
 
 
 def own_copy(pipe: Any) -> Any:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ertacache.cache import Cache
 from ertacache.fit.runs import Runs
-from ertacache.metrics import psnr, worst_decile
+from ertacache.metrics import worst_decile
 
 FOLDS = 2
 
 
 def cross_validate(runs: Runs, fitted_to: Callable[[Sequence[int]], Cache]) -> dict[str, Any] | None:
-    """PSNR in dB to the uncached results: mean, its range, worst decile, each prompt's; None for a single prompt.
+    """PSNR in dB to the uncached results: mean, its range, worst decile and each prompt's; None for a single prompt.
 
     Fold i leaves out the prompts i, i + FOLDS, ...
 
@@ -28,7 +28,12 @@ def cross_validate(runs: Runs, fitted_to: Callable[[Sequence[int]], Cache]) -> d
     for fold in range(FOLDS):
         left_out = list(range(fold, len(runs), FOLDS))
         rows = [row for row in range(len(runs)) if row not in left_out]
-        values[left_out] = psnr(runs.pixels(fitted_to(rows)), runs.record.pixels)[left_out].float()
+        values[left_out] = runs.quality(fitted_to(rows))[left_out]
+    return {**quality_of(values), "each": values.tolist()}
+
+
+def quality_of(values: Tensor) -> dict[str, Any]:
+    """What a file says of the PSNR in dB of prompts that were left out, (P,)."""
     return {
         "psnr": float(values.mean()),
         "psnr_range": mean_range(values),

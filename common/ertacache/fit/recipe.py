@@ -4,25 +4,24 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import date
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from ertacache import provenance, solver
 from ertacache.api import check_parts_of
 from ertacache.cache import Cache, Coefficients
-from ertacache.calibration import Calibration, calibration_fields, check_computed_steps, computed_steps_for
+from ertacache.calibration import Bundle, Calibration, calibration_fields, check_computed_steps, computed_steps_for
 from ertacache.checks import PER_PROMPT, check_no_other_cache
 from ertacache.errors import CalibrationError
 from ertacache.fit.end_to_end import Refined, fit_end_to_end, prompts_within
-from ertacache.fit.predict import FOLDS, cross_validate
+from ertacache.fit.predict import FOLDS, cross_validate, quality_of
 from ertacache.fit.published import fit_published
 from ertacache.fit.record import Record
 from ertacache.fit.runs import MICRO_BATCH, TRIED_STEPS, Runs, quiet, record_runs
 from ertacache.fit.schedule import choose_steps
 from ertacache.fit.step_by_step import StepFit, fit_last_step, fit_step_by_step
 from ertacache.intercept import attachment_of
-from ertacache.metrics import psnr, worst_decile
 from ertacache.published import PHI_OVER
 from ertacache.replay import cache_of
 from ertacache.schema import CALIBRATED_METHODS
@@ -34,12 +33,20 @@ RUIN = 20.0  # dB, by which the published method must not be worse
 BEST_RUNS = 100  # uncached runs that effort "best" may cost in all
 
 
+@overload
+def calibrate(pipe: Any, prompts: Any = None, *, speedup: Sequence[float], **rest: Any) -> Bundle: ...
+
+
+@overload
+def calibrate(pipe: Any, prompts: Any = None, *, speedup: float | None = None, **rest: Any) -> Calibration: ...
+
+
 def calibrate(
     pipe: Any,
     prompts: str | Sequence[str] | None = None,
     *,
     seeds: Sequence[int] | int = (0,),
-    speedup: float | None = None,
+    speedup: float | Sequence[float] | None = None,
     computed_steps: int | None = None,
     min_psnr: float | None = None,
     threshold: float | None = None,
@@ -52,8 +59,10 @@ def calibrate(
     progress: bool = True,
     model_id: str | None = None,
     **pipe_kwargs: Any,
-) -> Calibration:
+) -> Calibration | Bundle:
     """Calibrate a pipeline for one goal: speedup, computed_steps, min_psnr or threshold.
+
+    A list of `speedup` or of `num_inference_steps` makes a bundle, from one recording for each number of steps.
 
     Args:
         pipe: a diffusers pipeline with a transformer and a scheduler.
@@ -64,8 +73,8 @@ def calibrate(
         computed_steps: K itself.
         min_psnr: dB to the uncached result; the smallest K whose predicted PSNR reaches it.
         threshold: the published method's lambda.
-        effort: "fast", "balanced" or "best": 1.5 P, 2.5 P and at most 100 uncached runs for P prompts and K = N / 2.
-            "fast" predicts no quality; "best" fits end to end.
+        effort: "fast", "balanced" or "best": 1.5 P, 2.5 P + 2 and at most 100 uncached runs for P prompts and
+            K = N / 2. "fast" predicts no quality; "best" fits end to end.
         method: "ertacache", or "paper" for the published one, which alone takes `threshold`.
         phi_over: of method "paper": what its timestep adjustment measures an error by, "output" or "change".
         per_prompt: arguments of which each prompt has its own, as lists: {"image": images}, {"prompt_embeds": ...}.
@@ -77,47 +86,72 @@ def calibrate(
         pipe_kwargs: everything else goes to the pipeline (num_inference_steps, height, width, ...).
 
     Returns:
-        The calibration, not saved yet. It computes all steps where fewer do not reach `min_psnr`; the published
-        method may compute fewer than asked for, where its threshold reaches no such number.
+        The calibration or the bundle, not saved yet. It computes all steps where fewer do not reach `min_psnr`; the
+        published method may compute fewer than asked for, where its threshold reaches no such number.
 
     Raises:
         CalibrationError: the request is not one of the above, or cannot be met.
         NumericsError: an output of the transformer holds NaN or Inf; it is looked at in every step.
         StateError: the pipeline's calls do not form runs that can be followed.
     """
-    goal = _goal(method, speedup=speedup, computed_steps=computed_steps, min_psnr=min_psnr, threshold=threshold)
+    speedups = list(speedup) if isinstance(speedup, Sequence) else [speedup]
+    given = pipe_kwargs.get("num_inference_steps")
+    counts = list(given) if isinstance(given, Sequence) else [given]
+    others = {"computed_steps": computed_steps, "min_psnr": min_psnr, "threshold": threshold}
+    goals = [_goal(method, speedup=one, **others) for one in speedups]
+    if not goals or not counts:
+        raise CalibrationError("speedup and num_inference_steps must not be empty")
     for name, value, allowed in (("phi_over", phi_over, PHI_OVER), ("effort", effort, EFFORTS)):
         if value not in allowed:
             raise CalibrationError(f"{name} is {value!r}: it must be one of {', '.join(allowed)}")
     seeds = (seeds,) if isinstance(seeds, int) else seeds
     _check_request(pipe, prompts, micro_batch, {**(per_prompt or {}), **pipe_kwargs})
-    cost = Cost(goal, effort)
-    with quiet(pipe), torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
-        runs = record_runs(
-            pipe,
-            prompts,
-            seeds,
-            pipe_kwargs,
-            per_prompt=per_prompt,
-            micro_batch=micro_batch,
-            progress=progress,
-            memory_limit=memory_limit,
-            on_begin=cost.announce,
-        )
-        if method == "paper":
-            make: Make = lambda k: fit_paper(runs, k, threshold, phi_over, effort)  # noqa: E731
-        else:
-            make = lambda k: fit(runs, k, effort)  # noqa: E731
-        wanted = _computed_steps(goal, runs.record.num_steps)
-        made = make(wanted) if min_psnr is None else _smallest(runs, make, min_psnr)
-        if effort != "fast":
-            made = guarded(runs, made, cost.say)
-    cost.close(runs)
-    asked = {"goal": goal[0], "goal_value": goal[1]}
-    if goal[0] == "speedup":
-        asked = {"goal": "computed_steps", "goal_value": wanted}
     said = {"effort": effort} if method == "ertacache" else {"phi_over": phi_over}
-    return replace(made, **provenance_of(runs, model_id, {**asked, **said}))
+    made: list[Calibration] = []
+    for count in counts:
+        cost = Cost(goals, effort)
+        with quiet(pipe), torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
+            runs = record_runs(
+                pipe,
+                prompts,
+                seeds,
+                pipe_kwargs if count is None else {**pipe_kwargs, "num_inference_steps": count},
+                per_prompt=per_prompt,
+                micro_batch=micro_batch,
+                progress=progress,
+                memory_limit=memory_limit,
+                on_begin=cost.announce,
+            )
+            if method == "paper":
+                make: Make = lambda k: fit_paper(runs, k, threshold, phi_over, effort)  # noqa: B023,E731
+            else:
+                make = lambda k: fit(runs, k, effort)  # noqa: B023,E731
+            fitted = [_reached(runs, make, goal, effort, cost.say) for goal in goals]
+        cost.close(runs)
+        made += [replace(one, **provenance_of(runs, model_id, {**asked, **said})) for one, asked in fitted]
+    return made[0] if speedups == [speedup] and counts == [given] else Bundle(made)
+
+
+def calibrate_runs(
+    runs: Runs, goal: tuple[str, Any], effort: str, say: Callable[[str], None], **settings: Any
+) -> Calibration:
+    """Calibrate on runs that were recorded before, for a goal ("speedup", 2.0); `settings` go to the file as well."""
+    with quiet(runs.pipe), torch.inference_mode(torch.is_inference_mode_enabled()), torch.no_grad():
+        made, asked = _reached(runs, lambda k: fit(runs, k, effort), goal, effort, say)
+    return replace(made, **provenance_of(runs, None, {**asked, "effort": effort, **settings}))
+
+
+def _reached(
+    runs: Runs, make: "Make", goal: tuple[str, Any], effort: str, say: Callable[[str], None]
+) -> tuple[Calibration, dict[str, Any]]:
+    """The calibration that reaches a goal, and the goal as a file says it."""
+    wanted = _computed_steps(goal, runs.record.num_steps)
+    made = _smallest(runs, make, goal[1]) if goal[0] == "min_psnr" else make(wanted)
+    if effort != "fast":
+        made = guarded(runs, made, say)
+    if goal[0] == "speedup":
+        return made, {"goal": "computed_steps", "goal_value": wanted}
+    return made, {"goal": goal[0], "goal_value": goal[1]}
 
 
 def most_evaluations(effort: str, prompts: int, steps: int, computed: int) -> int:
@@ -188,7 +222,7 @@ def guarded(runs: Runs, made: Calibration, say: Callable[[str], None]) -> Calibr
     some = runs.first(GUARD_PROMPTS)
     values = values[: len(some)]
     cache = cache_of(plain_reuse(runs.record, made.computed_steps))
-    plain = psnr(some.pixels(cache), some.record.pixels).float()
+    plain = some.quality(cache)
     gain = float(torch.tensor(values).mean() - plain.mean())
     if gain >= -HARM:
         return made
@@ -202,8 +236,7 @@ def guarded(runs: Runs, made: Calibration, say: Callable[[str], None]) -> Calibr
         return made
     say(f"the fitted coefficients lose {-gain:.1f} dB to plain reuse on prompts left out: plain reuse is kept")
     kept = plain_reuse(runs.record, made.computed_steps)
-    predicted = {"psnr": float(plain.mean()), "psnr_p10": float(worst_decile(plain, True)), "folds": FOLDS}
-    return replace(kept, predicted=predicted)
+    return replace(kept, predicted=quality_of(plain))
 
 
 def _check_request(pipe: Any, prompts: Any, micro_batch: int, arguments: Mapping[str, Any]) -> None:
@@ -332,25 +365,29 @@ def _computed_steps(goal: tuple[str, Any], steps: int) -> int | None:
 class Cost:
     """Print what a calibration costs before its first evaluation, and what it took."""
 
-    def __init__(self, goal: tuple[str, Any], effort: str):
-        self.goal, self.effort, self.steps = goal, effort, 0
+    def __init__(self, goals: list[tuple[str, Any]], effort: str):
+        self.goals, self.effort, self.steps = goals, effort, 0
         self.bar: Any = None
 
     def announce(self, bar: Any, prompts: int, steps: int) -> None:
         """Print the most that it takes; raises CalibrationError for a K that cannot be."""
-        self.bar, self.steps, computed = bar, steps, _computed_steps(self.goal, steps)
-        if computed is not None:
-            check_computed_steps(steps, computed)
-        spent = bar.n  # by a recording that could not be repeated
-        bar.total = most_evaluations(self.effort, prompts, steps, steps if computed is None else computed)
-        if self.goal[0] == "min_psnr":
-            if self.effort == "fast" or prompts < FOLDS:
-                raise CalibrationError("min_psnr needs a prediction: two prompts or more, and more effort than fast")
-            # a calibration for every K that bisection tries
-            bar.total = prompts * steps + (steps.bit_length() + 1) * (bar.total - prompts * steps)
-        bar.total += spent
-        known = f", {computed} computed" if computed is not None else ""
-        self._print(bar, f"at most {self._in_runs(bar.total)} for {prompts} prompts of {steps} steps{known}")
+        self.bar, self.steps, recorded = bar, steps, prompts * steps
+        total, known = recorded + bar.n, []  # what was spent by a recording that could not be repeated too
+        for goal in self.goals:
+            computed = _computed_steps(goal, steps)
+            if computed is not None:
+                check_computed_steps(steps, computed)
+                known.append(str(computed))
+            fitted = most_evaluations(self.effort, prompts, steps, steps if computed is None else computed) - recorded
+            if goal[0] == "min_psnr":
+                if self.effort == "fast" or prompts < FOLDS:
+                    raise CalibrationError(
+                        "min_psnr needs a prediction: two prompts or more, and more effort than fast"
+                    )
+                fitted *= steps.bit_length() + 1  # a calibration for every K that bisection tries
+            total += fitted
+        bar.total, said = total, f", {' and '.join(known)} computed" if known else ""
+        self._print(bar, f"at most {self._in_runs(total)} for {prompts} prompts of {steps} steps{said}")
 
     def close(self, runs: Runs) -> None:
         """Print what it took."""
@@ -372,7 +409,7 @@ class Cost:
 
 def provenance_of(runs: Runs, model_id: str | None, effort: dict[str, Any]) -> dict[str, Any]:
     pipe = runs.pipe
-    plain = {k: v for k, v in {**runs.kwargs, **effort}.items() if isinstance(v, (int, float, str, bool))}
+    plain = {k: v for k, v in {**runs.kwargs, **effort}.items() if isinstance(v, provenance.PLAIN)}
     plain |= dict.fromkeys(runs.per_prompt, PER_PROMPT)
     identity = provenance.pipeline_identity(pipe)
     return {

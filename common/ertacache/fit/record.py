@@ -119,7 +119,7 @@ class Recording(Cache):
 
     def stream(self, index: int) -> Cache:
         if index > len(self.streams):
-            made = Recording(self.memory_limit)
+            made = type(self)(self.memory_limit)
             made._forget(self.timesteps, self.sigmas)
             self.streams.append(made)
         return super().stream(index)

@@ -1,4 +1,4 @@
-"""Run the pipeline on the calibration prompts again, with the same noise every time; in one batch where that is right."""
+"""Run the pipeline on the calibration prompts again, with the same noise; in one batch where that is right."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ertacache.attach import Attachment, attached, blank_of, networks_of
-from ertacache.cache import Cache
+from ertacache.cache import Cache, Call
 from ertacache.errors import CalibrationError, ERTACacheError
 from ertacache.fit.lockstep import Lockstep, own_generators
 from ertacache.fit.record import Record, Recording
 from ertacache.intercept import Interception, attachment_of, uncompiled
+from ertacache.metrics import psnr
 
 MICRO_BATCH = 8
 # arguments of the pipeline that calibration sets itself; how many a prompt makes no part of a calibration
@@ -26,8 +27,18 @@ TRIED_STEPS = 2  # at which a prompt's outputs alone must be those that it has a
 SAME = {torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 0.1}
 
 
-class TriedError(Exception):
-    """Ends a run after its first steps."""
+class TriedError(BaseException):  # which no pipeline logs
+    """Ends a run at its first steps."""
+
+
+class Trial(Recording):
+    """Record the outputs of the first steps only."""
+
+    def output(self, step: int, call: Call, scheduler: Any = None) -> Tensor:
+        result = super().output(step, call, scheduler)
+        if step + 1 >= TRIED_STEPS:
+            raise TriedError
+        return result
 
 
 @dataclass
@@ -42,6 +53,7 @@ class Runs:
         bar: progress bar, which counts a unit for each prompt of an evaluation.
         alone: whether each prompt is run in a call of its own; see lockstep.py.
         blanks: placeholders for one prompt, once the transformer ran; None where it must run at step 0.
+        fills: whether networks are given objects that they may fill at step 0 for later ones, such as key-value caches.
         every_step: shares of a step's work that other modules do, by name.
     """
 
@@ -55,6 +67,7 @@ class Runs:
     per_prompt: dict[str, list[Any]] = field(default_factory=dict)
     alone: bool = False
     blanks: list[Any] | None = None
+    fills: bool = False
     every_step: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -71,6 +84,10 @@ class Runs:
     def errors(self, cache: Cache) -> Tensor:
         """Mean squared error (P,) of the final latents under a cache."""
         return self.record.squared_errors(self.latents(cache))
+
+    def quality(self, cache: Cache) -> Tensor:
+        """PSNR (P,) in dB of the decoded results under a cache to the recorded ones."""
+        return psnr(self.pixels(cache), self.record.pixels).float()
 
     def subset(self, rows: Sequence[int]) -> "Runs":
         """The runs of some prompts, with a record of their own."""
@@ -113,9 +130,8 @@ class Runs:
         calls = [self._arguments([row], output_type) for row in range(len(self))]
         if self.alone:
             steps = Lockstep(cache, [lambda pipe, c=call: pipe(**c) for call in calls], self.seeds, keep)
-            with attached(
-                self.pipe, steps.begin, stepped=steps.stepped, check="step", blanks=self.blanks, **told
-            ) as on:
+            options = {**told, "call": self._call, "stepped": steps.stepped, "check": "step", "blanks": self.blanks}
+            with attached(self.pipe, steps.begin, **options) as on:
                 result = steps.run(self.pipe)
                 self._learn(on, 1)
             return result
@@ -141,28 +157,23 @@ class Runs:
 
     def _learn(self, attachment: Attachment, prompts: int) -> None:
         """Keep placeholders for one prompt, where the transformer makes nothing but a tensor with the batch first."""
-        blanks = attachment.blanks
-        plain = all(
-            isinstance(b, (tuple, Mapping)) and len(b) == 1 and isinstance(b[0], Tensor) and len(b[0]) % prompts == 0
-            for b in blanks
-        )
-        self.blanks = [blank_of(b, len(b[0]) // prompts) for b in blanks] if plain and blanks else None
+        self.blanks = None if self.fills else blanks_of_one(attachment.blanks, prompts)
 
     def _call(self, interception: Interception, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self.fills = self.fills or not all(map(is_plain, (*args, *kwargs.values())))
+        if self.alone:
+            return interception.run(*args, **kwargs)
         return in_micro_batches(interception, args, kwargs, self.micro_batch)
+
+    def _tried(self) -> "Runs":
+        return replace(self.first(1), alone=True)
 
     def repeats(self) -> bool:
         """Whether the first prompt alone, run for its first steps once more, gives the outputs that were recorded."""
-        trial, tried = Recording(), replace(self.first(1), alone=True)
-
-        def keep(step: int, latents: Tensor, stream: int) -> None:
-            trial.stepped(step, latents, stream)
-            self.bar.update(1 if stream == 0 else 0)
-            if step + 1 >= TRIED_STEPS and not stream:
-                raise TriedError
-
+        trial, tried = Trial(), self._tried()
         with suppress(TriedError):
-            tried._results(trial, keep, "latent", started=trial.started)
+            tried._results(trial, trial.stepped, "latent", started=trial.started)
+        self.bar.update(len(trial.outputs) * len(tried))
         pairs = zip(trial.outputs, tried.record.outputs, strict=False)
         return all(float((a.float() - b.float()).norm()) <= SAME[b.dtype] * float(b.float().norm()) for a, b in pairs)
 
@@ -224,9 +235,7 @@ def record_runs(
         with counted(pipe) as work:
             pixels = runs._run(recording, True, recording)
         runs.record = recording.record(pixels)
-        network = size_of(pipe.transformer) * count * sum(runs.record.branches)
-        total = network + sum(work.values())
-        runs.every_step = {name: round(value / total, 4) for name, value in work.items() if value > 1e-3 * total}
+        runs.every_step = shares(work, pipe, count * sum(runs.record.branches[1:]))  # as of the others
         return runs.repeats()
 
     if not runs.alone:
@@ -249,11 +258,11 @@ def record_runs(
 
 @contextmanager
 def counted(pipe: Any) -> Iterator[dict[str, float]]:
-    """Parameters times samples of the calls, within the steps of runs, of modules that do not rest on reused ones."""
+    """Parameters times samples of calls of modules that do not rest on reused steps, from a run's second step on."""
     work: dict[str, float] = {}
 
     def called(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if attachment_of(pipe) is not None and attachment_of(pipe).in_steps:
+        if attachment_of(pipe) is not None and attachment_of(pipe).after_first_step:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
             work[name] = work.get(name, 0.0) + size_of(module) * (len(tensors[0]) if tensors else 1)
 
@@ -269,9 +278,33 @@ def counted(pipe: Any) -> Iterator[dict[str, float]]:
             hook.remove()
 
 
+def shares(work: dict[str, float], pipe: Any, samples: float) -> dict[str, float]:
+    """Of each module in the work of steps in which the transformer sees so many samples."""
+    total = size_of(pipe.transformer) * samples + sum(work.values()) or 1.0
+    return {name: round(value / total, 4) for name, value in work.items() if value > 1e-3 * total}
+
+
+def blanks_of_one(blanks: Sequence[Any], prompts: int) -> list[Any] | None:
+    """Placeholders for one prompt from those for several; None where a network returns more than a batch of these."""
+    plain = all(
+        isinstance(b, (tuple, Mapping)) and len(b) == 1 and isinstance(b[0], Tensor) and len(b[0]) % prompts == 0
+        for b in blanks
+    )
+    return [blank_of(b, len(b[0]) // prompts) for b in blanks] if plain and blanks else None
+
+
 def size_of(module: nn.Module) -> int:
     """How many parameters a module has, at least one."""
     return sum(parameter.numel() for parameter in module.parameters()) or 1
+
+
+def is_plain(value: Any) -> bool:
+    """Whether an argument holds tensors and plain values only."""
+    if isinstance(value, (list, tuple, set)):
+        return all(map(is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(is_plain, value.values()))
+    return isinstance(value, (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device))
 
 
 def rows_of(name: str, values: Any) -> list[Any]:

@@ -32,6 +32,11 @@ class TrajectoryStore:
         """The folder that files go to, whether or not there are any."""
         return self._files.name if self._files is not None else tempfile.gettempdir()
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether what is kept stays in memory."""
+        return self._files is None
+
     def plan(self, total_bytes: int) -> None:
         """Announce how much will be kept, which decides where all of it goes.
 
@@ -51,10 +56,17 @@ class TrajectoryStore:
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A contiguous host copy of `tensor`, in memory or in a file."""
+        # a copy even of a host tensor: the sampling loop may write into its own
+        host = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         if self._files is None:
-            # a copy even of a host tensor: the sampling loop may write into its own
-            return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            return host
         path = Path(self._files.name) / f"{self._count:05d}.bin"
         self._count += 1
-        mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        return mapped.view(tensor.shape).copy_(tensor.detach())
+        values = host.reshape(-1)
+        try:  # written, not copied into the mapped file: a disk that is full would end the process there
+            with open(path, "xb") as file:
+                file.write(values.view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise CalibrationError(f"{path} cannot be written ({error.strerror}): make room there") from error
+        mapped = torch.from_file(str(path), shared=True, size=values.numel(), dtype=values.dtype)
+        return mapped.view(host.shape)

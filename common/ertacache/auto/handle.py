@@ -1,0 +1,549 @@
+"""Accelerate a pipeline without calibrating it first: watch its first results, fit to them, remember the fit."""
+
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ertacache import checks, provenance, solver
+from ertacache.api import check_parts_of, remove
+from ertacache.attach import Attachment, Run
+from ertacache.auto.follow import Follower, is_own
+from ertacache.auto.setting import KEY, Goal, Setting, facts_of, fits, grid_facts
+from ertacache.auto.state import Call, Facts, Known, Options, SettingStatus, Status, promise
+from ertacache.auto.store import Store
+from ertacache.auto.watch import (
+    CALLBACK,
+    CALLBACKS,
+    RepeatableCall,
+    SeenCallback,
+    Uncached,
+    WatchedCall,
+    WatchedRuns,
+    Watching,
+)
+from ertacache.cache import Cache
+from ertacache.calibration import Calibration
+from ertacache.errors import CalibrationError, EnableWarning, ERTACacheError, MismatchError
+from ertacache.fit.recipe import calibrate_runs, most_evaluations
+from ertacache.fit.runs import blanks_of_one, quiet
+from ertacache.replay import cache_of
+
+SAMPLES = 4
+MEMORY_LIMIT = 2 * 2**30  # bytes of trajectories in memory; the calls above it go to files
+KEPT_LIMIT = 8 * 2**30  # bytes of all trajectories, in memory and files; the setting used longest ago loses its own
+EFFORTS = ("fast", "balanced")
+ATTEMPTS = 3  # fits that may fail at a setting before it stays uncached
+AUDITS = 4  # whose mean is held against what was promised
+AUDIT_MARGIN = 3.0  # dB
+
+
+def enable(
+    pipe: Any,
+    *,
+    speedup: float | None = None,
+    computed_steps: int | None = None,
+    min_psnr: float | None = None,
+    samples: int = SAMPLES,
+    effort: str = "fast",
+    strict: bool = False,
+    audit_every: int | None = None,
+    retry: bool = True,
+    memory_limit: int = MEMORY_LIMIT,
+    store: str | Path | None = None,
+    progress: bool = True,
+) -> "Enabled":
+    """Accelerate a pipeline from its fifth result on, and at once where a process before has calibrated it.
+
+    The first results at each setting (model, weights, scheduler, noise grid, guidance on or off, dtype) are made
+    without the cache and watched. Then the cache is calibrated on these calls, made again with the same noise, and
+    every later run at that setting is accelerated. No run is refused.
+
+    Args:
+        pipe: a diffusers pipeline with a transformer and a scheduler.
+        speedup: N / K; 2 unless another goal is given.
+        computed_steps: K itself.
+        min_psnr: dB to the uncached result; takes the effort of a prediction, "balanced".
+        samples: results to watch at each setting; a batch of 4 is 4.
+        effort: of the fit, "fast" or "balanced": about 2 or 6 uncached runs for 4 samples at 2x, once for a setting.
+            "balanced" predicts the quality.
+        strict: guidance scale, shape of the latents and adapters (LoRA) make settings of their own. Otherwise a run
+            that differs in these only warns.
+        audit_every: make every n-th accelerated result both ways and compare; you get the uncached one.
+        retry: after a fit that failed, try again at the next calls, three times; otherwise stay uncached.
+        memory_limit: bytes of recorded trajectories that stay in host memory; calls above it go to files in the
+            system's temporary folder.
+        store: folder of the calibrations; `ERTACACHE_HOME` or the platform's cache folder by default.
+        progress: say what a call waits for, and show a bar.
+
+    Returns:
+        The handle. Replaces what was attached to the pipeline before.
+
+    Raises:
+        CalibrationError: an argument has an impossible value.
+        MismatchError: this is not a pipeline with a transformer and a scheduler.
+        StateError: its transformer or its scheduler is attached as part of another pipeline.
+    """
+    effort = "balanced" if min_psnr is not None else effort
+    if effort not in EFFORTS:
+        raise CalibrationError(f"effort is {effort!r}: enable takes {' or '.join(EFFORTS)}; for more use calibrate")
+    for name, value in (("samples", samples), ("audit_every", audit_every), ("memory_limit", memory_limit)):
+        lowest = 0 if name == "memory_limit" else 1
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < lowest):
+            raise CalibrationError(f"{name} is {value!r}: it must be a whole number from {lowest}")
+    check_parts_of(pipe)
+    goal = Goal.of(speedup=speedup, computed_steps=computed_steps, min_psnr=min_psnr)
+    remove(pipe)
+    options = Options(samples, effort, strict, audit_every, retry, memory_limit, progress)
+    return Enabled(pipe, goal, options, Store(store))
+
+
+class Enabled:
+    """What `enable` returns. As a context manager it disables at the end.
+
+    Attributes:
+        pipe: what it is attached to.
+    """
+
+    def __init__(self, pipe: Any, goal: Goal, options: Options, store: Store):
+        self.pipe, self.options, self.store = pipe, options, store
+        self._goal = goal
+        self._known: dict[str, Known] = {}  # by the setting's key, the last used at the end
+        self._local = threading.local()
+        self._gate = threading.Condition()
+        self._active = 0  # calls under way
+        self._fitting: int | None = None  # the thread that fits
+        self._follower = Follower(pipe, self)
+        self._follower.attach()
+        self._closed, self._replaced = False, None  # as for `api.Applied`
+
+    @property
+    def _attachment(self) -> Follower:
+        return self._follower
+
+    # -- what a user calls -------------------------------------------------------------------------------
+
+    def disable(self) -> None:
+        """Leave the pipeline as it was before `enable`, and forget what was watched."""
+        if self._follower.interceptions:
+            remove(self.pipe)
+        self._closed = True
+        self._known.clear()
+
+    def __enter__(self) -> "Enabled":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.disable()
+
+    def status(self) -> Status:
+        """Where each setting stands; print it."""
+        return Status(self._status(known) for known in reversed(self._known.values()))
+
+    def _status(self, k: Known) -> SettingStatus:
+        made = k.calibration(self._goal)
+        refused = None if made else k.refused
+        return SettingStatus(
+            str(k.setting), k.samples, self.options.samples, made, k.accelerated, k.saved_calls, [*k.audits], refused
+        )
+
+    @property
+    def speedup(self) -> float | None:
+        """The goal of the runs to come, if it is a speed-up; 1 leaves them uncached. Set it to change it.
+
+        Another speed-up is fitted to the same watched results while they are in memory.
+        """
+        return self._goal.value if self._goal.name == "speedup" else None
+
+    @speedup.setter
+    def speedup(self, value: float) -> None:
+        self._goal = Goal.of(speedup=value)
+        for known in self._known.values():
+            known.refused, known.failures = None, 0
+
+    @contextmanager
+    def using(
+        self, *, speedup: float | None = None, computed_steps: int | None = None, min_psnr: float | None = None
+    ) -> Iterator["Enabled"]:
+        """Another goal for the calls that this thread makes in the block; speedup=1 leaves them uncached."""
+        before = getattr(self._local, "goal", None)
+        self._local.goal = Goal.of(speedup=speedup, computed_steps=computed_steps, min_psnr=min_psnr)
+        try:
+            yield self
+        finally:
+            self._local.goal = before
+
+    # -- a call ------------------------------------------------------------------------------------------
+
+    def in_call(self) -> bool:
+        """Whether this thread is in a call of the pipeline."""
+        return getattr(self._local, "call", None) is not None
+
+    @contextmanager
+    def around(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[Attachment]:
+        """Frame a call of the pipeline, whose keyword arguments may be changed; fit afterwards if enough was seen."""
+        goal = getattr(self._local, "goal", None) or self._goal
+        self._enter(goal)
+        try:
+            current = self._local.call = self._current(pipe, goal, args, kwargs)
+            if current.callback is not None:
+                kwargs[CALLBACK] = current.callback
+            yield self._follower
+        finally:
+            self._local.call = None
+            self._leave()
+        self._count(current)
+        watched, known = self._watched(current), current.known
+        if watched is not None and known is not None and current.audited:
+            self._audit(known, goal, watched)
+        elif watched is not None and known is not None:
+            known.watched.append(watched)
+            self._forget_some(known)
+            self._fit_if_due(goal)
+
+    def _current(self, pipe: Any, goal: Goal, args: tuple, kwargs: dict[str, Any]) -> Call:
+        try:
+            again = RepeatableCall(pipe, args, kwargs)
+        except (CalibrationError, TypeError, RuntimeError):  # wrong arguments, which the call itself will refuse
+            return Call(pipe, goal, None, None, True)
+        given = kwargs.get(CALLBACK)
+        seen = None
+        if given is not None and callable(given) and not hasattr(given, "tensor_inputs"):  # diffusers looks for those
+            seen = SeenCallback(given, self._is_watching)
+        unseen = any(
+            name.startswith(CALLBACKS) and callable(value) and not (seen and value is given)
+            for name, value in again.arguments.items()
+        )
+        return Call(pipe, goal, again, seen, unseen)
+
+    def _is_watching(self) -> bool:
+        return self.in_call() and self._local.call.watching is not None
+
+    def _enter(self, goal: Goal) -> None:
+        """Wait while another thread fits, fit what is due, and attach to parts that were replaced."""
+        with self._gate:
+            self._gate.wait_for(lambda: self._fitting is None)
+            if not self._active and self._follower.replaced():
+                self._follower.detach()
+                self._follower = Follower(self.pipe, self)
+                self._follower.attach()
+        self._fit_if_due(goal)
+        with self._gate:
+            self._gate.wait_for(lambda: self._fitting is None)
+            self._active += 1
+
+    def _leave(self) -> None:
+        with self._gate:
+            self._active -= 1
+
+    # -- a run -------------------------------------------------------------------------------------------
+
+    def facts(self, scheduler: Any) -> Facts | None:
+        """What is to be read of a run before it begins; None where it is let be."""
+        current: Call = self._local.call
+        if current.goal == Goal("speedup", 1.0):
+            return None
+        try:
+            checks.check_no_other_cache(current.pipe)
+            found, weights = self._models(current.pipe, scheduler)
+        except Exception as error:  # whatever it is: the run is the user's
+            self.not_followed(f"{type(error).__name__}: {error}")
+            return None
+        if self.options.strict:
+            found |= {"guidance_scale": getattr(current.pipe, "guidance_scale", None), "adapted": weights}
+        current.weights = weights
+        return Facts(found, scheduler, solver.host_grid(scheduler))
+
+    @staticmethod
+    def _models(pipe: Any, scheduler: Any) -> tuple[dict[str, Any], str | None]:
+        """The facts of a run, and the fingerprint of the weights with their adapters."""
+        found, model = facts_of(pipe, scheduler), pipe.transformer
+        adapted = provenance.adapted_layers(model)  # a fingerprint takes a moment
+        return found, provenance.weights_fingerprint(model) if adapted else found["models"]["transformer"]["weights"]
+
+    def choose(self, run: Run, facts: Facts | None, latents: Tensor, first: int) -> Cache:
+        """The cache of a run, at its first step."""
+        current: Call = self._local.call
+        current.runs.append(run)
+        current.watching = None
+        if facts is None:
+            return Uncached()
+        try:
+            current.calls, current.first = run.calls, first
+            current.blanks = None if run.cache.fills else blanks_of_one(run.blanks, 1)  # type: ignore[attr-defined]
+            return self._chosen(current, run, facts, latents)
+        except Exception as error:  # whatever it is: the run is the user's
+            self.not_followed(f"{type(error).__name__}: {error}")
+            return Uncached()
+
+    def _chosen(self, current: Call, run: Run, facts: Facts, latents: Tensor) -> Cache:
+        goal, audit_every = current.goal, self.options.audit_every
+        known = current.known = self._known_of(current, run, facts, latents)
+        calibration = known.calibration(goal) or self._stored(known, goal, current.pipe)
+        if calibration is not None:
+            known.turns += 1
+            due = audit_every is not None and known.turns % audit_every == 0
+            if due and self._may_watch(current) and current.again is not None and current.again.decodes:
+                current.audited = True
+                return self._watch(current, facts.scheduler, latents)
+            return self._accelerated(current, calibration, facts, latents).begin(facts.scheduler)
+        if known.refused is not None or known.samples >= self.options.samples or not self._may_watch(current):
+            return Uncached()
+        return self._watch(current, facts.scheduler, latents)
+
+    def _known_of(self, current: Call, run: Run, facts: Facts, latents: Tensor) -> Known:
+        shape, (timesteps, sigmas) = list(latents.shape[1:]), facts.grid
+        beside = {"latents": shape} if self.options.strict else {}
+        found = {**facts.found, **grid_facts(timesteps[current.first :], sigmas[current.first :]), **beside}
+        branches = run.samples / max(1, len(latents))
+        setting = Setting({**found, "branches": branches, "streams": len(run.grids)}, f", latents {shape}")
+        known = self._known.pop(setting.key, None) or Known(setting)
+        self._known[setting.key] = known  # the last used at the end
+        return known
+
+    def _may_watch(self, current: Call) -> bool:
+        ours = current.pipe.transformer is self.pipe.transformer  # which the fit will call
+        return ours and current.again is not None and not current.unseen_callback and len(current.runs) == 1
+
+    def _watch(self, current: Call, scheduler: Any, latents: Tensor) -> Cache:
+        assert current.again is not None
+        current.again.keep()
+        taken = sum(part.bytes_in_memory for known in self._known.values() for part in known.watched)
+        current.watching = Watching(max(0, self.options.memory_limit - taken))
+        current.watching.begin(scheduler)
+        current.watching.started(latents, current.first, 0)
+        current.watching.guided(0, current.runs[0].samples / max(1, len(latents)))
+        return current.watching
+
+    def _stored(self, known: Known, goal: Goal, pipe: Any) -> Calibration | None:
+        """The calibration that another process or an earlier one has left, if it is for this setting."""
+        wanted = EFFORTS.index(self.options.effort)
+
+        def good(found: Calibration) -> bool:
+            effort = found.settings.get("effort")
+            enough = effort not in EFFORTS or EFFORTS.index(effort) >= wanted
+            return enough and fits(found, known.setting, goal, pipe)
+
+        found = self.store.find(known.setting.name(goal), good)
+        if found is not None:
+            known.calibrations[goal.label(known.setting.num_steps)] = found
+        return found
+
+    def _accelerated(self, current: Call, calibration: Calibration, facts: Facts, latents: Tensor) -> Cache:
+        known, caller = current.known, self._follower.caller
+        assert known is not None
+        checks.check_first(calibration, current.first, checks.check_grid(calibration, *facts.grid))
+        checks.check_arguments(calibration, current.pipe, provenance.arguments_of(*caller))
+        checks.check_latents(calibration, latents.shape[1:])
+        if current.weights != calibration.model.get("weights_fingerprint") and current.weights not in known.warned_of:
+            known.warned_of.add(current.weights)
+            checks.check_weights(calibration, current.pipe.transformer)
+        current.playing = calibration
+        return cache_of(calibration)
+
+    def guided(self, step: int, branches: float) -> bool:
+        """Whether an accelerated run goes on uncached, since its guidance changes as the calibrated one did not."""
+        current: Call = self._local.call
+        assert current.playing is not None
+        try:
+            checks.check_branches(current.playing, step, branches)
+        except MismatchError as error:
+            warnings.warn(f"this run goes on uncached from step {step}: {error}", EnableWarning, stacklevel=3)
+            return True
+        return False
+
+    def _count(self, current: Call) -> None:
+        """Count the accelerated runs of a call that has ended."""
+        for run in current.runs:
+            if current.known is not None and not is_own(run) and self._whole(current, run):
+                current.known.accelerated += 1
+                current.known.saved_calls += (run.step - len(run.cache.chosen.schedule)) * current.calls
+
+    def _whole(self, current: Call, run: Run) -> bool:
+        """Whether a run made all steps that it was to make; some pipelines leave the end of the grid out."""
+        left = len(run.grids[0][1]) - current.first - run.step
+        stopped = getattr(current.pipe, "_interrupt", False) or current.callback is not None or current.unseen_callback
+        return run.step > 0 and (left == 0 or not stopped)
+
+    def not_followed(self, why: str) -> None:
+        """Say why a run goes uncached."""
+        warnings.warn(f"this run goes uncached: {why}", EnableWarning, stacklevel=3)
+
+    def _watched(self, current: Call) -> WatchedCall | None:
+        """What was watched in a call that has ended."""
+        watching, known, runs = current.watching, current.known, current.runs
+        if len(runs) > 1 and known is not None and known.calibration(current.goal) is None:
+            self.not_followed("its call makes several runs, and is not watched")
+        if watching is None or known is None or len(runs) != 1 or not self._whole(current, runs[0]):
+            return None
+        assert current.again is not None
+        try:
+            if current.callback is not None and current.callback.changed:
+                raise CalibrationError("its callback changes the run, so the call alone does not say what it does")
+            watching.check()
+            record = watching.record(torch.empty(0))
+            return WatchedCall(current.again, record, current.blanks, current.weights, watching.store.in_memory)
+        except Exception as error:
+            warnings.warn(f"this run was not watched: {error}", EnableWarning, stacklevel=3)
+            return None
+
+    def _forget_some(self, known: Known) -> None:
+        """Drop what was watched at the settings used longest ago, until the rest is within the limit."""
+        others = [other for other in self._known.values() if other is not known and other.watched]
+        while others and sum(k.nbytes for k in (*others, known)) > KEPT_LIMIT:
+            others.pop(0).watched.clear()
+
+    # -- the fit -----------------------------------------------------------------------------------------
+
+    def _fit_if_due(self, goal: Goal) -> None:
+        """Fit for the setting that was used last, if enough of it was watched and nobody did it."""
+        known = next(reversed(self._known.values()), None)
+        if known is None or goal == Goal("speedup", 1.0):
+            return
+        if known.calibration(goal) is not None:
+            self._save_if_due(known, goal)
+            return
+        attempts = ATTEMPTS if self.options.retry else 1
+        if known.samples < self.options.samples or known.refused is not None or known.failures >= attempts:
+            return
+        with self._alone() as alone:
+            if alone and self._is_as_watched(known):
+                self._fit(known, goal)
+
+    def _is_as_watched(self, known: Known) -> bool:
+        """Whether the pipeline has the scheduler and the weights that its watched runs had; forget runs of others."""
+        present, weights = self._models(self.pipe, self.pipe.scheduler)
+        known.watched = [part for part in known.watched if part.weights == weights]
+        same = all(value == known.setting.facts[name] for name, value in present.items())
+        return same and known.samples >= self.options.samples
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Hold off the calls of other threads; False where some are under way."""
+        with self._gate:
+            alone = not self._active and self._fitting is None and bool(self._follower.interceptions)
+            if alone:
+                self._fitting = threading.get_ident()
+        try:
+            yield alone
+        finally:
+            if alone:
+                with self._gate:
+                    self._fitting = None
+                    self._gate.notify_all()
+
+    def _fit(self, known: Known, goal: Goal) -> None:
+        with self.store.lock(known.setting.name(goal)) as mine:
+            # where another process fits the same, this one goes on uncached until that is done
+            if not mine or self._stored(known, goal, self.pipe) is not None:
+                return
+            try:
+                made = self._fitted(known, goal)
+            except ERTACacheError as error:  # it will not go better the next time
+                known.refused = str(error)
+                warnings.warn(f"{known.setting} stays uncached: {error}", EnableWarning, stacklevel=3)
+                return
+            except BaseException as error:
+                known.failures += 1
+                if not isinstance(error, Exception):
+                    raise
+                then = "the next call tries again" if self.options.retry else "it stays uncached"
+                said = f"calibrating for {known.setting} failed ({type(error).__name__}: {error}); {then}"
+                warnings.warn(said, EnableWarning, stacklevel=3)
+                return
+            known.calibrations[goal.label(known.setting.num_steps)] = made
+            known.unsaved.add(goal)
+            self._save_if_due(known, goal)
+
+    def _fitted(self, known: Known, goal: Goal) -> Calibration:
+        """Make the calls again on accelerated trajectories, and fit to where they led uncached."""
+        steps, samples = known.setting.num_steps, known.samples
+        computed, effort = goal.computed_steps(steps), self.options.effort
+        decode = all(part.again.decodes for part in known.watched)
+        if not decode:
+            if goal.name == "min_psnr":
+                raise CalibrationError("min_psnr needs decoded results, and the watched calls gave latents")
+            effort = "fast"
+        total = None if computed is None else most_evaluations(effort, samples, steps, computed) - samples * steps
+        bar = tqdm(total=total, desc="ertacache", unit="call", disable=not self.options.progress, leave=False)
+        if self.options.progress:
+            cost = f"about {total / steps:.2g} uncached runs, " if total is not None else ""
+            said = f"ertacache: calibrating on {samples} watched results, {cost}once for this setting ({known.setting})"
+            self._say(bar)(said)
+        try:
+            with quiet(self.pipe), torch.no_grad():
+                runs = WatchedRuns.of(self._follower, known.watched, bar, decode)
+                runs.check()
+                made = calibrate_runs(runs, goal.asked(), effort, self._say(bar))
+            made.settings[KEY] = known.setting.key
+            shape = list(known.watched[0].record.latents[0].shape[1:])
+            if not decode or made.predicted:
+                return replace(made, latent_shape=shape)
+            fitted = float(runs.measured().mean())
+            return replace(made, latent_shape=shape, settings={**made.settings, "fitted_psnr": fitted})
+        finally:
+            bar.close()
+            for part in known.watched:
+                part.again.encoded.clear()
+            free = getattr(self.pipe, "maybe_free_model_hooks", None)
+            if free is not None:  # calls that were stopped on the way have left their models where they were
+                free()
+
+    def _say(self, bar: Any) -> Callable[[str], None]:
+        return lambda text: bar.write(text, file=sys.stderr) if self.options.progress else None
+
+    def _save_if_due(self, known: Known, goal: Goal) -> None:
+        """Store a calibration; where it cannot be stored, say so, and try again after the next call."""
+        if goal not in known.unsaved:
+            return
+        made = known.calibration(goal)
+        assert made is not None
+        try:
+            self.store.save(known.setting.name(goal), made)
+        except OSError as error:
+            said = f"the calibration for {known.setting} works but cannot be stored for the next process ({error})"
+            warnings.warn(said, EnableWarning, stacklevel=4)
+        else:
+            known.unsaved.discard(goal)
+
+    # -- the audit ---------------------------------------------------------------------------------------
+
+    def _audit(self, known: Known, goal: Goal, audited: WatchedCall) -> None:
+        """Make an uncached call again as the calibration has it, and keep the distance."""
+        calibration = known.calibration(goal)
+        with self._alone() as alone:
+            if not alone or calibration is None:
+                return
+            try:
+                with quiet(self.pipe), torch.no_grad():
+                    runs = WatchedRuns.of(self._follower, [audited], tqdm(disable=True), True)
+                    runs.check()
+                    measured = runs.quality(cache_of(calibration))
+            except Exception as error:
+                warnings.warn(f"this run could not be audited: {error}", EnableWarning, stacklevel=3)
+                return
+        known.audits += measured.tolist()
+        promised, last = promise(calibration)[0], known.audits[-AUDITS:]
+        mean = sum(last) / len(last)
+        if promised is not None and len(last) > 1 and mean < promised - AUDIT_MARGIN:
+            why = self._changed(calibration) or "prompts of another kind than those it was calibrated on?"
+            said = f"the last {len(last)} audits measure {mean:.1f} dB, {promised:.1f} were promised: {why}"
+            warnings.warn(said, EnableWarning, stacklevel=3)
+
+    def _changed(self, calibration: Calibration) -> str:
+        """What is known to have changed since a calibration."""
+        changed = []
+        if provenance.weights_fingerprint(self.pipe.transformer) != calibration.model.get("weights_fingerprint"):
+            changed.append("the weights changed (an adapter?)")
+        scale = getattr(self.pipe, "guidance_scale", None)
+        if scale is not None and calibration.guidance_scale is not None and scale != calibration.guidance_scale:
+            changed.append(f"guidance scale is {scale:g}, not {calibration.guidance_scale:g}")
+        return ", ".join(changed)
