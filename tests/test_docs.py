@@ -94,6 +94,7 @@ GIVEN = {
     "official-packages.md": {
         *("ertacache", "model", "scheduler", "text_encoder", "z", "prompts", "prompt", "batch_prompts_loop", "device"),
         *("model_args", "verbose", "masks", "denoise", "inp", "timesteps", "opts", "CachedPipeline", "path", "self"),
+        *("torch", "vae", "latent_size", "seed", "dtype", "num_frames", "latents", "sample", "decode"),
     },
 }
 

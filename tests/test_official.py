@@ -19,6 +19,7 @@ import ertacache
 from ertacache import provenance, solver
 from ertacache.errors import MismatchError, MismatchWarning, StateError
 from ertacache.official import ranks
+from ertacache.official.loops import EulerLoop
 
 pytest_plugins = ["bare_model_fixtures"]
 pytestmark = pytest.mark.core
@@ -264,3 +265,66 @@ def test_prompts_that_are_shared_out_need_no_other_rank(model, calibration, two_
     with ertacache.apply(model, calibration, converted=True) as applied:
         official_generate(model, "x")
     assert applied.reused_calls == 10
+
+
+# -- loops that make their steps themselves --------------------------------------------------------------
+
+
+class STDiT3(nn.Module):
+    """Both branches in one batch, and twice the channels out."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x, timestep, y):
+        time = timestep.reshape(-1, 1, 1, 1) / 1000
+        made = torch.tanh(y - x) * (0.5 + time) + torch.sin(3 * time + y)
+        return torch.cat([made, made], dim=1)
+
+
+def rflow(model, prompt, seed, steps=10, power=1.0):
+    """Open-Sora's `scheduler.sample`: data - noise, so steps are positive."""
+    z = torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(seed))
+    y = torch.tensor([len(prompt), 0.0]).reshape(2, 1, 1, 1) / 5
+    times = [torch.tensor([1000 * (1 - i / steps) ** power]) for i in range(steps)]
+    for i, t in enumerate(times):
+        made = model(torch.cat([z, z]), torch.cat([t, t]), y=y).chunk(2, dim=1)[0]
+        cond, uncond = made.chunk(2)
+        dt = t - times[i + 1] if i + 1 < steps else t
+        z = z + (uncond + 3.0 * (cond - uncond)) * dt[:, None, None, None] / 1000
+    return z
+
+
+def test_a_loop_without_a_scheduler_is_calibrated_where_it_is():
+    model = STDiT3()
+    loop = EulerLoop(model, rflow, lambda latents: latents.sigmoid(), guidance_scale=3.0)
+    prompts = ["a", "bb", "cccc", "dddddd"]
+    reference = rflow(model, "ccc", 9)
+    every = ertacache.calibrate(loop, prompts, seeds=range(4), computed_steps=10, progress=False)
+    made = ertacache.calibrate(loop, prompts, seeds=range(4), computed_steps=5, progress=False)
+    assert made.timesteps == pytest.approx([1000 - 100 * i for i in range(10)])
+    with ertacache.apply(model, every):
+        assert torch.equal(rflow(model, "ccc", 9), reference)
+    with ertacache.apply(model, made) as applied:
+        alone = rflow(model, "ccc", 9)
+    assert applied.reused_calls == 5
+    with ertacache.apply(loop, made):
+        through = loop("ccc", torch.Generator().manual_seed(9), output_type="latent")[0]
+    assert torch.allclose(alone, through, atol=1e-5)
+    every_other = replace(made, coefficients=[[1.0]] * 10)
+    with ertacache.apply(model, every_other):
+        naive = rflow(model, "ccc", 9)
+    assert (alone - reference).norm() < 0.5 * (naive - reference).norm()
+
+
+def test_a_loop_that_makes_other_steps_is_refused():
+    def heun(model, prompt, seed):
+        z = torch.zeros(1, 2, 3, 3)
+        for t in (1000.0, 500.0):
+            z = z + model(torch.cat([z, z]), torch.tensor([t, t]), y=z).chunk(2, dim=1)[0][:1]
+        return z
+
+    loop = EulerLoop(STDiT3(), heun, torch.sigmoid, guidance_scale=3.0)
+    with pytest.raises(StateError, match="Euler"):
+        loop("a")

@@ -209,6 +209,7 @@ def config_of(part: Any) -> dict[str, Any] | None:
     else:
         to_dict = getattr(config, "to_dict", None)
         found = dict(to_dict()) if callable(to_dict) else dict(vars(config))
-        own = inspect.signature(type(config).__init__).parameters  # type: ignore[misc]  # the rest is the base class's, of its version
+        kind: Any = type(config)
+        own = inspect.signature(kind.__init__).parameters  # the rest is the base class's, of its version
         found = {key: value for key, value in found.items() if key in own} or found
     return {key: value for key, value in found.items() if not key.startswith("_") and key not in SAVED_WITH}

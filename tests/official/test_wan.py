@@ -9,10 +9,9 @@ import types
 from pathlib import Path
 from unittest import mock
 
-import diffusers  # noqa: F401 - before the stand-in for torchvision, which it would find
 import pytest
 import torch
-import transformers  # noqa: F401
+from stand_ins import stand_in
 
 import ertacache
 from ertacache.metrics import psnr
@@ -51,8 +50,7 @@ class VAE:
 def package():
     """A WanT2V without its constructor, which loads 15 GB onto a GPU."""
     sys.path.insert(0, str(Path(CHECKOUT)))
-    for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
-        sys.modules.setdefault(name, mock.MagicMock())
+    stand_in("torchvision")
     with mock.patch.object(torch.cuda, "current_device", lambda: 0):  # a default argument of the text encoder
         from wan.modules import model as network
         from wan.text2video import WanT2V
