@@ -486,7 +486,8 @@ class Enabled:
             self._say(bar)(said)
         try:
             with quiet(self.pipe), torch.no_grad():
-                runs = WatchedRuns.of(self._follower, known.watched, bar, decode)
+                # a copy: other threads may watch more
+                runs = WatchedRuns.of(self._follower, list(known.watched), bar, decode)
                 runs.check()
                 made = calibrate_runs(runs, goal.asked(), effort, self._say(bar))
             made.settings[KEY] = known.setting.key
