@@ -310,7 +310,8 @@ def test_one_attachment_at_a_time(calibration):
             ertacache.apply(pipe, calibration)
         with pytest.raises(StateError, match="attached already"):  # cached outputs are nothing to calibrate on
             ertacache.calibrate(pipe, ["a"], computed_steps=5, num_inference_steps=STEPS, progress=False)
-        ertacache.apply(pipe.transformer, calibration)  # its own is replaced
+        ertacache.apply(pipe.transformer, calibration)  # its own is replaced, and stays where the block is left
+    ertacache.remove(pipe.transformer)
     assert set(vars(pipe.transformer)) == set(vars(Pipeline().transformer))
 
 

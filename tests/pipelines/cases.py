@@ -78,6 +78,7 @@ def _embeds(count: int) -> dict[str, list[Any]]:
 
 
 IMAGE = 'per_prompt={"image": images}'
+MIDDLE = "starts in the middle of the grid: for one `strength`"
 MASK = {"mask_image": torch.ones(1, 1, 16, 16)}
 GUIDED = {"guidance_scale": 4.0}
 TRUE_CFG = {"negative_prompt": "dull", "true_cfg_scale": 4.0}
@@ -104,10 +105,20 @@ ROWS: dict[str, Row] = {
         "fills a key-value cache at step 0",
     ),
     "ZImagePipeline": Row(lambda: Case(z_image(), {**SIZE, **GUIDED}), "guidance_scale=4.0", "lists of tensors"),
+    "QwenImageImg2ImgPipeline": Row(
+        lambda: Case(qwen("QwenImageImg2ImgPipeline"), {**SIZE, **TRUE_CFG, "strength": 0.9}, _images),
+        f'{IMAGE}, strength=0.9, negative_prompt=" ", true_cfg_scale=4.0',
+        MIDDLE,
+    ),
+    "ZImageInpaintPipeline": Row(
+        lambda: Case(z_image("ZImageInpaintPipeline"), {**SIZE, **GUIDED, **MASK, "strength": 0.9}, _images),
+        f"{IMAGE}, mask_image=mask, strength=0.9",
+        MIDDLE,
+    ),
     "ZImageImg2ImgPipeline": Row(
         lambda: Case(z_image("ZImageImg2ImgPipeline"), {**SIZE, **GUIDED, "strength": 0.9}, _images),
         f"{IMAGE}, strength=0.9",
-        "starts in the middle of the grid: for one `strength`",
+        MIDDLE,
     ),
     "WanPipeline": Row(lambda: Case(wan(), {**WAN, **GUIDED})),
     "WanPipeline (two experts)": Row(
@@ -133,6 +144,11 @@ ROWS: dict[str, Row] = {
         "skip_guidance_layers=[7, 8, 9]",
         "calls of two batch sizes in a step",
     ),
+    "StableDiffusion3Img2ImgPipeline": Row(
+        lambda: Case(sd3("StableDiffusion3Img2ImgPipeline"), {**SIZE, **GUIDED, "strength": 0.9}, _images),
+        f"{IMAGE}, strength=0.9",
+        MIDDLE,
+    ),
     "StableDiffusion3PAGPipeline": Row(
         lambda: Case(sd3("StableDiffusion3PAGPipeline", pag_applied_layers="blocks.1"), {**SIZE, **GUIDED}),
         "pag_scale=3.0",
@@ -144,12 +160,27 @@ ROWS: dict[str, Row] = {
     "FluxImg2ImgPipeline": Row(
         lambda: Case(flux("FluxImg2ImgPipeline"), {**SIZE, "strength": 0.9}, _images),
         f"{IMAGE}, strength=0.9",
-        "starts in the middle of the grid: for one `strength`",
+        MIDDLE,
     ),
     "FluxInpaintPipeline": Row(
         lambda: Case(flux("FluxInpaintPipeline"), {**SIZE, **MASK, "strength": 0.9}, _images),
         f"{IMAGE}, mask_image=mask, strength=0.9",
-        "starts in the middle of the grid: for one `strength`",
+        MIDDLE,
+    ),
+    "FluxKontextPipeline": Row(
+        lambda: Case(
+            flux("FluxKontextPipeline"), {**SIZE, "image": picture(2), "_auto_resize": False, "max_area": 256}
+        ),
+        "image=image",
+    ),
+    "FluxControlNetImg2ImgPipeline": Row(
+        lambda: Case(
+            flux("FluxControlNetImg2ImgPipeline", controlnet=flux_controlnet()),
+            {**SIZE, "control_image": picture(3), "strength": 0.9},
+            _images,
+        ),
+        f"{IMAGE}, control_image=control, strength=0.9",
+        MIDDLE,
     ),
     "FluxControlNetPipeline": Row(
         lambda: Case(

@@ -41,7 +41,17 @@ def test_it_says_why_a_pipeline_cannot_be_calibrated():
 def test_the_doctor_reads_a_folder(capsys):
     folder = str(ROOT / "ERTACache4Wan2.1" / "tiny")
     assert (
-        inspect.main(["doctor", folder, "--prompt", "a red circle", "--arguments", '{"height": 32, "width": 32}']) == 0
+        inspect.main(
+            [
+                "doctor",
+                folder,
+                "--prompt",
+                "a red circle",
+                "--arguments",
+                '{"height": 32, "width": 32, "num_frames": 5}',
+            ]
+        )
+        == 0
     )
     assert "WanTransformer3DModel" in capsys.readouterr().out
 
