@@ -110,7 +110,8 @@ class BundleReplay(Replay):
 
     def begin(self, scheduler: Any) -> Cache:
         """Return the cache of a run on a scheduler whose grid is set; refuse if no calibration is for it."""
-        grid, fitting = solver.host_grid(scheduler), {}
+        grid = solver.host_grid(scheduler)
+        fitting: dict[int, list[Replay]] = {}  # by the step of the grid that they are from
         for replay in self.replays:
             with suppress(MismatchError):
                 fitting.setdefault(checks.check_grid(replay.calibration, *grid), []).append(replay)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ertacache import checks, provenance, solver
 from ertacache.api import check_parts_of, remove
 from ertacache.attach import Attachment, Run
-from ertacache.auto.follow import Follower, is_own
+from ertacache.auto.follow import Follower, played
 from ertacache.auto.setting import KEY, Goal, Setting, facts_of, fits, grid_facts
 from ertacache.auto.state import Call, Facts, Known, Options, SettingStatus, Status, promise
 from ertacache.auto.store import Store
@@ -367,9 +367,10 @@ class Enabled:
     def _count(self, current: Call) -> None:
         """Count the accelerated runs of a call that has ended."""
         for run in current.runs:
-            if current.known is not None and not is_own(run) and self._whole(current, run):
+            cache = played(run)
+            if current.known is not None and cache is not None and self._whole(current, run):
                 current.known.accelerated += 1
-                current.known.saved_calls += (run.step - len(run.cache.chosen.schedule)) * current.calls
+                current.known.saved_calls += (run.step - len(cache.schedule)) * current.calls
 
     def _whole(self, current: Call, run: Run) -> bool:
         """Whether a run made all steps that it was to make; some pipelines leave the end of the grid out."""
