@@ -111,7 +111,7 @@ class BundleReplay(Replay):
     def begin(self, scheduler: Any) -> Cache:
         """Return the cache of a run on a scheduler whose grid is set; refuse if no calibration is for it."""
         grid = solver.host_grid(scheduler)
-        fitting: dict[int, list[Replay]] = {}
+        fitting: dict[int, list[Replay]] = {}  # by the step of the grid that they are from
         for replay in self.replays:
             with suppress(MismatchError):
                 fitting.setdefault(checks.check_grid(replay.calibration, *grid), []).append(replay)

@@ -27,10 +27,10 @@ class Unchecked(FiniteCheck):
         pass
 
 
-def is_own(run: Run) -> bool:
-    """Whether a run is the user's own so far: nothing was reused or combined."""
-    chosen = getattr(run.cache, "chosen", None)
-    return chosen is None or isinstance(chosen, (Uncached, Watching))
+def played(run: Run) -> Cache | None:
+    """What accelerates a run; None for one that is the user's own so far: nothing was reused or combined."""
+    chosen = run.cache.chosen if isinstance(run.cache, Chosen) else None
+    return None if isinstance(chosen, (Uncached, Watching)) else chosen
 
 
 class Follower(Attachment):
@@ -108,7 +108,7 @@ class Follower(Attachment):
         assert run is not None and isinstance(run.cache, Chosen)
         if stream == 0:
             run.cache.chosen = self.owner.choose(run, run.cache.facts, latents, first)
-            if is_own(run):
+            if played(run) is None:
                 run.finite = Unchecked()
         elif isinstance(run.cache.chosen, Watching):
             run.cache.chosen.started(latents, first, stream)
@@ -118,7 +118,7 @@ class Follower(Attachment):
         assert run is not None and isinstance(run.cache, Chosen)
         if isinstance(run.cache.chosen, Watching):
             run.cache.chosen.guided(step, branches)
-        elif not is_own(run) and self.owner.guided(step, branches):
+        elif played(run) is not None and self.owner.guided(step, branches):
             run.cache.chosen = Uncached()  # from here on
             for stream in run.streams.values():
                 stream.cache = run.cache.chosen
@@ -145,11 +145,11 @@ class Follower(Attachment):
             return super()._step(method, args, kwargs)
         if run is None:
             return method.original(*args, **kwargs)
-        own = is_own(run)
+        accelerated = played(run) is not None
         try:
             return super()._step(method, args, kwargs)
         except StateError as error:
-            if not own:
+            if accelerated:
                 raise
             self.finish()
             self.owner.not_followed(str(error))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ertacache import checks, provenance, solver
 from ertacache.api import check_parts_of, remove
 from ertacache.attach import Attachment, Run, networks_of
-from ertacache.auto.follow import Follower, is_own
+from ertacache.auto.follow import Follower, played
 from ertacache.auto.setting import KEY, Goal, Setting, facts_of, fits, grid_facts
 from ertacache.auto.state import Call, Facts, Known, Options, SettingStatus, Status, promise
 from ertacache.auto.store import Store
@@ -35,7 +35,7 @@ from ertacache.calibration import Calibration
 from ertacache.errors import CalibrationError, EnableWarning, ERTACacheError, MismatchError
 from ertacache.fit.recipe import calibrate_runs, most_evaluations
 from ertacache.fit.runs import blanks_of_one, quiet
-from ertacache.replay import Chosen, cache_of
+from ertacache.replay import cache_of
 
 SAMPLES = 4
 MEMORY_LIMIT = 2 * 2**30  # bytes of trajectories in memory; the calls above it go to files
@@ -372,10 +372,10 @@ class Enabled:
     def _count(self, current: Call) -> None:
         """Count the accelerated runs of a call that has ended."""
         for run in current.runs:
-            if current.known is not None and not is_own(run) and self._whole(current, run):
-                assert isinstance(run.cache, Chosen) and run.cache.chosen is not None
+            cache = played(run)
+            if current.known is not None and cache is not None and self._whole(current, run):
                 current.known.accelerated += 1
-                current.known.saved_calls += (run.step - len(run.cache.chosen.schedule)) * current.calls
+                current.known.saved_calls += (run.step - len(cache.schedule)) * current.calls
 
     def _whole(self, current: Call, run: Run) -> bool:
         """Whether a run made all steps that it was to make; some pipelines leave the end of the grid out."""
@@ -492,7 +492,8 @@ class Enabled:
             self._say(bar)(said)
         try:
             with quiet(self.pipe), torch.no_grad():
-                runs = WatchedRuns.of(self._follower, known.watched, bar, decode)
+                # a copy: other threads may watch more
+                runs = WatchedRuns.of(self._follower, list(known.watched), bar, decode)
                 runs.check()
                 made = calibrate_runs(runs, goal.asked(), effort, self._say(bar))
             made.settings[KEY] = known.setting.key
