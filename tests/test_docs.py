@@ -90,6 +90,7 @@ GIVEN = {
     "method.md": LOOP,
     "calibration-file.md": {"pipe", "prompts"},
     "enable.md": {"pipe", "prompts", "prompt"},
+    "pipelines.md": {"pipe", "prompts", "arguments"},
     "ERTACache4OpenSora1.2/README.md": {"model", "scheduler", "arguments"},
     "official-packages.md": {
         *("ertacache", "model", "scheduler", "text_encoder", "z", "prompts", "prompt", "batch_prompts_loop", "device"),
