@@ -34,6 +34,7 @@ class GivenUpError(BaseException):
 def own_generators(seed: int) -> Iterator[None]:
     """Seed the global random generators, and put them back at the end."""
     state = generator_state()
+    seed = (seed + 1) * 0x9E3779B1 % 2**63  # the initial noise is drawn from the seed itself
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
