@@ -226,6 +226,42 @@ def test_other_weights_are_another_setting(ready):
     assert evaluations(pipe, lambda: call(pipe, 9)) == STEPS
 
 
+class Late(ToyPipeline):
+    """Starts at a step of the grid, and is guided from another one on."""
+
+    def __call__(self, prompt, generator=None, num_inference_steps=8, output_type="pt", first=0, guided_from=99):
+        latents = torch.randn(1, 3, 4, 4, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        self.scheduler.set_begin_index(first)
+        for step, t in enumerate(self.scheduler.timesteps[first:]):
+            for _ in range(1 + (step >= guided_from)):
+                [output] = self.transformer(hidden_states=latents, timestep=t.expand(1), return_dict=False)
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+        return (latents if output_type == "latent" else latents.sigmoid(),)
+
+
+def test_a_run_goes_on_uncached_where_its_guidance_is_of_another_kind(tmp_path):
+    pipe = Late(curved)
+    enable(pipe, tmp_path)
+    for seed in range(SAMPLES):
+        call(pipe, seed)
+    with pytest.warns(ertacache.EnableWarning, match="uncached from step"), pytest.warns(ertacache.MismatchWarning):
+        count = evaluations(pipe, lambda: call(pipe, 9, guided_from=4))
+    made = only_file(tmp_path).computed_steps
+    [later] = [step for step in made if step >= 4][:1]
+    assert count == len([step for step in made if step < 4]) + 2 * (STEPS - later)
+
+
+def test_shapes_of_one_grid_are_fitted_together(tmp_path):
+    pipe = ToyPipeline(curved)
+    enabled = enable(pipe, tmp_path)
+    for seed, side in enumerate((4, 6, 4, 6)):
+        pipe("a", None, STEPS, latents=torch.randn(1, 3, side, side, generator=noise(seed)))
+    assert evaluations(pipe, lambda: call(pipe, 9)) == STEPS // 2
+    assert enabled.status()[0].calibration.latent_shape == [3, 4, 4]
+    assert float(ertacache.metrics.psnr(call(pipe, 9), plain(9))) > 45
+
+
 # -- the handle --------------------------------------------------------------------------------------------
 
 

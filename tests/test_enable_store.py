@@ -6,7 +6,7 @@ import enable as bench_enable
 import pytest
 import torch
 from record import read
-from test_enable import SAMPLES, STEPS, call, enable, evaluations, only_file
+from test_enable import SAMPLES, STEPS, Late, call, enable, evaluations, only_file
 from tiny_pipelines import tiny_module
 from toys import ToyPipeline, curved
 
@@ -163,6 +163,20 @@ def test_the_memory_on_the_page_is_that_of_the_tensors(name, steps, latents, out
     [row] = [row for row in bench_enable.PAGE.read_text().splitlines() if row.startswith(f"| {name}")]
     four = f"{4 * one:.0f} MiB" if 4 * one < 1024 else f"{4 * one / 1024:.1f} GiB"
     assert [cell.strip() for cell in row.split("|")[2:4]] == [f"{one:.3g} MiB", four], (one, four)
+
+
+def test_runs_from_the_middle_take_the_calibration_for_their_first_step():
+    asked = {"seeds": range(4), "num_inference_steps": STEPS, "effort": "fast", "progress": False}
+    parts = [ertacache.calibrate(Late(curved), list("abcd"), speedup=2, first=first, **asked) for first in (0, 4)]
+    pipe = Late(curved)
+    with ertacache.apply(pipe, Bundle(parts)):
+        found = [call(pipe, 9, first=first) for first in (4, 0, 4)]
+        assert [evaluations(pipe, lambda f=first: call(pipe, 9, first=f)) for first in (0, 4)] == [5, 3]
+        with pytest.raises(ertacache.StateError, match="starts at step 2"):
+            call(pipe, 9, first=2)
+    for part, first, result in ((parts[1], 4, found[0]), (parts[0], 0, found[1]), (parts[1], 4, found[2])):
+        with ertacache.apply(pipe, part):
+            assert torch.equal(call(pipe, 9, first=first), result)
 
 
 @pytest.mark.parametrize("damage", [[], {}, "x", [{"schema": 1}]])
