@@ -18,7 +18,6 @@ from ertacache.errors import CalibrationError
 from ertacache.fit import recipe
 from ertacache.fit.predict import mean_range
 from ertacache.fit.record import gram_matrix
-from ertacache.fit.schedule import choose_steps
 from ertacache.fit.step_by_step import OUTPUTS, fit_step_by_step
 from ertacache.published import PHI_OVER
 from ertacache.replay import cache_of
@@ -122,8 +121,7 @@ def test_the_predicted_quality_is_that_of_prompts_left_out(method):
         pipe = ToyPipeline(curved)
         runs = recorded_runs(pipe, [PROMPTS[i] for i in rest], seeds=rest, num_inference_steps=12)
         if method == "ertacache":
-            schedule = choose_steps(runs.record, 4)  # no more than the rest told
-            fit = replace(made, computed_steps=schedule, coefficients=fit_step_by_step(runs, schedule).outputs)
+            fit = replace(made, coefficients=fit_step_by_step(runs, made.computed_steps).outputs)
         else:
             fit = recipe.fit_paper(runs, len(made.computed_steps), None, PHI_OVER[0], "fast")
         pixels = []

@@ -271,9 +271,9 @@ def _refined(runs: Runs, schedule: list[int], start: Coefficients) -> Refined | 
 
 
 def _fitted_to(runs: Runs, rows: Sequence[int], schedule: list[int], refined: Refined | None) -> Cache:
-    """The fit to some prompts, their choice of steps included, while all of them run."""
+    """The fit to some prompts, while all of them run."""
     if refined is None:
-        return StepFit.of(runs.record, choose_steps(runs.record.subset(rows), len(schedule)), rows)
+        return StepFit.of(runs.record, schedule, rows)
     left_out = [row for row in range(len(runs)) if row not in rows]
     last = runs.record.num_steps - 1
     return StepFit(schedule, runs.record.latents, rows, given=refined.without(left_out), first=last)
