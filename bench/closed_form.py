@@ -33,11 +33,16 @@ class ClosedFormPipeline:
         """It has no progress bar."""
 
     def __call__(
-        self, prompt: list[str], generator: list[torch.Generator], num_inference_steps: int, output_type: str = "pt"
+        self,
+        prompt: list[str],
+        generator: torch.Generator | list[torch.Generator],
+        num_inference_steps: int,
+        output_type: str = "pt",
     ) -> tuple[Tensor]:
-        latents = torch.stack([torch.randn(self.shape, generator=g) for g in generator])
+        generators = [generator] if isinstance(generator, torch.Generator) else generator
+        latents = torch.stack([torch.randn(self.shape, generator=g) for g in generators])
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.scheduler.timesteps:
-            velocity = self.transformer(latents, t.expand(len(prompt)))[0]
+            velocity = self.transformer(latents, t.expand(len(latents)))[0]
             latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
         return (latents if output_type == "latent" else latents.sigmoid(),)

@@ -193,7 +193,7 @@ def test_gain_is_the_numerical_derivative_and_the_target_is_hit(name, num_steps)
 
         wanted = noise(500 + i)  # any next latents: the drift target is the output that leads there
         target = (wanted - offset) / gain
-        reached = solver._step_of_copy(scheduler, call.trial(target))
+        reached = solver.step_of_copy(scheduler, call.trial(target))
         assert torch.allclose(reached, wanted, atol=2e-4), i
         sample, old = scheduler.step(*args, **kwargs)
         assert torch.allclose(sample, offset + gain * output, atol=1e-5), i
@@ -205,7 +205,7 @@ def numerical_derivative(scheduler, call: StepCall, width: float = 0.5) -> float
     def stepped(output):
         trial = call.trial(output.double())
         trial = replace(trial, arguments={**trial.arguments, call.signature.sample: call.sample})
-        return solver._step_of_copy(scheduler, trial).double()
+        return solver.step_of_copy(scheduler, trial).double()
 
     difference = stepped(call.model_output + width) - stepped(call.model_output - width)
     return float((difference / (2 * width)).mean())

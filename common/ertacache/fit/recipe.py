@@ -178,9 +178,10 @@ def fit(runs: Runs, computed_steps: int | None, effort: str) -> Calibration:
     check_computed_steps(record.num_steps, computed_steps)
     if computed_steps == record.num_steps:
         return _all_computed(runs, effort)
-    if effort == "best" and record.streams:
+    latents = len(record.streams) + record.copies
+    if effort == "best" and latents > 1:
         raise CalibrationError(
-            f"the pipeline steps {len(record.streams) + 1} latents, and effort 'best' fits one: use effort 'balanced'"
+            f"the pipeline steps {latents} latents a prompt, and effort 'best' fits one: use effort 'balanced'"
         )
     schedule = choose_steps(record, computed_steps)
     coefficients = fit_step_by_step(runs, schedule)

@@ -70,14 +70,24 @@ class Record:
     def num_steps(self) -> int:
         return len(self.outputs)
 
-    def subset(self, rows: Sequence[int]) -> "Record":
+    @property
+    def copies(self) -> int:
+        """Rows of latents for each prompt, one after the other: DiT steps a second copy of them for guidance."""
+        return max(1, len(self) // len(self.pixels)) if len(self.pixels) else 1
+
+    def rows_of(self, prompts: Sequence[int]) -> list[int]:
+        """Rows of the latents that belong to some prompts."""
+        return [prompt * self.copies + copy for prompt in prompts for copy in range(self.copies)]
+
+    def subset(self, prompts: Sequence[int]) -> "Record":
         """The record of some prompts, with tensors of their own."""
+        rows = self.rows_of(prompts)
         return replace(
             self,
             latents=Rows(self.latents, rows),
             outputs=Rows(self.outputs, rows),
-            pixels=self.pixels[list(rows)],
-            streams=tuple(stream.subset(rows) for stream in self.streams),
+            pixels=self.pixels[list(prompts)],
+            streams=tuple(stream.subset(prompts) for stream in self.streams),
         )
 
     def squared_errors(self, final: Tensor) -> Tensor:

@@ -245,7 +245,8 @@ def record_runs(
             pixels = runs._run(recording, True, recording)
         runs.record = recording.record(pixels)
         runs.every_step = shares(work, pipe, count * sum(runs.record.branches[1:]))  # as of the others
-        return runs.repeats()
+        # in a batch nothing would tell which of several copies of the latents is whose
+        return (runs.alone or runs.record.copies == 1) and runs.repeats()
 
     if not runs.alone:
         try:

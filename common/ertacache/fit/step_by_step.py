@@ -49,9 +49,10 @@ class StepFit(Cache):
 
     @classmethod
     def of(
-        cls, record: Record, schedule: Sequence[int], rows: Sequence[int] | None = None, **options: Any
+        cls, record: Record, schedule: Sequence[int], prompts: Sequence[int] | None = None, **options: Any
     ) -> "StepFit":
-        """Fit all streams of a record, each to its own latents."""
+        """Fit all streams of a record, each to its own latents; to some prompts, or to all of them."""
+        rows = None if prompts is None else record.rows_of(prompts)
         made = cls(schedule, record.latents, rows, **options)
         made.streams = [cls(schedule, stream.latents, rows) for stream in record.streams]
         return made
