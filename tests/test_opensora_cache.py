@@ -128,11 +128,14 @@ def test_another_length_or_size_moves_the_times_and_is_refused(pipe, half, chang
         call(pipe, **changes)
 
 
-def test_guidance_off_warns_and_runs(pipe, half):
-    with ertacache.apply(pipe, half) as applied, pytest.warns(MismatchWarning, match="guidance scale is 1"):
-        cached = call(pipe, guidance_scale=1.0)
-    assert applied.computed_calls == NUM_STEPS // 2
-    assert distance(cached, call(pipe, guidance_scale=1.0)) < 0.5
+def test_another_guidance_scale_warns_and_none_at_all_is_refused(pipe, half):
+    with ertacache.apply(pipe, half) as applied:
+        with pytest.warns(MismatchWarning, match="guidance scale is 3"):
+            cached = call(pipe, guidance_scale=3.0)
+        assert applied.computed_calls == NUM_STEPS // 2
+        with pytest.raises(MismatchError, match="guidance is of another kind"):
+            call(pipe, guidance_scale=1.0)
+    assert distance(cached, call(pipe, guidance_scale=3.0)) < 0.5
 
 
 # -- the folder's transformer ----------------------------------------------------------------------------
