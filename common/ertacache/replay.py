@@ -26,19 +26,20 @@ class Replay:
     def __init__(self, calibration: Calibration, pipe: Any):
         self.calibration, self.pipe = calibration, pipe
         self.weights = checks.WeightsWatch(calibration, pipe)
+        self.local = threading.local()  # a run belongs to its thread
 
     def begin(self, scheduler: Any) -> Cache:
         """Return the cache of a run on a scheduler whose grid is set; refuse or warn if the run differs."""
         call = self.attached.caller
         checks.check_no_other_cache(self.pipe)
         self.weights.check()
-        self.offset = checks.check_grid(self.calibration, *solver.host_grid(scheduler))
+        self.local.offset = checks.check_grid(self.calibration, *solver.host_grid(scheduler))
         checks.check_arguments(self.calibration, call.pipe, provenance.arguments_of(*call))
         return cache_of(self.calibration).begin(scheduler)
 
     def started(self, latents: Tensor, first: int, stream: int) -> None:
         """Refuse a run from another step of the grid; warn or refuse if it starts from latents of another shape."""
-        checks.check_first(self.calibration, first, self.offset)
+        checks.check_first(self.calibration, first, self.local.offset)
         if stream == 0:
             checks.check_latents(self.calibration, latents.shape[1:])
 

@@ -1,431 +1,267 @@
-"""Tiny pipelines of diffusers with random weights, built as the real ones are but for their text encoders.
+"""Tiny pipelines of diffusers with random weights, a builder for each kind of transformer. Holds no test."""
 
-A builder returns a `Case`: the pipeline, arguments of its call, and what each prompt has of its own. Holds no test.
-"""
-
-import functools
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from torch import Tensor, nn
+from diffusers import FlowMatchEulerDiscreteScheduler as Euler
+from parts import (
+    POOLED,
+    SIDE,
+    TOKENS,
+    WIDTH,
+    Case,
+    Video,
+    autoencoder,
+    built,
+    clip,
+    embedded,
+    encoding,
+    model,
+    photo,
+    picture,
+    text,
+)
+from torch import nn
 
-NOISE_SCALE = 0.2  # of random weights: large enough that the output depends on the step
-SIDE = 16  # pixels
-TOKENS, WIDTH, POOLED = 5, 12, 8
+__all__ = ["POOLED", "Case", "clip", "encoding", "photo", "picture"]
 
+SIZE = {"height": SIDE, "width": SIDE}
+SQUARE = {"height": 32, "width": 32}
+VIDEO = {**SQUARE, "num_frames": 3}
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
-@dataclass
-class Case:
-    """A pipeline, what it is called with, and how it is calibrated.
+# -- FLUX.1 and its kin --------------------------------------------------------------------------------------
 
-    Attributes:
-        arguments: of every call.
-        per_prompt: a function from the number of prompts to the arguments of which each has its own.
-        prompts: whether the call takes a prompt.
-    """
-
-    pipe: Any
-    arguments: dict[str, Any] = field(default_factory=dict)
-    per_prompt: Callable[[int], dict[str, list[Any]]] = lambda count: {}
-    prompts: bool = True
-
-
-def randomised(module: nn.Module, seed: int = 0, scale: float = NOISE_SCALE) -> nn.Module:
-    """The module with random matrices, in evaluation mode."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=scale, generator=generator)
-    return module.eval()
-
-
-def embedded(prompt: Any, *shape: int) -> Tensor:
-    """Random numbers that depend on each prompt: (prompts, *shape)."""
-    prompts = [prompt] if isinstance(prompt, str) or prompt is None else list(prompt)
-    generators = [torch.Generator().manual_seed(zlib.crc32(str(p).encode())) for p in prompts]
-    return torch.stack([torch.randn(*shape, generator=g) for g in generators])
+FLUX = {"patch_size": 1, "in_channels": 16, "guidance_embeds": True}
 
 
-def encoding(pipe: Any, encode: Callable[[Any], Any]) -> Any:
-    """The pipeline with `encode_prompt` in place of text encoders: what `encode` makes of a prompt."""
-    original = type(pipe).encode_prompt
-
-    @functools.wraps(original)
-    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-        return encode(*args, **kwargs)
-
-    pipe.encode_prompt = encode_prompt
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def autoencoder(channels: int = 4, **changes: Any) -> AutoencoderKL:
-    """An image VAE that halves its pictures."""
-    torch.manual_seed(1)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=channels,
-        norm_num_groups=4,
-        shift_factor=0.1,
-        **changes,
-    ).eval()
-
-
-def picture(seed: int, side: int = SIDE) -> Tensor:
-    """An image (1, 3, side, side) in [0, 1]."""
-    return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(seed))
-
-
-def photo(side: int) -> Any:
-    """A picture as PIL has it."""
-    return diffusers.utils.pt_to_pil(picture(5, side))[0]
-
-
-# -- FLUX.1 --------------------------------------------------------------------------------------------------
-
-
-def flux_transformer(seed: int = 0, **changes: Any) -> nn.Module:
-    config = {
-        "patch_size": 1,
-        "in_channels": 16,
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": WIDTH,
-        "pooled_projection_dim": POOLED,
-        "guidance_embeds": True,
-        "axes_dims_rope": (4, 6, 6),
-    }
-    return randomised(diffusers.FluxTransformer2DModel(**{**config, **changes}), seed)
-
-
-def _flux_text(prompt: Any = None, prompt_2: Any = None, prompt_embeds: Any = None, **rest: Any) -> tuple:
-    if prompt_embeds is not None:
-        return prompt_embeds, rest["pooled_prompt_embeds"], torch.zeros(TOKENS, 3)
-    return embedded(prompt, TOKENS, WIDTH), embedded(prompt, POOLED), torch.zeros(TOKENS, 3)
+def flux_transformer(seed: int = 0, **changes: Any) -> Any:
+    return model("FluxTransformer2DModel", seed, **{**FLUX, "out_channels": None, **changes})
 
 
 def flux(
     kind: str = "FluxPipeline", scheduler: Any = None, transformer: dict[str, Any] | None = None, **parts: Any
 ) -> Any:
     """One of FLUX.1's pipelines."""
-    pipe = getattr(diffusers, kind)(
-        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=autoencoder(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=flux_transformer(**(transformer or {})),
-        **parts,
-    )
-    return encoding(pipe, _flux_text)
+    parts = {"vae": autoencoder(), "scheduler": scheduler, **parts}
+    return built(kind, flux_transformer(**(transformer or {})), text("epi"), **parts)
 
 
 def flux_controlnet(seed: int = 3) -> nn.Module:
-    config = dict(flux_transformer().config)
-    names = ("patch_size", "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim")
-    kept = {name: config[name] for name in (*names, "pooled_projection_dim", "guidance_embeds", "axes_dims_rope")}
-    return randomised(diffusers.FluxControlNetModel(num_layers=1, num_single_layers=1, **kept), seed)
+    return model("FluxControlNetModel", seed, **FLUX)
 
 
-SIZE = {"height": SIDE, "width": SIDE}
+def modular_flux() -> Any:
+    """FLUX.1 as a modular pipeline without its text encoders: it is called with embeddings."""
+    from diffusers.modular_pipelines.flux import FluxAutoBlocks
+
+    blocks = FluxAutoBlocks()
+    blocks.sub_blocks.pop("text_encoder")
+    pipe, parts = blocks.init_pipeline(), flux()
+    pipe.update_components(transformer=parts.transformer, vae=parts.vae, scheduler=parts.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def flux_case(kind: str = "FluxPipeline", **arguments: Any) -> Case:
-    return Case(flux(kind), {**SIZE, **arguments})
+def chroma(kind: str = "ChromaPipeline") -> Any:
+    approximator = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
+    transformer = model("ChromaTransformer2DModel", patch_size=1, in_channels=16, out_channels=None, **approximator)
+    return built(kind, transformer, text("eimEIM"), vae=autoencoder())
 
 
-# -- Stable Diffusion 3 ----------------------------------------------------------------------------------------
+def like_flux(kind: str, returns: str, **config: Any) -> Any:
+    """Pipelines whose transformers take what FLUX's takes, but for the text."""
+    transformer = model(kind.replace("Pipeline", "Transformer2DModel"), patch_size=1, in_channels=16, **config)
+    return built(kind, transformer, text(returns), vae=autoencoder())
+
+
+def flux2_autoencoder() -> Any:
+    torch.manual_seed(1)
+    return diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(4,),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
+def flux2(kind: str = "Flux2KleinKVPipeline") -> Any:
+    config = {"in_channels": 16, "axes_dims_rope": [4, 4, 4, 4], "guidance_embeds": kind == "Flux2Pipeline"}
+
+    def encode(**given: Any) -> tuple:
+        found = text("e")(**given)
+        return found, torch.zeros(len(found), TOKENS, 4)
+
+    transformer = model("Flux2Transformer2DModel", **{"out_channels": None, **config})
+    return built(kind, transformer, encode, vae=flux2_autoencoder())
+
+
+# -- Stable Diffusion 3, AuraFlow, CogView, HiDream ---------------------------------------------------------------
+
+SD3 = {"patch_size": 1}
 
 
 def sd3(kind: str = "StableDiffusion3Pipeline", scheduler: Any = None, **parts: Any) -> Any:
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=1,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH,
-        caption_projection_dim=16,
-        pooled_projection_dim=POOLED,
-        out_channels=4,
-        pos_embed_max_size=8,
-    )
-    pipe = getattr(diffusers, kind)(
-        transformer=randomised(transformer),
-        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=autoencoder(),
-        **dict.fromkeys(
-            ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-        ),
-        **parts,
-    )
-
-    def encode(prompt: Any = None, *_: Any, negative_prompt: Any = None, **__: Any) -> tuple:
-        count = 1 if isinstance(prompt, str) else len(prompt)
-        negative = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * count
-        return (
-            embedded(prompt, TOKENS, WIDTH),
-            embedded(negative, TOKENS, WIDTH),
-            embedded(prompt, POOLED),
-            embedded(negative, POOLED),
-        )
-
-    return encoding(pipe, encode)
+    transformer = model("SD3Transformer2DModel", num_layers=2, **SD3)
+    return built(kind, transformer, text("eEpP"), vae=autoencoder(), scheduler=scheduler, **parts)
 
 
-# -- PixArt ----------------------------------------------------------------------------------------------------
+def sd3_controlnet() -> Any:
+    return model("SD3ControlNetModel", 3, **SD3)
+
+
+def aura_flow() -> Any:
+    transformer = model("AuraFlowTransformer2DModel", patch_size=1, pos_embed_max_size=64)
+    return built("AuraFlowPipeline", transformer, text("emEM"), vae=autoencoder(force_upcast=False))
+
+
+def cogview4(kind: str = "CogView4Pipeline", **changes: Any) -> Any:
+    scheduler = Euler(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True)
+    transformer = model("CogView4Transformer2DModel", **{"rope_axes_dim": (8, 8), **changes})
+    return built(kind, transformer, text("eE"), vae=autoencoder(), scheduler=scheduler)
+
+
+def cogview3() -> Any:
+    scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction")
+    transformer = model("CogView3PlusTransformer2DModel")
+    return built("CogView3PlusPipeline", transformer, text("eE"), vae=autoencoder(), scheduler=scheduler)
+
+
+def hidream() -> Any:
+    several = {"caption_channels": [WIDTH, WIDTH], "llama_layers": [0, 1], "max_resolution": (8, 8)}
+    transformer = model("HiDreamImageTransformer2DModel", patch_size=2, text_emb_dim=POOLED, **several)
+
+    def encode(**given: Any) -> tuple:
+        one, other, pooled, negative = text("eEpP")(**given)
+        return one, other, torch.stack([one, one]), torch.stack([other, other]), pooled, negative
+
+    pipe = built("HiDreamImagePipeline", transformer, encode, vae=autoencoder())
+    pipe.default_sample_size = SIDE // 2
+    return pipe
+
+
+# -- PixArt, Sana, DiT, Hunyuan-DiT, Lumina, Latte ------------------------------------------------------------------
+
+CLEAN = {"use_resolution_binning": False, "clean_caption": False}
+PIXART = {**SIZE, **CLEAN}
 
 
 def pixart(kind: str = "PixArtAlphaPipeline", scheduler: Any = None, side: int = 8) -> Any:
-    transformer = diffusers.PixArtTransformer2DModel(
+    transformer = model(
+        "PixArtTransformer2DModel",
+        scale=0.1,
         num_attention_heads=3,  # of 1024 pixels, sizes take a third of the width each
         attention_head_dim=8,
-        in_channels=4,
         out_channels=8,
-        num_layers=1,
         cross_attention_dim=24,
-        caption_channels=WIDTH,
         sample_size=side,
         norm_num_groups=4,
     )
-    pipe = getattr(diffusers, kind)(
-        tokenizer=None,
-        text_encoder=None,
-        vae=autoencoder(),
-        transformer=randomised(transformer, scale=0.1),
-        scheduler=scheduler or diffusers.DPMSolverMultistepScheduler(),
+    scheduler = scheduler or diffusers.DPMSolverMultistepScheduler()
+    return built(kind, transformer, text("emEM"), vae=autoencoder(), scheduler=scheduler)
+
+
+SPRINT = {**SIZE, **CLEAN, "complex_human_instruction": None}
+
+
+def sana(kind: str = "SanaPipeline", **parts: Any) -> Any:
+    sprint = {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"} if "Sprint" in kind else {}
+    transformer = model("SanaTransformer2DModel", patch_size=1, sample_size=32, **sprint)
+    scheduler = diffusers.SCMScheduler() if sprint else diffusers.DPMSolverMultistepScheduler(**FLOW)
+    parts = {"vae": Video(space=2, encoder_block_out_channels=(8, 8)), "scheduler": scheduler, **parts}
+    return built(kind, transformer, text("em" if sprint else "emEM"), **parts)
+
+
+def sana_sprint() -> Any:
+    return sana("SanaSprintPipeline")
+
+
+def sana_controlnet() -> Any:
+    return model("SanaControlNetModel", 3, patch_size=1, sample_size=32)
+
+
+def dit(scheduler: Any = None) -> Any:
+    transformer = model("DiTTransformer2DModel", attention_head_dim=8, out_channels=8)
+    scheduler = scheduler or diffusers.DDIMScheduler(clip_sample=False)
+    return built("DiTPipeline", transformer, vae=autoencoder(), scheduler=scheduler)
+
+
+def hunyuan_dit() -> Any:
+    lengths = {"text_len": TOKENS, "text_len_t5": TOKENS, "cross_attention_dim_t5": WIDTH}
+    transformer = model(
+        "HunyuanDiT2DModel", scale=0.1, patch_size=2, cross_attention_dim=WIDTH, num_layers=2, **lengths
     )
-
-    def encode(prompt: Any, *_: Any, negative_prompt: Any = "", **__: Any) -> tuple:
-        count = 1 if isinstance(prompt, str) else len(prompt)
-        negative = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt] * count
-        mask = torch.ones(count, TOKENS, dtype=torch.long)
-        return embedded(prompt, TOKENS, WIDTH), mask, embedded(negative, TOKENS, WIDTH), mask
-
-    return encoding(pipe, encode)
+    scheduler = diffusers.DDPMScheduler(clip_sample=False)
+    return built("HunyuanDiTPipeline", transformer, text("eEmM"), vae=autoencoder(), scheduler=scheduler)
 
 
-PIXART = {**SIZE, "use_resolution_binning": False, "clean_caption": False}
+def lumina2() -> Any:
+    transformer = model("Lumina2Transformer2DModel", axes_lens=(32, 8, 8), multiple_of=16)
+    return built("Lumina2Pipeline", transformer, text("emEM"))
 
 
-# -- LTX ---------------------------------------------------------------------------------------------------------
+def lumina() -> Any:
+    transformer = model("LuminaNextDiT2DModel", cross_attention_dim=WIDTH, multiple_of=16)
+    return built("LuminaPipeline", transformer, text("emEM"))
 
 
-def _guided_text(prompt: Any = None, negative_prompt: Any = None, width: int = WIDTH, **_: Any) -> tuple:
-    """Embeddings and masks of prompts and negative prompts."""
-    count = 1 if isinstance(prompt, str) else len(prompt)
-    negative = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * count
-    mask = torch.ones(count, TOKENS, dtype=torch.long)
-    return embedded(prompt, TOKENS, width), mask, embedded(negative, TOKENS, width), mask
-
-
-def ltx(kind: str = "LTXConditionPipeline") -> Any:
-    transformer = diffusers.LTXVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        patch_size=1,
-        patch_size_t=1,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        num_layers=1,
-        caption_channels=WIDTH,
+def latte() -> Any:
+    transformer = model(
+        "LatteTransformer3DModel",
+        patch_size=2,
+        out_channels=8,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        video_length=2,
     )
-    torch.manual_seed(1)
-    vae = diffusers.AutoencoderKLLTXVideo(
-        latent_channels=4,
-        block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1, 1),
-        spatio_temporal_scaling=(True, False),
-        decoder_spatio_temporal_scaling=(True, False),
-        decoder_inject_noise=(False, False, False),
-        upsample_residual=(False, False),
-        upsample_factor=(1, 1),
-        patch_size=1,
-        patch_size_t=1,
-    )
-    pipe = getattr(diffusers, kind)(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae.eval(),
-        text_encoder=None,
-        tokenizer=None,
-        transformer=randomised(transformer),
-    )
-    return encoding(pipe, _guided_text)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    return built("LattePipeline", transformer, text("eE"), vae=autoencoder(), scheduler=scheduler)
 
 
-VIDEO = {"height": 32, "width": 32, "num_frames": 3}
+# -- Z-Image, Qwen-Image, Krea, Kandinsky, Ideogram, ... ------------------------------------------------------------
 
-
-def ltx2(kind: str = "LTX2Pipeline") -> Any:
-    from diffusers.pipelines.ltx2 import LTX2TextConnectors
-    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
-
-    transformer = diffusers.LTX2VideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        audio_in_channels=4,
-        audio_out_channels=4,
-        audio_num_attention_heads=2,
-        audio_attention_head_dim=4,
-        audio_cross_attention_dim=8,
-        num_layers=1,
-        caption_channels=16,
-        rope_double_precision=False,
-        rope_type="split",
-    )
-    connectors = LTX2TextConnectors(
-        caption_channels=16,
-        text_proj_in_factor=1,
-        video_connector_num_attention_heads=2,
-        video_connector_attention_head_dim=8,
-        video_connector_num_layers=1,
-        video_connector_num_learnable_registers=None,
-        audio_connector_num_attention_heads=2,
-        audio_connector_attention_head_dim=8,
-        audio_connector_num_layers=1,
-        audio_connector_num_learnable_registers=None,
-        connector_rope_base_seq_len=32,
-        rope_double_precision=False,
-        rope_type="split",
-    )
-    torch.manual_seed(1)
-    vae = diffusers.AutoencoderKLLTX2Video(
-        latent_channels=4,
-        block_out_channels=(8,),
-        decoder_block_out_channels=(8,),
-        layers_per_block=(1,),
-        decoder_layers_per_block=(1, 1),
-        spatio_temporal_scaling=(True,),
-        decoder_spatio_temporal_scaling=(True,),
-        decoder_inject_noise=(False, False),
-        downsample_type=("spatial",),
-        upsample_residual=(False,),
-        upsample_factor=(1,),
-        patch_size=1,
-    )
-    audio_vae = diffusers.AutoencoderKLLTX2Audio(
-        base_channels=4,
-        output_channels=2,
-        ch_mult=(1,),
-        num_res_blocks=1,
-        in_channels=2,
-        resolution=32,
-        latent_channels=2,
-        mid_block_add_attention=False,
-        mel_bins=8,
-    )
-    vocoder = LTX2Vocoder(
-        in_channels=16,
-        hidden_channels=8,
-        upsample_kernel_sizes=[4],
-        upsample_factors=[2],
-        resnet_kernel_sizes=[3],
-        resnet_dilations=[[1]],
-    )
-    pipe = getattr(diffusers, kind)(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae.eval(),
-        audio_vae=audio_vae.eval(),
-        text_encoder=None,
-        tokenizer=None,
-        connectors=connectors.eval(),
-        transformer=randomised(transformer),
-        vocoder=vocoder.eval(),
-    )
-    return encoding(pipe, lambda **given: _guided_text(**{**given, "width": 16}))
-
-
-LTX2 = {**VIDEO, "use_cross_timestep": False, "spatio_temporal_guidance_blocks": [0]}
-
-
-# -- Z-Image, Qwen-Image, FLUX.2 -----------------------------------------------------------------------------------
+Z_IMAGE = {"dim": 32, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
 
 
 def z_image(kind: str = "ZImagePipeline", **parts: Any) -> Any:
-    transformer = diffusers.ZImageTransformer2DModel(
-        in_channels=4,
-        dim=32,
-        n_layers=1,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=WIDTH,
-        axes_dims=[8, 4, 4],
-        axes_lens=[256, 32, 32],
-    )
-    randomised(transformer)
-    for token in (transformer.x_pad_token, transformer.cap_pad_token):
-        token.data.fill_(0.5)  # made empty
-    pipe = getattr(diffusers, kind)(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=autoencoder(),
-        text_encoder=None,
-        tokenizer=None,
-        transformer=transformer,
-        **parts,
-    )
+    axes = {"axes_dims": [8, 4, 4], "axes_lens": [256, 32, 32]}
+    transformer = model("ZImageTransformer2DModel", n_layers=1, **axes, **Z_IMAGE, **parts.pop("config", {}))
+    for name, token in transformer.named_parameters():
+        if name.endswith("pad_token"):
+            token.data.fill_(0.5)  # made empty
 
-    def encode(prompt: Any, negative_prompt: Any = None, do_classifier_free_guidance: bool = True, **_: Any) -> tuple:
-        count = 1 if isinstance(prompt, str) else len(prompt)
-        negative = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * count
-        guided = list(embedded(negative, TOKENS, WIDTH)) if do_classifier_free_guidance else []
-        return list(embedded(prompt, TOKENS, WIDTH)), guided
+    def encode(do_classifier_free_guidance: bool = True, **given: Any) -> tuple:
+        found, negative = text("eE")(**given)
+        return list(found), list(negative) if do_classifier_free_guidance else []
 
-    return encoding(pipe, encode)
+    return built(kind, transformer, encode, vae=autoencoder(), **parts)
 
 
-def qwen(kind: str = "QwenImagePipeline") -> Any:
-    transformer = diffusers.QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH,
-        axes_dims_rope=(8, 4, 4),
-    )
-    torch.manual_seed(1)
-    vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    pipe = getattr(diffusers, kind)(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae.eval(),
-        text_encoder=None,
-        tokenizer=None,
-        transformer=randomised(transformer),
+def z_image_controlnet() -> Any:
+    places = {"control_layers_places": [0], "control_refiner_layers_places": [0], "control_in_dim": 4}
+    return model("ZImageControlNetModel", 3, **places, **Z_IMAGE)
+
+
+QWEN = {"patch_size": 2, "in_channels": 16}
+
+
+def qwen(kind: str = "QwenImagePipeline", space: int = 2, **parts: Any) -> Any:
+    return built(
+        kind, model("QwenImageTransformer2DModel", **QWEN), text("em"), vae=Video(space=space, time=1), **parts
     )
 
-    def encode(prompt: Any, *_: Any, **__: Any) -> tuple:
-        found = embedded(prompt, TOKENS, WIDTH)
-        return found, torch.ones(len(found), TOKENS, dtype=torch.long)
 
-    return encoding(pipe, encode)
+def qwen_controlnet() -> Any:
+    return model("QwenImageControlNetModel", 3, **QWEN)
 
 
 class Processor:
@@ -444,261 +280,249 @@ class Processor:
 
 
 def qwen21() -> Any:
-    transformer = diffusers.QwenImage21Transformer2DModel(
-        in_channels=8,
-        out_channels=8,
-        num_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        context_in_dim=WIDTH,
-        mlp_ratio=2,
-        axes_dims_rope=(4, 6, 6),
-    )
+    transformer = model("QwenImage21Transformer2DModel", in_channels=8, out_channels=8, mlp_ratio=2)
+
+    def encode(**given: Any) -> tuple:
+        found, mask = text("em")(**given)
+        return found, mask, torch.zeros(len(found), TOKENS, dtype=torch.bool)
+
+    return built("QwenImage21Pipeline", transformer, encode, vae=Video(8, 16), processor=Processor())
+
+
+def krea2() -> Any:
+    of_text = {"text_hidden_dim": 32, "num_text_layers": 2, "text_num_attention_heads": 2}
+    of_text |= {"text_num_key_value_heads": 2, "text_intermediate_size": 16}
+    blocks = {"num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1, "timestep_embed_dim": 8}
+    transformer = model("Krea2Transformer2DModel", in_channels=16, **of_text, **blocks)
+
+    def encode(prompt: Any, **_: Any) -> tuple:
+        found = embedded(prompt, TOKENS, 2, 32)
+        return found, torch.ones(len(found), TOKENS, dtype=torch.bool)
+
+    return built("Krea2Pipeline", transformer, encode, vae=Video(space=2, time=1))
+
+
+def kandinsky5(kind: str = "Kandinsky5T2VPipeline") -> Any:
+    channels = {"in_visual_dim": 4, "out_visual_dim": 4, "visual_cond": kind != "Kandinsky5T2IPipeline"}
+    transformer = model("Kandinsky5Transformer3DModel", **channels)
+
+    def encode(prompt: Any, **_: Any) -> tuple:
+        count = 1 if isinstance(prompt, str) else len(prompt)
+        return *text("ep")(prompt), torch.arange(count + 1, dtype=torch.int32) * TOKENS
+
+    pipe = built(kind, transformer, encode)
+    pipe.resolutions = [(32, 32)]  # others are resized to one of these
+    return pipe
+
+
+def ideogram4() -> Any:
+    one, other = (model("Ideogram4Transformer2DModel", s, in_channels=16, mrope_section=(4, 2, 2)) for s in (0, 5))
+
+    def encode(prompt: Any, grid_h: int, grid_w: int, **_: Any) -> tuple:
+        found = text("e")(prompt)
+        count, length = len(found), TOKENS + grid_h * grid_w
+        found = torch.cat([found, torch.zeros(count, length - TOKENS, WIDTH)], 1)
+        places = torch.arange(length)[None, :, None].expand(count, -1, 3)
+        indicator = torch.tensor([3] * TOKENS + [2] * (length - TOKENS)).expand(count, -1)
+        return found, places, torch.ones(count, length, dtype=torch.long), indicator
+
+    return built("Ideogram4Pipeline", one, encode, vae=flux2_autoencoder(), unconditional_transformer=other)
+
+
+def ernie() -> Any:
+    transformer = model("ErnieImageTransformer2DModel", in_channels=16, out_channels=16, patch_size=1)
+    encode = lambda prompt, **_: list(text("e")(prompt))  # noqa: E731
+    return built("ErnieImagePipeline", transformer, encode, vae=flux2_autoencoder())
+
+
+def prx() -> Any:
+    transformer = model("PRXTransformer2DModel", patch_size=2, mlp_ratio=2.0, depth=1, axes_dim=[8, 8])
+    return built("PRXPipeline", transformer, text("emEM"), vae=autoencoder())
+
+
+class ByteTokenizer:
+    """What OmniGen reads of its tokenizer: bytes for tokens."""
+
+    model_max_length = 512
+
+    def __call__(self, prompt: str, **_: Any) -> Any:
+        return type("Tokens", (), {"input_ids": [1 + byte for byte in prompt.encode()]})
+
+
+def omnigen() -> Any:
+    words = {"pad_token_id": 0, "vocab_size": 300, "time_step_dim": 16}
+    scaling = {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8}
+    transformer = model("OmniGenTransformer2DModel", rope_scaling=scaling, **words)
+    return built("OmniGenPipeline", transformer, vae=autoencoder(), tokenizer=ByteTokenizer())
+
+
+# -- LTX, Wan and its kin --------------------------------------------------------------------------------------------
+
+
+def ltx(kind: str = "LTXConditionPipeline") -> Any:
+    patches = {"patch_size": 1, "patch_size_t": 1, "attention_head_dim": 8, "cross_attention_dim": 16}
+    transformer = model("LTXVideoTransformer3DModel", **patches)
+    vae = Video(space=8, time=2, timestep_conditioning=False)
+    return built(kind, transformer, text("emEM"), vae=vae, scheduler=Euler())
+
+
+def ltx2(kind: str = "LTX2Pipeline") -> Any:
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+
+    audio = {"audio_in_channels": 4, "audio_out_channels": 4, "audio_cross_attention_dim": 8}
+    audio |= {"audio_num_attention_heads": 2, "audio_attention_head_dim": 4, "cross_attention_dim": 16}
+    rope = {"rope_double_precision": False, "rope_type": "split", "caption_channels": 16}
+    transformer = model("LTX2VideoTransformer3DModel", attention_head_dim=8, **audio, **rope)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_learnable_registers": None}
+    sides = {f"{side}_connector_{name}": size for side in ("video", "audio") for name, size in sizes.items()}
+    connectors = LTX2TextConnectors(text_proj_in_factor=1, connector_rope_base_seq_len=32, **sides, **rope)
     torch.manual_seed(1)
-    vae = diffusers.AutoencoderKLQwenImage21(
-        base_dim=4,
-        decoder_base_dim=4,
-        z_dim=8,
-        dim_mult=[1, 1, 1, 1, 1],
+    audio_vae = diffusers.AutoencoderKLLTX2Audio(
+        base_channels=4,
+        output_channels=2,
+        ch_mult=(1,),
         num_res_blocks=1,
-        attn_scales=[],
-        temperal_downsample=[False, True, True, True],
-        latents_mean=[0.0] * 8,
-        latents_std=[1.0] * 8,
+        in_channels=2,
+        resolution=32,
+        latent_channels=2,
+        mid_block_add_attention=False,
+        mel_bins=8,
     )
-    pipe = diffusers.QwenImage21Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae.eval(),
-        text_encoder=None,
-        processor=Processor(),
-        transformer=randomised(transformer),
-    )
-
-    def encode(prompt: Any = None, **_: Any) -> tuple:
-        found = embedded(prompt, TOKENS, WIDTH)
-        return (
-            found,
-            torch.ones(len(found), TOKENS, dtype=torch.long),
-            torch.zeros(len(found), TOKENS, dtype=torch.bool),
-        )
-
-    return encoding(pipe, encode)
+    kernels = {"upsample_kernel_sizes": [4], "upsample_factors": [2], "resnet_kernel_sizes": [3]}
+    vocoder = LTX2Vocoder(in_channels=16, hidden_channels=8, resnet_dilations=[[1]], **kernels)
+    parts = {"audio_vae": audio_vae.eval(), "connectors": connectors.eval(), "vocoder": vocoder.eval()}
+    vae = Video(space=8, time=2, timestep_conditioning=False)
+    return built(kind, transformer, text("emEM", 16), vae=vae, scheduler=Euler(), **parts)
 
 
-def flux2(kind: str = "Flux2KleinKVPipeline") -> Any:
-    transformer = diffusers.Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH,
-        axes_dims_rope=[4, 4, 4, 4],
-        guidance_embeds=kind == "Flux2Pipeline",
-    )
-    torch.manual_seed(1)
-    vae = diffusers.AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
-        block_out_channels=(4,),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    pipe = getattr(diffusers, kind)(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae.eval(),
-        text_encoder=None,
-        tokenizer=None,
-        transformer=randomised(transformer),
-    )
-
-    def encode(prompt: Any = None, **_: Any) -> tuple:
-        found = embedded(prompt, TOKENS, WIDTH)
-        return found, torch.zeros(len(found), TOKENS, 4)
-
-    return encoding(pipe, encode)
-
-
-# -- Wan ---------------------------------------------------------------------------------------------------------
+LTX2 = {**VIDEO, "use_cross_timestep": False, "spatio_temporal_guidance_blocks": [0]}
+WAN = {"height": 16, "width": 16, "num_frames": 5}
 
 
 def wan(kind: str = "WanPipeline", experts: bool = False, scheduler: Any = None, **parts: Any) -> Any:
     """Wan's pipelines; with experts, the second transformer takes over below the boundary."""
-    config = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "in_channels": 4,
-        "out_channels": 4,
-        "text_dim": WIDTH,
-        "freq_dim": 16,
-        "ffn_dim": 32,
-        "num_layers": 1,
-        **parts.pop("transformer", {}),
-    }
-    model = getattr(diffusers, parts.pop("transformer_class", "WanTransformer3DModel"))
-    torch.manual_seed(1)
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
+    config, name = parts.pop("transformer", {}), parts.pop("transformer_class", "WanTransformer3DModel")
     if experts:
-        parts = {"transformer_2": randomised(model(**config), 7), "boundary_ratio": 0.9, **parts}
-    pipe = getattr(diffusers, kind)(
-        tokenizer=None,
-        text_encoder=None,
-        vae=vae.eval(),
-        scheduler=scheduler or diffusers.UniPCMultistepScheduler(**UNIPC),
-        transformer=randomised(model(**config)),
-        **parts,
-    )
-
-    def encode(prompt: Any = None, negative_prompt: Any = None, **_: Any) -> tuple:
-        found, _, negative, _ = _guided_text(prompt, negative_prompt)
-        return found, negative
-
-    return encoding(pipe, encode)
+        parts = {"transformer_2": model(name, 7, **config), "boundary_ratio": 0.9, **parts}
+    scheduler = scheduler or diffusers.UniPCMultistepScheduler(**FLOW)
+    parts = {"vae": Video(space=4), "scheduler": scheduler, **parts}
+    return built(kind, model(name, **config), text("eE"), **parts)
 
 
-UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-WAN = {"height": 16, "width": 16, "num_frames": 5}
+class ImageEncoder(nn.Module):
+    """What stands for CLIP and its processor: three hidden states of a picture."""
+
+    dtype = torch.float32
+
+    def __init__(self, width: int = WIDTH):
+        super().__init__()
+        self.width = width
+
+    def forward(self, images: Any = None, **_: Any) -> Any:
+        found = torch.ones(len(images) if isinstance(images, list) else 1, 3, self.width)
+        return type("Output", (dict,), {"hidden_states": [found, found], "to": lambda self, *_: self})(images=found)
 
 
-# -- Sana, DiT, FramePack --------------------------------------------------------------------------------------------
+def wan_animate() -> Any:
+    motion = {"motion_encoder_size": 16, "motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 8}
+    face = {"face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2, "inject_face_latents_blocks": 1}
+    channels = {"in_channels": 12, "latent_channels": 4, "image_dim": WIDTH}
+    sizes = {"motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8}}
+    encoder = {"image_encoder": ImageEncoder(), "image_processor": ImageEncoder()}
+    kind = {"transformer_class": "WanAnimateTransformer3DModel", "transformer": {**motion, **face, **channels, **sizes}}
+    return wan("WanAnimatePipeline", **kind, **encoder)
 
 
-def sana_sprint() -> Any:
-    transformer = diffusers.SanaTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=4,
-        cross_attention_dim=8,
-        caption_channels=WIDTH,
-        sample_size=32,
-        qk_norm="rms_norm_across_heads",
-        guidance_embeds=True,
-    )
-    torch.manual_seed(1)
-    vae = diffusers.AutoencoderDC(
-        in_channels=3,
-        latent_channels=4,
-        attention_head_dim=2,
-        encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        encoder_qkv_multiscales=((), (5,)),
-        decoder_qkv_multiscales=((), (5,)),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=[1, 1],
-        downsample_block_type="conv",
-        upsample_block_type="interpolate",
-        decoder_norm_types="rms_norm",
-        decoder_act_fns="silu",
-        scaling_factor=0.41407,
-    )
-    pipe = diffusers.SanaSprintPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=vae.eval(),
-        transformer=randomised(transformer),
-        scheduler=diffusers.SCMScheduler(),
-    )
-
-    def encode(prompt: Any, **_: Any) -> tuple:
-        found = embedded(prompt, TOKENS, WIDTH)
-        return found, torch.ones(len(found), TOKENS, dtype=torch.long)
-
-    return encoding(pipe, encode)
+def helios(kind: str = "HeliosPipeline", scheduler: Any = None) -> Any:
+    scheduler = scheduler or diffusers.HeliosScheduler()
+    return built(kind, model("HeliosTransformer3DModel"), text("eE"), vae=Video(space=2), scheduler=scheduler)
 
 
-SPRINT = {"height": 32, "width": 32, "use_resolution_binning": False, "clean_caption": False}
-SPRINT |= {"complex_human_instruction": None}
+def skyreels(kind: str = "SkyReelsV2Pipeline") -> Any:
+    transformer = model("SkyReelsV2Transformer3DModel", inject_sample_info="Forcing" in kind)
+    scheduler = diffusers.UniPCMultistepScheduler(**FLOW)
+    return built(kind, transformer, text("eE"), vae=Video(space=4), scheduler=scheduler)
 
 
-def dit(scheduler: Any = None) -> Any:
-    transformer = diffusers.DiTTransformer2DModel(
-        sample_size=8,
-        num_layers=1,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        in_channels=4,
-        out_channels=8,
-        num_embeds_ada_norm=1000,
-        activation_fn="gelu-approximate",
-        norm_type="ada_norm_zero",
-        norm_elementwise_affine=False,
-    )
-    scheduler = scheduler or diffusers.DDIMScheduler(clip_sample=False)
-    pipe = diffusers.DiTPipeline(transformer=randomised(transformer), vae=autoencoder(), scheduler=scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+class Guardrail(nn.Module):
+    """What stands for the checker of Cosmos."""
+
+    def check_text_safety(self, _: str) -> bool:
+        return True
+
+    def check_video_safety(self, frames: Any) -> Any:
+        return frames
+
+
+def cosmos(kind: str, scheduler: Any = None, **changes: Any) -> Any:
+    sizes = {"mlp_ratio": 2, "max_size": (4, 32, 32), "extra_pos_embed_type": None}
+    transformer = model("CosmosTransformer3DModel", **sizes, **changes)
+    parts = {"vae": Video(space=4), "scheduler": scheduler, "safety_checker": Guardrail()}
+    return built(kind, transformer, text("eE"), **parts)
+
+
+# -- HunyuanVideo, CogVideoX, and other videos ------------------------------------------------------------------------
+
+
+def hunyuan_video(kind: str = "HunyuanVideoPipeline", **changes: Any) -> Any:
+    return built(kind, model("HunyuanVideoTransformer3DModel", **changes), text("epm"), scheduler=Euler(shift=7.0))
 
 
 def framepack() -> Any:
-    transformer = diffusers.HunyuanVideoFramepackTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=10,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        patch_size=2,
-        patch_size_t=1,
-        guidance_embeds=True,
-        text_embed_dim=WIDTH,
-        pooled_projection_dim=POOLED,
-        rope_axes_dim=(2, 4, 4),
-        image_condition_type=None,
-        has_image_proj=True,
-        image_proj_dim=16,
-        has_clean_x_embedder=True,
-    )
-    torch.manual_seed(1)
-    vae = diffusers.AutoencoderKLHunyuanVideo(
-        latent_channels=4,
-        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
-        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
-    names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "feature_extractor", "image_encoder")
-    pipe = diffusers.HunyuanVideoFramepackPipeline(
-        **dict.fromkeys(names),
-        transformer=randomised(transformer),
-        vae=vae.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-    )
-
-    def encode(prompt: Any = None, **_: Any) -> tuple:
-        found = embedded(prompt, TOKENS, WIDTH)
-        return found, embedded(prompt, POOLED), torch.ones(len(found), TOKENS)
-
+    image = {"image_condition_type": None, "has_image_proj": True, "image_proj_dim": 16, "has_clean_x_embedder": True}
+    transformer = model("HunyuanVideoFramepackTransformer3DModel", guidance_embeds=True, **image)
+    pipe = built("HunyuanVideoFramepackPipeline", transformer, text("epm"), scheduler=Euler(shift=7.0))
     pipe.encode_image = lambda image, **_: torch.ones(len(image), 3, 16)
-    return encoding(pipe, encode)
-
-
-def modular_flux() -> Any:
-    """FLUX.1 as a modular pipeline without its text encoders: it is called with embeddings."""
-    from diffusers.modular_pipelines.flux import FluxAutoBlocks
-
-    blocks = FluxAutoBlocks()
-    blocks.sub_blocks.pop("text_encoder")
-    pipe, parts = blocks.init_pipeline(), flux()
-    pipe.update_components(transformer=parts.transformer, vae=parts.vae, scheduler=parts.scheduler)
-    pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _twice_encoded(prompt: Any, batch_size: int = 1, **_: Any) -> tuple:
+    return text("emem")(prompt if isinstance(prompt, list) else [prompt or ""] * batch_size)
+
+
+def hunyuan15(kind: str = "HunyuanVideo15Pipeline", task: str = "t2v") -> Any:
+    transformer = model("HunyuanVideo15Transformer3DModel", in_channels=9, image_embed_dim=8, task_type=task)
+    guider = diffusers.ClassifierFreeGuidance(guidance_scale=4.0)
+    pipe = built(kind, transformer, _twice_encoded, guider=guider)
+    pipe.vision_num_semantic_tokens = 3
+    return pipe
+
+
+def hunyuan_image() -> Any:
+    transformer = model("HunyuanImageTransformer2DModel", rope_axes_dim=(8, 8))
+    guider = diffusers.AdaptiveProjectedMixGuidance(guidance_scale=3.5)
+    return built("HunyuanImagePipeline", transformer, _twice_encoded, vae=Video(space=2), guider=guider)
+
+
+COGVIDEO = {"sample_width": 4, "sample_height": 4, "sample_frames": 5, "max_text_seq_length": TOKENS}
+COGVIDEO_CALL = {**SIZE, "num_frames": 5, "max_sequence_length": TOKENS}
+
+
+def cogvideox(kind: str = "CogVideoXPipeline", name: str = "CogVideoXTransformer3DModel", **changes: Any) -> Any:
+    scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction")
+    vae = Video(space=4, invert_scale_latents=False)
+    return built(kind, model(name, **COGVIDEO, **changes), text("eE"), vae=vae, scheduler=scheduler)
+
+
+def mochi() -> Any:
+    sizes = {"num_layers": 2, "in_channels": 12, "out_channels": None, "max_sequence_length": TOKENS}
+    transformer = model("MochiTransformer3DModel", **sizes)
+    return built("MochiPipeline", transformer, text("emEM"), vae=Video(12, time=6), scheduler=Euler())
+
+
+def allegro() -> Any:
+    sizes = {"attention_head_dim": 12, "cross_attention_dim": 24, "sample_height": 4, "sample_width": 4}
+    scheduler = diffusers.EulerAncestralDiscreteScheduler()
+    transformer = model("AllegroTransformer3DModel", **sizes, sample_frames=2)
+    return built("AllegroPipeline", transformer, text("emEM"), vae=Video(space=4), scheduler=scheduler)
+
+
+def easyanimate() -> Any:
+    return built("EasyAnimatePipeline", model("EasyAnimateTransformer3DModel", patch_size=2), text("eEmM"))
+
+
+def sana_video(kind: str = "SanaVideoPipeline") -> Any:
+    scheduler = diffusers.DPMSolverMultistepScheduler(**FLOW)
+    transformer = model("SanaVideoTransformer3DModel", sample_size=4)
+    return built(kind, transformer, text("emEM"), vae=Video(space=4), scheduler=scheduler)

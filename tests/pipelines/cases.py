@@ -3,41 +3,18 @@
 `python tests/pipelines/cases.py` writes the page anew.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import builders as b
 import torch
-from builders import (
-    LTX2,
-    PIXART,
-    SIZE,
-    SPRINT,
-    VIDEO,
-    WAN,
-    Case,
-    dit,
-    embedded,
-    flux,
-    flux2,
-    flux_controlnet,
-    framepack,
-    ltx,
-    ltx2,
-    modular_flux,
-    photo,
-    picture,
-    pixart,
-    qwen,
-    qwen21,
-    sana_sprint,
-    sd3,
-    wan,
-    z_image,
-)
+from parts import SIDE, TOKENS, WIDTH, Case, clip, embedded, photo, picture
 from torch import Tensor
 
 import ertacache
@@ -51,158 +28,417 @@ STEPS, COMPUTED, PROMPTS = 6, 3, ("a red fox", "a blue boat", "two cups of tea")
 LOSS = 1.0  # dB, that one prompt may lose to plain reuse by chance
 
 
+def own(**makers: Callable[[int], Any]) -> Callable[[int], dict[str, list[Any]]]:
+    """For `Case.per_prompt`: what makes the argument of prompt i, by its name."""
+    return lambda count: {name: [make(i) for i in range(count)] for name, make in makers.items()}
+
+
 @dataclass(frozen=True)
 class Row:
     """A pipeline in the table.
 
     Attributes:
-        make: builds its `Case`.
+        pipe: builds it.
+        arguments: of every call.
         call: what calibrates it, as one writes it: arguments after `pipe, prompts`.
         special: what to know.
+        per_prompt, prompts: as of `Case`.
+        refused: what says that it cannot be calibrated.
     """
 
-    make: Callable[[], Case]
+    pipe: Callable[[], Any]
+    arguments: dict[str, Any] = field(default_factory=dict)
     call: str = ""
     special: str = ""
+    per_prompt: Callable[[int], dict[str, list[Any]]] = lambda count: {}
+    prompts: bool = True
+    refused: str = ""
+
+    def case(self) -> Case:
+        return Case(self.pipe(), self.arguments, self.per_prompt, self.prompts)
 
 
-def _images(count: int) -> dict[str, list[Any]]:
-    return {"image": [picture(i) for i in range(count)]}
-
-
-def _embeds(count: int) -> dict[str, list[Any]]:
-    return {
-        "prompt_embeds": list(embedded([str(i) for i in range(count)], 5, 12).split(1)),
-        "pooled_prompt_embeds": list(embedded([str(i) for i in range(count)], 8).split(1)),
-    }
-
+SIZE, SQUARE, VIDEO, WAN = b.SIZE, b.SQUARE, b.VIDEO, b.WAN
+GUIDED = {"guidance_scale": 4.0}
+TRUE_CFG = {"negative_prompt": "dull", "true_cfg_scale": 4.0}
+STRENGTH = {"strength": 0.9}
+MASK = {"mask_image": torch.ones(1, 1, SIDE, SIDE)}
+EXPERTS = {**WAN, **GUIDED, "guidance_scale_2": 3.0}
+SKIPPED = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.2, "skip_layer_guidance_stop": 0.9}
+SPRINT = {**b.SPRINT, "intermediate_timesteps": None}
+SANA = {**b.SPRINT, **GUIDED}
+CONTROL = {"control_image": picture(3)}
 
 IMAGE = 'per_prompt={"image": images}'
 MIDDLE = "starts in the middle of the grid: for one `strength`"
-MASK = {"mask_image": torch.ones(1, 1, 16, 16)}
-GUIDED = {"guidance_scale": 4.0}
-TRUE_CFG = {"negative_prompt": "dull", "true_cfg_scale": 4.0}
-SQUARE = {"height": 32, "width": 32}
-EXPERTS = {**WAN, **GUIDED, "guidance_scale_2": 3.0}
-SKIPPED = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.2, "skip_layer_guidance_stop": 0.9}
+CFG = 'negative_prompt=" ", true_cfg_scale=4.0'
+RESTS = "the ControlNet rests, too"
+FLUX_TEXT = {
+    "prompt_embeds": lambda i: embedded(str(i), TOKENS, WIDTH),
+    "pooled_prompt_embeds": lambda i: embedded(str(i), b.POOLED),
+}
 
 ROWS: dict[str, Row] = {
-    "Flux2Pipeline": Row(lambda: Case(flux2("Flux2Pipeline"), SIZE)),
-    "Flux2KleinPipeline": Row(lambda: Case(flux2("Flux2KleinPipeline"), {**SIZE, "guidance_scale": 3.0})),
+    # FLUX.2, Krea 2, Ideogram 4, Z-Image, Qwen-Image
+    "Flux2Pipeline": Row(partial(b.flux2, "Flux2Pipeline"), SIZE),
+    "Flux2KleinPipeline": Row(partial(b.flux2, "Flux2KleinPipeline"), {**SIZE, "guidance_scale": 3.0}),
     "Flux2KleinKVPipeline": Row(
-        lambda: Case(flux2(), {**SIZE, "image": photo(64)}),
-        "image=image",
-        "fills a key-value cache at step 0",
+        b.flux2, {**SIZE, "image": photo(64)}, "image=image", "fills a key-value cache at step 0"
     ),
-    "QwenImagePipeline": Row(
-        lambda: Case(qwen(), {**SIZE, **TRUE_CFG}),
-        'negative_prompt=" ", true_cfg_scale=4.0',
-        "guided by `true_cfg_scale` with a negative prompt only",
-    ),
-    "QwenImage21Pipeline": Row(
-        lambda: Case(qwen21(), {"height": 32, "width": 32, **TRUE_CFG}),
-        'negative_prompt=" ", true_cfg_scale=4.0',
-        "fills a key-value cache at step 0",
-    ),
-    "ZImagePipeline": Row(lambda: Case(z_image(), {**SIZE, **GUIDED}), "guidance_scale=4.0", "lists of tensors"),
-    "QwenImageImg2ImgPipeline": Row(
-        lambda: Case(qwen("QwenImageImg2ImgPipeline"), {**SIZE, **TRUE_CFG, "strength": 0.9}, _images),
-        f'{IMAGE}, strength=0.9, negative_prompt=" ", true_cfg_scale=4.0',
+    "Flux2KleinInpaintPipeline": Row(
+        partial(b.flux2, "Flux2KleinInpaintPipeline"),
+        {**SIZE, **GUIDED, "image": photo(64), "mask_image": photo(64, 6), "strength": 0.9},
+        "image=image, mask_image=mask, strength=0.9",
         MIDDLE,
     ),
-    "ZImageInpaintPipeline": Row(
-        lambda: Case(z_image("ZImageInpaintPipeline"), {**SIZE, **GUIDED, **MASK, "strength": 0.9}, _images),
-        f"{IMAGE}, mask_image=mask, strength=0.9",
-        MIDDLE,
+    "Krea2Pipeline": Row(b.krea2, {**SIZE, **GUIDED}),
+    "Ideogram4Pipeline": Row(
+        b.ideogram4,
+        {**SIZE, "guidance_schedule": None, "guidance_scale": 4.0, "max_sequence_length": TOKENS},
+        "guidance_scale=4.0, guidance_schedule=None",
+        "`unconditional_transformer` rests, too",
     ),
+    "ZImagePipeline": Row(b.z_image, {**SIZE, **GUIDED}, "guidance_scale=4.0", "lists of tensors"),
     "ZImageImg2ImgPipeline": Row(
-        lambda: Case(z_image("ZImageImg2ImgPipeline"), {**SIZE, **GUIDED, "strength": 0.9}, _images),
+        partial(b.z_image, "ZImageImg2ImgPipeline"),
+        {**SIZE, **GUIDED, **STRENGTH},
         f"{IMAGE}, strength=0.9",
         MIDDLE,
+        own(image=picture),
     ),
-    "WanPipeline": Row(lambda: Case(wan(), {**WAN, **GUIDED})),
+    "ZImageInpaintPipeline": Row(
+        partial(b.z_image, "ZImageInpaintPipeline"),
+        {**SIZE, **GUIDED, **MASK, **STRENGTH},
+        f"{IMAGE}, mask_image=mask, strength=0.9",
+        MIDDLE,
+        own(image=picture),
+    ),
+    "ZImageControlNetPipeline": Row(
+        lambda: b.z_image("ZImageControlNetPipeline", controlnet=b.z_image_controlnet()),
+        {**SIZE, **GUIDED, **CONTROL},
+        "control_image=image",
+        RESTS,
+    ),
+    "QwenImagePipeline": Row(
+        b.qwen, {**SIZE, **TRUE_CFG}, CFG, "guided by `true_cfg_scale` with a negative prompt only"
+    ),
+    "QwenImageImg2ImgPipeline": Row(
+        partial(b.qwen, "QwenImageImg2ImgPipeline"),
+        {**SIZE, **TRUE_CFG, **STRENGTH},
+        f"{IMAGE}, strength=0.9, {CFG}",
+        MIDDLE,
+        own(image=picture),
+    ),
+    "QwenImageInpaintPipeline": Row(
+        partial(b.qwen, "QwenImageInpaintPipeline"),
+        {**SIZE, **TRUE_CFG, **MASK, **STRENGTH},
+        f"{IMAGE}, mask_image=mask, strength=0.9, {CFG}",
+        MIDDLE,
+        own(image=picture),
+    ),
+    "QwenImageControlNetPipeline": Row(
+        lambda: b.qwen("QwenImageControlNetPipeline", controlnet=b.qwen_controlnet()),
+        {**SIZE, **TRUE_CFG, **CONTROL},
+        f"control_image=image, {CFG}",
+        RESTS,
+    ),
+    "QwenImageEditPipeline": Row(
+        partial(b.qwen, "QwenImageEditPipeline", 128, processor=None),
+        {"height": 1024, "width": 1024, **TRUE_CFG},
+        f"{IMAGE}, {CFG}",
+        "",
+        own(image=partial(photo, 32)),
+    ),
+    "QwenImageEditInpaintPipeline": Row(
+        partial(b.qwen, "QwenImageEditInpaintPipeline", 128, processor=None),
+        {"height": 1024, "width": 1024, **TRUE_CFG, **STRENGTH, "mask_image": photo(32, 6)},
+        f"{IMAGE}, mask_image=mask, strength=0.9, {CFG}",
+        MIDDLE,
+        own(image=partial(photo, 32)),
+    ),
+    "QwenImageEditPlusPipeline": Row(
+        partial(b.qwen, "QwenImageEditPlusPipeline", 128, processor=None),
+        {"height": 1024, "width": 1024, **TRUE_CFG},
+        f"{IMAGE}, {CFG}",
+        "takes one prompt a call",
+        own(image=partial(photo, 32)),
+    ),
+    "QwenImageLayeredPipeline": Row(
+        partial(b.qwen, "QwenImageLayeredPipeline", 64, processor=None),
+        {"resolution": 640, "layers": 1, **TRUE_CFG},
+        f"{IMAGE}, {CFG}",
+        "",
+        own(image=partial(photo, 32)),
+    ),
+    "QwenImage21Pipeline": Row(b.qwen21, {**SQUARE, **TRUE_CFG}, CFG, "fills a key-value cache at step 0"),
+    "ErnieImagePipeline": Row(b.ernie, {**SIZE, **GUIDED}),
+    "OvisImagePipeline": Row(partial(b.like_flux, "OvisImagePipeline", "eEiI"), {**SIZE, **GUIDED}),
+    "LongCatImagePipeline": Row(
+        partial(b.like_flux, "LongCatImagePipeline", "ei"), {**SIZE, **GUIDED, "enable_prompt_rewrite": False}
+    ),
+    "BriaPipeline": Row(partial(b.like_flux, "BriaPipeline", "eEi"), {**SIZE, **GUIDED}),
+    "HunyuanImagePipeline": Row(b.hunyuan_image, {**SIZE}, "", "guided by its `guider`"),
+    "PRXPipeline": Row(b.prx, {**SIZE, **GUIDED, "use_resolution_binning": False}),
+    # videos
+    "WanPipeline": Row(b.wan, {**WAN, **GUIDED}),
     "WanPipeline (two experts)": Row(
-        lambda: Case(wan(experts=True), EXPERTS),
+        partial(b.wan, experts=True),
+        EXPERTS,
         "guidance_scale=4.0, guidance_scale_2=3.0",
         "both transformers rest; `boundary_ratio` is compared",
     ),
-    "LTX2Pipeline": Row(lambda: Case(ltx2(), LTX2), "", "video and audio, each with its own coefficients"),
-    "LTXPipeline": Row(lambda: Case(ltx("LTXPipeline"), VIDEO)),
-    "LTXConditionPipeline": Row(
-        lambda: Case(ltx(), {**VIDEO, "image": picture(0, 32)}),
-        "image=image",
-        "tokens of the image move less than others",
+    "WanPipeline (TI2V-5B)": Row(
+        partial(b.wan, expand_timesteps=True), {**WAN, **GUIDED}, "", "a timestep for each token"
     ),
+    "WanImageToVideoPipeline": Row(
+        partial(b.wan, "WanImageToVideoPipeline", True, transformer={"in_channels": 12}),
+        EXPERTS,
+        f"{IMAGE}, guidance_scale_2=3.0",
+        "",
+        own(image=picture),
+    ),
+    "WanImageToVideoPipeline (TI2V-5B)": Row(
+        partial(b.wan, "WanImageToVideoPipeline", expand_timesteps=True),
+        {**WAN, **GUIDED},
+        IMAGE,
+        "the first frame is given",
+        own(image=picture),
+    ),
+    "WanVideoToVideoPipeline": Row(
+        partial(b.wan, "WanVideoToVideoPipeline"),
+        {"height": 16, "width": 16, **GUIDED, **STRENGTH},
+        'per_prompt={"video": videos}, strength=0.9',
+        MIDDLE,
+        own(video=lambda i: clip(16, 5, i)),
+    ),
+    "WanVACEPipeline": Row(
+        partial(
+            b.wan,
+            "WanVACEPipeline",
+            transformer_class="WanVACETransformer3DModel",
+            transformer={"vace_layers": [0], "vace_in_channels": 2 * 4 + 4**2},
+        ),
+        {**WAN, **GUIDED},
+        'per_prompt={"video": videos}',
+        "takes one prompt a call",
+        own(video=lambda i: clip(16, 5, i)),
+    ),
+    "WanAnimatePipeline": Row(
+        b.wan_animate,
+        {"height": 16, "width": 16, "segment_frame_length": 5, "guidance_scale": 2.0},
+        'per_prompt={"image": images, "pose_video": poses, "face_video": faces}',
+        "calibrate one segment; it serves all of them",
+        own(image=partial(photo, 16), pose_video=lambda i: clip(16, 5, i), face_video=lambda i: clip(16, 5, i + 9)),
+    ),
+    "LTX2Pipeline": Row(b.ltx2, b.LTX2, "", "video and audio, each with its own coefficients"),
+    "LTX2ImageToVideoPipeline": Row(
+        partial(b.ltx2, "LTX2ImageToVideoPipeline"), b.LTX2, IMAGE, "video and audio", own(image=lambda i: picture(i, 32))
+    ),
+    "LTXPipeline": Row(partial(b.ltx, "LTXPipeline"), VIDEO),
+    "LTXImageToVideoPipeline": Row(
+        partial(b.ltx, "LTXImageToVideoPipeline"),
+        VIDEO,
+        IMAGE,
+        "tokens of the image do not move",
+        own(image=lambda i: picture(i, 32)),
+    ),
+    "LTXConditionPipeline": Row(
+        b.ltx, {**VIDEO, "image": picture(0, 32)}, "image=image", "tokens of the image move less than others"
+    ),
+    "HunyuanVideo15Pipeline": Row(b.hunyuan15, VIDEO, "", "guided by its `guider`"),
+    "HunyuanVideoPipeline": Row(b.hunyuan_video, VIDEO),
     "HunyuanVideoFramepackPipeline": Row(
-        lambda: Case(framepack(), {**SQUARE, "latent_window_size": 2, "num_frames": 5, "image": picture(0, 32)}),
+        b.framepack,
+        {**SQUARE, "latent_window_size": 2, "num_frames": 5, "image": picture(0, 32)},
         "image=image, num_frames=33",
         "calibrate one section; it serves all of them",
     ),
-    "StableDiffusion3Pipeline": Row(lambda: Case(sd3(), {**SIZE, **GUIDED})),
+    "Kandinsky5T2VPipeline": Row(b.kandinsky5, {**VIDEO, **GUIDED}),
+    "Kandinsky5T2IPipeline": Row(partial(b.kandinsky5, "Kandinsky5T2IPipeline"), {**SQUARE, **GUIDED}),
+    "Kandinsky5I2VPipeline": Row(
+        partial(b.kandinsky5, "Kandinsky5I2VPipeline"), {**VIDEO, **GUIDED}, IMAGE, "", own(image=partial(photo, 32))
+    ),
+    "HeliosPipeline": Row(
+        b.helios,
+        {"height": 16, "width": 16, **GUIDED, "num_frames": 5, "num_latent_frames_per_chunk": 2, "history_sizes": [4, 2, 1]},
+        "num_frames=33",
+        "calibrate one chunk; it serves all of them",
+    ),
+    "SkyReelsV2Pipeline": Row(b.skyreels, {**WAN, **GUIDED}),
+    "SkyReelsV2DiffusionForcingPipeline": Row(
+        partial(b.skyreels, "SkyReelsV2DiffusionForcingPipeline"),
+        {**WAN, **GUIDED},
+        "",
+        "each frame has its own coefficients",
+    ),
+    "SanaVideoPipeline": Row(b.sana_video, {**WAN, **SANA, "num_frames": None, "frames": 5}),
+    "CosmosTextToWorldPipeline": Row(
+        partial(b.cosmos, "CosmosTextToWorldPipeline"), {**WAN, **GUIDED}, refused="x"
+    ),
+    "Cosmos2TextToImagePipeline": Row(partial(b.cosmos, "Cosmos2TextToImagePipeline"), {**SIZE, **GUIDED}),
+    "Cosmos2VideoToWorldPipeline": Row(
+        partial(b.cosmos, "Cosmos2VideoToWorldPipeline", in_channels=5),
+        {**WAN, **GUIDED},
+        IMAGE,
+        "",
+        own(image=picture),
+    ),
+    "Cosmos2_5_PredictBasePipeline": Row(
+        partial(b.cosmos, "Cosmos2_5_PredictBasePipeline", in_channels=5), {**WAN, **GUIDED}
+    ),
+    "CogVideoXPipeline": Row(b.cogvideox, {**b.COGVIDEO_CALL, **GUIDED}),
+    "CogVideoXImageToVideoPipeline": Row(
+        partial(b.cogvideox, "CogVideoXImageToVideoPipeline", in_channels=8),
+        {**b.COGVIDEO_CALL, **GUIDED},
+        IMAGE,
+        "",
+        own(image=picture),
+    ),
+    "CogVideoXVideoToVideoPipeline": Row(
+        partial(b.cogvideox, "CogVideoXVideoToVideoPipeline"),
+        {**SIZE, "max_sequence_length": TOKENS, **GUIDED, **STRENGTH},
+        'per_prompt={"video": videos}, strength=0.9',
+        MIDDLE,
+        own(video=lambda i: clip(16, 5, i)),
+    ),
+    "ConsisIDPipeline": Row(
+        partial(b.cogvideox, "ConsisIDPipeline", "ConsisIDTransformer3DModel", in_channels=8),
+        {**b.COGVIDEO_CALL, **GUIDED},
+        IMAGE,
+        "",
+        own(image=picture),
+    ),
+    "MochiPipeline": Row(b.mochi, {**SQUARE, "num_frames": 7, **GUIDED, "max_sequence_length": TOKENS}),
+    "AllegroPipeline": Row(b.allegro, {**SIZE, "num_frames": 8, **GUIDED, "clean_caption": False}),
+    "EasyAnimatePipeline": Row(b.easyanimate, {**SQUARE, "num_frames": 5, **GUIDED}),
+    "LattePipeline": Row(b.latte, {**SIZE, "video_length": 2, **GUIDED, "clean_caption": False}),
+    # pictures
+    "HiDreamImagePipeline": Row(b.hidream, {**SIZE, **GUIDED}),
+    "ChromaPipeline": Row(b.chroma, {**SIZE, **GUIDED}),
+    "ChromaImg2ImgPipeline": Row(
+        partial(b.chroma, "ChromaImg2ImgPipeline"),
+        {**SIZE, **GUIDED, **STRENGTH},
+        f"{IMAGE}, strength=0.9",
+        MIDDLE,
+        own(image=picture),
+    ),
+    "CogView4Pipeline": Row(b.cogview4, {**SIZE, **GUIDED}),
+    "CogView4ControlPipeline": Row(
+        partial(b.cogview4, "CogView4ControlPipeline", in_channels=8), {**SIZE, **GUIDED, **CONTROL}, "control_image=image"
+    ),
+    "CogView3PlusPipeline": Row(b.cogview3, {**SIZE, **GUIDED}),
+    "Lumina2Pipeline": Row(b.lumina2, {**SQUARE, **GUIDED}),
+    "LuminaPipeline": Row(b.lumina, {**SQUARE, **GUIDED, "clean_caption": False}),
+    "AuraFlowPipeline": Row(b.aura_flow, {**SIZE, **GUIDED}),
+    "OmniGenPipeline": Row(b.omnigen, {**SIZE, "guidance_scale": 2.5}),
+    "SanaPipeline": Row(b.sana, SANA),
+    "SanaControlNetPipeline": Row(
+        lambda: b.sana("SanaControlNetPipeline", controlnet=b.sana_controlnet()),
+        {**SANA, **CONTROL},
+        "control_image=image",
+        RESTS,
+    ),
+    "SanaSprintPipeline": Row(b.sana_sprint, SPRINT, "", "stochastic"),
+    "SanaSprintImg2ImgPipeline": Row(
+        partial(b.sana, "SanaSprintImg2ImgPipeline"),
+        {**SPRINT, **STRENGTH},
+        f"{IMAGE}, strength=0.9",
+        MIDDLE,
+        own(image=picture),
+    ),
+    "StableDiffusion3Pipeline": Row(b.sd3, {**SIZE, **GUIDED}),
     "StableDiffusion3Pipeline (skip-layer guidance)": Row(
-        lambda: Case(sd3(), {**SIZE, **GUIDED, **SKIPPED}),
-        "skip_guidance_layers=[7, 8, 9]",
-        "calls of two batch sizes in a step",
+        b.sd3, {**SIZE, **GUIDED, **SKIPPED}, "skip_guidance_layers=[7, 8, 9]", "calls of two batch sizes in a step"
     ),
     "StableDiffusion3Img2ImgPipeline": Row(
-        lambda: Case(sd3("StableDiffusion3Img2ImgPipeline"), {**SIZE, **GUIDED, "strength": 0.9}, _images),
+        partial(b.sd3, "StableDiffusion3Img2ImgPipeline"),
+        {**SIZE, **GUIDED, **STRENGTH},
         f"{IMAGE}, strength=0.9",
         MIDDLE,
+        own(image=picture),
     ),
-    "StableDiffusion3PAGPipeline": Row(
-        lambda: Case(sd3("StableDiffusion3PAGPipeline", pag_applied_layers="blocks.1"), {**SIZE, **GUIDED}),
-        "pag_scale=3.0",
-    ),
-    "FluxPipeline": Row(lambda: Case(flux(), SIZE)),
-    "FluxPipeline (true CFG)": Row(
-        lambda: Case(flux(), {**SIZE, **TRUE_CFG}), 'negative_prompt="dull", true_cfg_scale=4.0'
-    ),
-    "FluxImg2ImgPipeline": Row(
-        lambda: Case(flux("FluxImg2ImgPipeline"), {**SIZE, "strength": 0.9}, _images),
-        f"{IMAGE}, strength=0.9",
-        MIDDLE,
-    ),
-    "FluxInpaintPipeline": Row(
-        lambda: Case(flux("FluxInpaintPipeline"), {**SIZE, **MASK, "strength": 0.9}, _images),
+    "StableDiffusion3InpaintPipeline": Row(
+        partial(b.sd3, "StableDiffusion3InpaintPipeline"),
+        {**SIZE, **GUIDED, **STRENGTH, **MASK},
         f"{IMAGE}, mask_image=mask, strength=0.9",
         MIDDLE,
+        own(image=picture),
+    ),
+    "StableDiffusion3ControlNetPipeline": Row(
+        lambda: b.sd3("StableDiffusion3ControlNetPipeline", controlnet=b.sd3_controlnet()),
+        {**SIZE, **GUIDED, **CONTROL},
+        "control_image=image",
+        RESTS,
+    ),
+    "StableDiffusion3PAGPipeline": Row(
+        partial(b.sd3, "StableDiffusion3PAGPipeline", pag_applied_layers="blocks.1"), {**SIZE, **GUIDED}, "pag_scale=3.0"
+    ),
+    "FluxPipeline": Row(b.flux, SIZE),
+    "FluxPipeline (true CFG)": Row(b.flux, {**SIZE, **TRUE_CFG}, 'negative_prompt="dull", true_cfg_scale=4.0'),
+    "FluxImg2ImgPipeline": Row(
+        partial(b.flux, "FluxImg2ImgPipeline"),
+        {**SIZE, **STRENGTH},
+        f"{IMAGE}, strength=0.9",
+        MIDDLE,
+        own(image=picture),
+    ),
+    "FluxInpaintPipeline": Row(
+        partial(b.flux, "FluxInpaintPipeline"),
+        {**SIZE, **MASK, **STRENGTH},
+        f"{IMAGE}, mask_image=mask, strength=0.9",
+        MIDDLE,
+        own(image=picture),
+    ),
+    "FluxFillPipeline": Row(
+        partial(b.flux, "FluxFillPipeline", transformer={"in_channels": 2 * 16 + 16, "out_channels": 16}),
+        {**SIZE, **MASK},
+        f"{IMAGE}, mask_image=mask",
+        "",
+        own(image=picture),
     ),
     "FluxKontextPipeline": Row(
-        lambda: Case(
-            flux("FluxKontextPipeline"), {**SIZE, "image": picture(2), "_auto_resize": False, "max_area": 256}
-        ),
+        partial(b.flux, "FluxKontextPipeline"),
+        {**SIZE, "image": picture(2), "_auto_resize": False, "max_area": 256},
         "image=image",
     ),
-    "FluxControlNetImg2ImgPipeline": Row(
-        lambda: Case(
-            flux("FluxControlNetImg2ImgPipeline", controlnet=flux_controlnet()),
-            {**SIZE, "control_image": picture(3), "strength": 0.9},
-            _images,
-        ),
+    "FluxControlPipeline": Row(
+        partial(b.flux, "FluxControlPipeline", transformer={"in_channels": 32, "out_channels": 16}),
+        {**SIZE, **CONTROL},
+        "control_image=image",
+    ),
+    "FluxControlImg2ImgPipeline": Row(
+        partial(b.flux, "FluxControlImg2ImgPipeline", transformer={"in_channels": 32, "out_channels": 16}),
+        {**SIZE, **CONTROL, **STRENGTH},
         f"{IMAGE}, control_image=control, strength=0.9",
         MIDDLE,
+        own(image=picture),
     ),
     "FluxControlNetPipeline": Row(
-        lambda: Case(
-            flux("FluxControlNetPipeline", controlnet=flux_controlnet()), {**SIZE, "control_image": picture(3)}
-        ),
+        lambda: b.flux("FluxControlNetPipeline", controlnet=b.flux_controlnet()),
+        {**SIZE, **CONTROL},
         "control_image=image",
-        "the ControlNet rests, too",
+        RESTS,
+    ),
+    "FluxControlNetImg2ImgPipeline": Row(
+        lambda: b.flux("FluxControlNetImg2ImgPipeline", controlnet=b.flux_controlnet()),
+        {**SIZE, **CONTROL, **STRENGTH},
+        f"{IMAGE}, control_image=control, strength=0.9",
+        MIDDLE,
+        own(image=picture),
     ),
     "FluxModularPipeline": Row(
-        lambda: Case(modular_flux(), SIZE, _embeds, prompts=False),
-        "",
-        "modular: a `PipelineState` comes back",
+        b.modular_flux, SIZE, "", "modular: a `PipelineState` comes back", own(**FLUX_TEXT), prompts=False
     ),
-    "PixArtAlphaPipeline": Row(lambda: Case(pixart(), PIXART)),
-    "PixArtSigmaPipeline": Row(lambda: Case(pixart("PixArtSigmaPipeline"), PIXART)),
-    "SanaSprintPipeline": Row(
-        lambda: Case(sana_sprint(), {**SPRINT, "intermediate_timesteps": None}), "", "stochastic"
-    ),
+    "PixArtAlphaPipeline": Row(b.pixart, b.PIXART),
+    "PixArtSigmaPipeline": Row(partial(b.pixart, "PixArtSigmaPipeline"), b.PIXART),
+    "HunyuanDiTPipeline": Row(b.hunyuan_dit, {**SIZE, **GUIDED, "use_resolution_binning": False}),
     "DiTPipeline": Row(
-        lambda: Case(dit(), {}, lambda count: {"class_labels": [[i] for i in range(count)]}, prompts=False),
+        b.dit,
+        {},
         'None, per_prompt={"class_labels": [[207], [360]]}',
         "class labels in place of prompts",
+        own(class_labels=lambda i: [i]),
+        prompts=False,
     ),
 }
 
