@@ -506,7 +506,8 @@ def blank_of(output: Any, batch: int | None = None) -> Any:
         shape = output.shape if batch is None else (batch, *output.shape[1:])
         return torch.zeros((), dtype=output.dtype, device=output.device).expand(shape)
     if isinstance(output, Mapping):  # diffusers' outputs are: their fields by name
-        return type(output)(**{name: blank_of(value, batch) for name, value in output.items()})
+        blanks = {name: blank_of(value, batch) for name, value in output.items()}
+        return blanks if type(output) is dict else type(output)(**blanks)
     if isinstance(output, (list, tuple)):
         inner = [blank_of(value, batch) for value in output]
         return type(output)(*inner) if hasattr(output, "_fields") else type(output)(inner)

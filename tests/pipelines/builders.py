@@ -11,6 +11,7 @@ from parts import (
     TOKENS,
     WIDTH,
     Case,
+    Stub,
     Video,
     autoencoder,
     built,
@@ -67,13 +68,14 @@ def modular_flux() -> Any:
 def chroma(kind: str = "ChromaPipeline") -> Any:
     approximator = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
     transformer = model("ChromaTransformer2DModel", patch_size=1, in_channels=16, out_channels=None, **approximator)
-    return built(kind, transformer, text("eimEIM"), vae=autoencoder())
+    return built(kind, transformer, text("eibEIB"), vae=autoencoder())
 
 
 def like_flux(kind: str, returns: str, **config: Any) -> Any:
     """Pipelines whose transformers take what FLUX's takes, but for the text."""
-    transformer = model(kind.replace("Pipeline", "Transformer2DModel"), patch_size=1, in_channels=16, **config)
-    return built(kind, transformer, text(returns), vae=autoencoder())
+    config = {"patch_size": 1, "in_channels": 16, **config}
+    transformer = model(kind.replace("Pipeline", "Transformer2DModel"), **config)
+    return built(kind, transformer, text(returns), vae=autoencoder(config["in_channels"] // 4))
 
 
 def flux2_autoencoder() -> Any:
@@ -107,8 +109,9 @@ SD3 = {"patch_size": 1}
 
 
 def sd3(kind: str = "StableDiffusion3Pipeline", scheduler: Any = None, **parts: Any) -> Any:
-    transformer = model("SD3Transformer2DModel", num_layers=2, **SD3)
-    return built(kind, transformer, text("eEpP"), vae=autoencoder(), scheduler=scheduler, **parts)
+    channels = 16 if "Inpaint" in kind else 4  # which it looks at
+    transformer = model("SD3Transformer2DModel", num_layers=2, **SD3, in_channels=channels, out_channels=channels)
+    return built(kind, transformer, text("eEpP"), vae=autoencoder(channels), scheduler=scheduler, **parts)
 
 
 def sd3_controlnet() -> Any:
@@ -166,7 +169,7 @@ def pixart(kind: str = "PixArtAlphaPipeline", scheduler: Any = None, side: int =
     return built(kind, transformer, text("emEM"), vae=autoencoder(), scheduler=scheduler)
 
 
-SPRINT = {**SIZE, **CLEAN, "complex_human_instruction": None}
+SPRINT = {**SQUARE, **CLEAN, "complex_human_instruction": None}
 
 
 def sana(kind: str = "SanaPipeline", **parts: Any) -> Any:
@@ -192,12 +195,10 @@ def dit(scheduler: Any = None) -> Any:
 
 
 def hunyuan_dit() -> Any:
-    lengths = {"text_len": TOKENS, "text_len_t5": TOKENS, "cross_attention_dim_t5": WIDTH}
-    transformer = model(
-        "HunyuanDiT2DModel", scale=0.1, patch_size=2, cross_attention_dim=WIDTH, num_layers=2, **lengths
-    )
+    lengths = {"text_len": TOKENS, "text_len_t5": TOKENS, "cross_attention_dim_t5": 16, "cross_attention_dim": 16}
+    transformer = model("HunyuanDiT2DModel", scale=0.1, patch_size=2, num_layers=2, **lengths)
     scheduler = diffusers.DDPMScheduler(clip_sample=False)
-    return built("HunyuanDiTPipeline", transformer, text("eEmM"), vae=autoencoder(), scheduler=scheduler)
+    return built("HunyuanDiTPipeline", transformer, text("eEmM", 16), vae=autoencoder(), scheduler=scheduler)
 
 
 def lumina2() -> Any:
@@ -410,17 +411,11 @@ def wan(kind: str = "WanPipeline", experts: bool = False, scheduler: Any = None,
     return built(kind, model(name, **config), text("eE"), **parts)
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(Stub):
     """What stands for CLIP and its processor: three hidden states of a picture."""
 
-    dtype = torch.float32
-
-    def __init__(self, width: int = WIDTH):
-        super().__init__()
-        self.width = width
-
     def forward(self, images: Any = None, **_: Any) -> Any:
-        found = torch.ones(len(images) if isinstance(images, list) else 1, 3, self.width)
+        found = torch.ones(len(images) if isinstance(images, list) else 1, 3, WIDTH)
         return type("Output", (dict,), {"hidden_states": [found, found], "to": lambda self, *_: self})(images=found)
 
 
@@ -435,7 +430,7 @@ def wan_animate() -> Any:
 
 
 def helios(kind: str = "HeliosPipeline", scheduler: Any = None) -> Any:
-    scheduler = scheduler or diffusers.HeliosScheduler()
+    scheduler = scheduler or diffusers.HeliosScheduler(stages=1)
     return built(kind, model("HeliosTransformer3DModel"), text("eE"), vae=Video(space=2), scheduler=scheduler)
 
 
@@ -445,7 +440,7 @@ def skyreels(kind: str = "SkyReelsV2Pipeline") -> Any:
     return built(kind, transformer, text("eE"), vae=Video(space=4), scheduler=scheduler)
 
 
-class Guardrail(nn.Module):
+class Guardrail(Stub):
     """What stands for the checker of Cosmos."""
 
     def check_text_safety(self, _: str) -> bool:

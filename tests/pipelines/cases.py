@@ -172,9 +172,9 @@ ROWS: dict[str, Row] = {
     ),
     "QwenImage21Pipeline": Row(b.qwen21, {**SQUARE, **TRUE_CFG}, CFG, "fills a key-value cache at step 0"),
     "ErnieImagePipeline": Row(b.ernie, {**SIZE, **GUIDED}),
-    "OvisImagePipeline": Row(partial(b.like_flux, "OvisImagePipeline", "eEiI"), {**SIZE, **GUIDED}),
+    "OvisImagePipeline": Row(partial(b.like_flux, "OvisImagePipeline", "eEiI", out_channels=16), {**SIZE, **GUIDED}),
     "LongCatImagePipeline": Row(
-        partial(b.like_flux, "LongCatImagePipeline", "ei"), {**SIZE, **GUIDED, "enable_prompt_rewrite": False}
+        partial(b.like_flux, "LongCatImagePipeline", "ei", in_channels=64), {**SIZE, **GUIDED, "enable_prompt_rewrite": False}
     ),
     "BriaPipeline": Row(partial(b.like_flux, "BriaPipeline", "eEi"), {**SIZE, **GUIDED}),
     "HunyuanImagePipeline": Row(b.hunyuan_image, {**SIZE}, "", "guided by its `guider`"),
@@ -232,7 +232,7 @@ ROWS: dict[str, Row] = {
     ),
     "LTX2Pipeline": Row(b.ltx2, b.LTX2, "", "video and audio, each with its own coefficients"),
     "LTX2ImageToVideoPipeline": Row(
-        partial(b.ltx2, "LTX2ImageToVideoPipeline"), b.LTX2, IMAGE, "video and audio", own(image=lambda i: picture(i, 32))
+        partial(b.ltx2, "LTX2ImageToVideoPipeline"), {**b.LTX2, "image_crf": 0}, IMAGE, "video and audio", own(image=partial(photo, 32))
     ),
     "LTXPipeline": Row(partial(b.ltx, "LTXPipeline"), VIDEO),
     "LTXImageToVideoPipeline": Row(
@@ -256,7 +256,7 @@ ROWS: dict[str, Row] = {
     "Kandinsky5T2VPipeline": Row(b.kandinsky5, {**VIDEO, **GUIDED}),
     "Kandinsky5T2IPipeline": Row(partial(b.kandinsky5, "Kandinsky5T2IPipeline"), {**SQUARE, **GUIDED}),
     "Kandinsky5I2VPipeline": Row(
-        partial(b.kandinsky5, "Kandinsky5I2VPipeline"), {**VIDEO, **GUIDED}, IMAGE, "", own(image=partial(photo, 32))
+        partial(b.kandinsky5, "Kandinsky5I2VPipeline"), {**SQUARE, **GUIDED, "num_frames": 21}, IMAGE, "", own(image=partial(photo, 32))
     ),
     "HeliosPipeline": Row(
         b.helios,
@@ -271,7 +271,7 @@ ROWS: dict[str, Row] = {
         "",
         "each frame has its own coefficients",
     ),
-    "SanaVideoPipeline": Row(b.sana_video, {**WAN, **SANA, "num_frames": None, "frames": 5}),
+    "SanaVideoPipeline": Row(b.sana_video, {**SANA, "frames": 5}),
     "CosmosTextToWorldPipeline": Row(
         partial(b.cosmos, "CosmosTextToWorldPipeline"), {**WAN, **GUIDED}, refused="x"
     ),

@@ -67,7 +67,9 @@ def model(kind: str, seed: int = 0, scale: float = NOISE_SCALE, **config: Any) -
     made = getattr(diffusers, kind)
     known = inspect.signature(made.__init__).parameters
     small = {name: size for name, size in SMALL.items() if name in known}
-    return randomised(made(**{**small, **config}), seed, scale)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)  # biases are random too, and must not depend on what ran before
+        return randomised(made(**{**small, **config}), seed, scale)
 
 
 def embedded(prompt: Any, *shape: int) -> Tensor:
@@ -80,12 +82,13 @@ def embedded(prompt: Any, *shape: int) -> Tensor:
 def text(returns: str, width: int = WIDTH, pooled: int = POOLED) -> Callable[..., Any]:
     """What stands for a text encoder: from prompts and negative prompts to what `returns` says, a letter each.
 
-    e: an embedding of each token; p: a pooled one; m: a mask; i: position ids. A capital is the negative prompts'.
+    e: an embedding of each token; p: a pooled one; m, b: a mask of numbers or truths; i: position ids. A capital is the negative prompts'.
     """
     kinds: dict[str, Callable[[list[Any]], Any]] = {
         "e": lambda prompts: embedded(prompts, TOKENS, width),
         "p": lambda prompts: embedded(prompts, pooled),
         "m": lambda prompts: torch.ones(len(prompts), TOKENS, dtype=torch.long),
+        "b": lambda prompts: torch.ones(len(prompts), TOKENS, dtype=torch.bool),
         "i": lambda prompts: torch.zeros(TOKENS, 3),
     }
 
@@ -157,7 +160,13 @@ class Distribution:
     mode = sample
 
 
-class Video(nn.Module):
+class Stub(nn.Module):
+    """A module that stands for another one."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+
+class Video(Stub):
     """What stands for an autoencoder, of videos or of pictures: it averages and repeats pixels, and mixes channels.
 
     Args:
@@ -167,8 +176,8 @@ class Video(nn.Module):
 
     def __init__(self, channels: int = 4, space: int = 8, time: int = 4, **config: Any):
         super().__init__()
-        torch.manual_seed(1)
-        self.mix = nn.Parameter(torch.randn(3, channels) / channels**0.5, requires_grad=False)
+        mix = torch.randn(3, channels, generator=torch.Generator().manual_seed(1)) / channels**0.5
+        self.mix = nn.Parameter(mix, requires_grad=False)
         self.space = self.spatial_compression_ratio = self.scale_factor_spatial = space
         self.time = self.temporal_compression_ratio = self.scale_factor_temporal = time
         halvings = space.bit_length() - 1
@@ -180,10 +189,6 @@ class Video(nn.Module):
         widths = {"z_dim": channels, "latent_channels": channels, "block_out_channels": (8,) * (halvings + 1)}
         known = {"scaling_factor": 1.0, "shift_factor": 0.0, **ratios, **means, **widths, **config}
         self.config = diffusers.configuration_utils.FrozenDict(known)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.mix.dtype
 
     def encode(self, pixels: Tensor, return_dict: bool = True) -> Any:
         if pixels.ndim == 5:

@@ -407,7 +407,8 @@ def _mapped(function: Callable[..., Tensor], *outputs: Any) -> Any:
     if isinstance(first, Tensor):
         return function(*outputs)
     if isinstance(first, Mapping):
-        return type(first)(**{name: _mapped(function, *(one[name] for one in outputs)) for name in first})
+        made = {name: _mapped(function, *(one[name] for one in outputs)) for name in first}
+        return made if type(first) is dict else type(first)(**made)
     if isinstance(first, (list, tuple)):
         return type(first)(_mapped(function, *items) for items in zip(*outputs, strict=True))
     return first
