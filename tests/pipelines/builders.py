@@ -1,5 +1,6 @@
 """Tiny pipelines of diffusers with random weights, a builder for each kind of transformer. Holds no test."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -341,20 +342,70 @@ def prx() -> Any:
     return built("PRXPipeline", transformer, text("emEM"), vae=autoencoder())
 
 
-class ByteTokenizer:
-    """What OmniGen reads of its tokenizer: bytes for tokens."""
+class Bytes:
+    """What stands for a tokenizer: bytes are tokens."""
 
-    model_max_length = 512
+    model_max_length, eos_token_id = 512, 0
 
     def __call__(self, prompt: str, **_: Any) -> Any:
-        return type("Tokens", (), {"input_ids": [1 + byte for byte in prompt.encode()]})
+        return SimpleNamespace(input_ids=[1 + byte for byte in prompt.encode()])
+
+    def convert_tokens_to_ids(self, _: str) -> int:
+        return 257
 
 
 def omnigen() -> Any:
-    words = {"pad_token_id": 0, "vocab_size": 300, "time_step_dim": 16}
+    from diffusers.pipelines.omnigen import pipeline_omnigen, processor_omnigen
+
+    if not hasattr(processor_omnigen, "transforms"):  # torchvision's, for images
+        nothing = lambda *_, **__: None  # noqa: E731
+        kinds = ("Compose", "Lambda", "ToTensor", "Normalize")
+        processor_omnigen.transforms = SimpleNamespace(**dict.fromkeys(kinds, nothing))  # type: ignore
+        pipeline_omnigen.OmniGenMultiModalProcessor = processor_omnigen.OmniGenMultiModalProcessor
     scaling = {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8}
-    transformer = model("OmniGenTransformer2DModel", rope_scaling=scaling, **words)
-    return built("OmniGenPipeline", transformer, vae=autoencoder(), tokenizer=ByteTokenizer())
+    sizes = {"pad_token_id": 0, "vocab_size": 300, "time_step_dim": 16, "rope_scaling": scaling}
+    transformer = model("OmniGenTransformer2DModel", **sizes)
+    return built("OmniGenPipeline", transformer, vae=Video(), tokenizer=Bytes())
+
+
+def glm_image() -> Any:
+    transformer = model("GlmImageTransformer2DModel", patch_size=2, prior_vq_quantizer_codebook_size=8)
+    vae = Video(space=2)
+    pipe = built("GlmImagePipeline", transformer, text("eE"), vae=vae, scheduler=Euler(use_dynamic_shifting=True))
+    tokens = lambda prompt: torch.tensor([[len(str(p)) % 8] * 16 for p in prompt])  # noqa: E731
+    pipe.generate_prior_tokens = lambda prompt, **_: (
+        tokens([prompt] if isinstance(prompt, str) else prompt),
+        None,
+        None,
+    )
+    return pipe
+
+
+class Vocoder(Stub):
+    """What stands for a vocoder: the sound is the mean of its spectrum."""
+
+    def forward(self, spectrum: Any, **_: Any) -> tuple:
+        return (spectrum.mean(1, keepdim=True),)
+
+
+def kandinsky6() -> Any:
+    sides = {"in_visual_dim": 4, "out_visual_dim": 4, "visual_cond": True, "in_audio_dim": 4, "out_audio_dim": 4}
+    audio = {"model_dim_a": 32, "time_dim_a": 8, "ff_dim_a": 32, "axes_dims_a": (16,)}
+    transformer = model("Kandinsky6Transformer3DModel", **sides, **audio)
+    parts = {"audio_vae": Video(sample_rate=600), "vocoder": Vocoder()}
+    parts["audio_vae"].latent_hop_length = 8
+    return built("Kandinsky6TI2VAPipeline", transformer, text("epbEPB"), **parts)
+
+
+def cosmos3() -> Any:
+    sizes = {"head_dim": 16, "num_hidden_layers": 1, "latent_channel": 4, "patch_latent_dim": 16, "vocab_size": 300}
+    transformer = model("Cosmos3OmniTransformer", **sizes, dtype="float32", rope_axes_dim=(4, 2, 2))
+    scheduler = diffusers.UniPCMultistepScheduler(**FLOW)
+    parts = {"vae": Video(space=4), "text_tokenizer": Bytes(), "enable_safety_checker": False}
+    pipe = built("Cosmos3OmniPipeline", transformer, scheduler=scheduler, **parts)
+    words = lambda prompt: Bytes()(prompt or "-").input_ids  # noqa: E731
+    tokens = lambda prompt, negative_prompt=None, **_: (words(prompt), words(negative_prompt))  # noqa: E731
+    return encoding(pipe, tokens, "tokenize_prompt")
 
 
 # -- LTX, Wan and its kin --------------------------------------------------------------------------------------------
@@ -451,8 +502,16 @@ class Guardrail(Stub):
 
 
 def cosmos(kind: str, scheduler: Any = None, **changes: Any) -> Any:
+    from diffusers.models.transformers import transformer_cosmos
+
+    if not hasattr(transformer_cosmos, "transforms"):  # torchvision's, by which it makes a mask of zeros smaller
+        resize = lambda mask, size, **_: nn.functional.interpolate(mask, size)  # noqa: E731
+        modes = SimpleNamespace(NEAREST="nearest")
+        functional = SimpleNamespace(resize=resize)
+        transformer_cosmos.transforms = SimpleNamespace(functional=functional, InterpolationMode=modes)  # type: ignore
     sizes = {"mlp_ratio": 2, "max_size": (4, 32, 32), "extra_pos_embed_type": None}
     transformer = model("CosmosTransformer3DModel", **sizes, **changes)
+    scheduler = scheduler or Euler(use_karras_sigmas=True)
     parts = {"vae": Video(space=4), "scheduler": scheduler, "safety_checker": Guardrail()}
     return built(kind, transformer, text("eE"), **parts)
 
@@ -502,15 +561,15 @@ def cogvideox(kind: str = "CogVideoXPipeline", name: str = "CogVideoXTransformer
 
 def mochi() -> Any:
     sizes = {"num_layers": 2, "in_channels": 12, "out_channels": None, "max_sequence_length": TOKENS}
-    transformer = model("MochiTransformer3DModel", **sizes)
-    return built("MochiPipeline", transformer, text("emEM"), vae=Video(12, time=6), scheduler=Euler())
+    transformer = model("MochiTransformer3DModel", text_embed_dim=16, **sizes)
+    return built("MochiPipeline", transformer, text("ebEB", 16), vae=Video(12, time=6), scheduler=Euler())
 
 
 def allegro() -> Any:
     sizes = {"attention_head_dim": 12, "cross_attention_dim": 24, "sample_height": 4, "sample_width": 4}
     scheduler = diffusers.EulerAncestralDiscreteScheduler()
     transformer = model("AllegroTransformer3DModel", **sizes, sample_frames=2)
-    return built("AllegroPipeline", transformer, text("emEM"), vae=Video(space=4), scheduler=scheduler)
+    return built("AllegroPipeline", transformer, text("emEM"), vae=Video(space=4, scaling_factor=5.0), scheduler=scheduler)
 
 
 def easyanimate() -> Any:

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-NOISE_SCALE = 0.2  # of random weights: large enough that the output depends on the step
+NOISE_SCALE = 0.1  # of random weights: large enough that the output depends on the step
 SIDE = 16  # pixels
 TOKENS, WIDTH, POOLED = 5, 12, 8
 
@@ -176,7 +176,7 @@ class Video(Stub):
 
     def __init__(self, channels: int = 4, space: int = 8, time: int = 4, **config: Any):
         super().__init__()
-        mix = torch.randn(3, channels, generator=torch.Generator().manual_seed(1)) / channels**0.5
+        mix = 0.3 * torch.randn(3, channels, generator=torch.Generator().manual_seed(1)) / channels**0.5
         self.mix = nn.Parameter(mix, requires_grad=False)
         self.space = self.spatial_compression_ratio = self.scale_factor_spatial = space
         self.time = self.temporal_compression_ratio = self.scale_factor_temporal = time
@@ -196,7 +196,7 @@ class Video(Stub):
         ratios = (1,) * (pixels.ndim - 4) + (self.space, self.space)
         pooled = (nn.functional.avg_pool3d if pixels.ndim == 5 else nn.functional.avg_pool2d)(pixels, ratios)
         found = Distribution(torch.einsum("oc,bo...->bc...", self.mix, pooled))
-        return SimpleNamespace(latent_dist=found, latents=found.latents) if return_dict else (found,)
+        return SimpleNamespace(latent_dist=found, latent=found.latents) if return_dict else (found,)
 
     def decode(self, latents: Tensor, *_: Any, return_dict: bool = True, **__: Any) -> Any:
         pixels = torch.einsum("oc,bc...->bo...", self.mix, latents)

@@ -342,8 +342,13 @@ class WatchedRuns(Runs):
 
     def measured(self) -> Tensor:
         """PSNR (P,) in dB of the results that were made last."""
-        pairs = zip(self.results, self.references, strict=True)
-        return torch.cat([psnr(_pixels(result), reference).float() for result, reference in pairs])
+        made = zip(self._pixels(), self.references, strict=True)
+        return torch.cat([psnr(found, reference).float() for found, reference in made])
+
+    def _pixels(self) -> list[Tensor]:
+        """Of the results that were made last, for each call."""
+        made = zip(self.results, self.parts, strict=True)
+        return [pixels_of(result, len(part)).detach().float().cpu() for result, part in made]
 
     def _results(self, cache: Cache, keep: Callable[[int, Tensor, int], None], output_type: str, **told: Any) -> Any:
         kind = "pt" if self.decode else "latent"
@@ -360,7 +365,7 @@ class WatchedRuns(Runs):
         Raises CalibrationError: they do not lead where they led; noise or arguments are others by now, or the model is.
         """
         final = self.latents(self._as_recorded())
-        self.references = [_pixels(result) for result in self.results] if self.decode else []
+        self.references = self._pixels() if self.decode else []
         last = self.record.latents[-1]
         if not float((final - last.float()).norm()) <= SAME[last.dtype] * float(last.float().norm()):
             raise CalibrationError("the same call leads to another result: it draws noise that cannot be repeated")
@@ -382,10 +387,6 @@ class WatchedRuns(Runs):
         made = Rerun(every, plain, self.record.outputs, fills=fills)
         made.streams = [Rerun(every, plain, stream.outputs) for stream in self.record.streams]
         return made
-
-
-def _pixels(result: Any) -> Tensor:
-    return pixels_of(result).detach().float().cpu()
 
 
 def _same(one: Any, other: Any) -> bool:

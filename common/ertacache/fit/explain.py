@@ -56,7 +56,7 @@ def _run(pipe: Any, prompt: str | None, arguments: dict[str, Any]) -> list[str]:
             raise TriedError
 
     with quiet(pipe), torch.no_grad(), counted(pipe) as work, suppress(TriedError):
-        runs._results(recording, keep, "latent", started=recording.started, guided=recording.guided)
+        runs._results(recording, keep, "pt", started=recording.started, guided=recording.guided)
     steps, first, times = len(recording.timesteps), recording.first, recording.timesteps
     whole = f"{steps - first} steps, timesteps {times[first]:g} to {times[-1]:g}"
     branches = [recording.branches.get(step, 0.0) for step in range(len(recording.outputs))]

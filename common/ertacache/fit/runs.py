@@ -55,6 +55,7 @@ class Runs:
         blanks: placeholders for one prompt, once the transformer ran; None where it must run at step 0.
         fills: whether networks are given objects that they may fill at step 0 for later ones, such as key-value caches.
         every_step: shares of a step's work that other modules do, by name.
+        decodes: whether the pipeline fails for output_type "latent", so that all runs are decoded.
     """
 
     pipe: Any
@@ -69,6 +70,7 @@ class Runs:
     blanks: list[Any] | None = None
     fills: bool = False
     every_step: dict[str, float] = field(default_factory=dict)
+    decodes: bool = False
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -120,9 +122,18 @@ class Runs:
                 recording.stepped(step, latents, stream)
 
         told = {} if recording is None else {"started": recording.started, "guided": recording.guided}
-        result = self._results(cache, keep, "pt" if decode else "latent", **told)
+        kind = "pt" if decode or self.decodes else "latent"
+        try:
+            result = self._results(cache, keep, kind, **told)
+        except ERTACacheError:
+            raise
+        except Exception:
+            if kind == "pt":
+                raise
+            self.decodes = True
+            return self._run(cache, decode, recording)
         # the scheduler's own last latents: what a pipeline returns as "latent" may be scaled or unpacked
-        final = pixels_of(result) if decode else last[0]
+        final = pixels_of(result, 1 if self.alone else len(self)) if decode else last[0]
         return final.detach().float().cpu()
 
     def _results(self, cache: Cache, keep: Callable[[int, Tensor, int], None], output_type: str, **told: Any) -> Any:
@@ -176,7 +187,7 @@ class Runs:
         """Whether these runs give the same outputs at their first steps once more."""
         trial = Trial()
         with suppress(TriedError):
-            self._results(trial, trial.stepped, "latent", started=trial.started)
+            self._results(trial, trial.stepped, "pt", started=trial.started)
         self.bar.update(len(trial.outputs) * len(self))
         pairs = zip(trial.outputs, self.record.outputs, strict=False)
         return all(float((a.float() - b.float()).norm()) <= SAME[b.dtype] * float(b.float().norm()) for a, b in pairs)
@@ -245,8 +256,8 @@ def record_runs(
             pixels = runs._run(recording, True, recording)
         runs.record = recording.record(pixels)
         runs.every_step = shares(work, pipe, count * sum(runs.record.branches[1:]))  # as of the others
-        # in a batch nothing would tell which of several copies of the latents is whose
-        return (runs.alone or runs.record.copies == 1) and runs.repeats()
+        # in a batch nothing would tell which of several copies of the latents is whose, and some take one prompt of it
+        return (runs.alone or len(runs.record) == count) and runs.repeats()
 
     if not runs.alone:
         try:
@@ -326,13 +337,16 @@ def rows_of(name: str, values: Any) -> list[Any]:
     return list(values)
 
 
-def pixels_of(result: Any) -> Tensor:
+def pixels_of(result: Any, count: int) -> Tensor:
     """The decoded results (P, ...) in [0, 1] of what a pipeline returns: a tensor, an array, or a list of these.
 
     Of a modular pipeline's state, the images or videos.
+
+    Args:
+        count: of results in what is returned, or in each item of a list: a single video may be frames alone.
     """
     if isinstance(result, list):
-        found = [pixels_of(one) for one in result]
+        found = [pixels_of(one, count) for one in result]
         if len({one.shape[1:] for one in found}) > 1:
             raise CalibrationError("the prompts give results of several sizes: calibrate with inputs of one size")
         return torch.cat(found)
@@ -346,7 +360,8 @@ def pixels_of(result: Any) -> Tensor:
         raise CalibrationError(
             f"the pipeline returns {type(first).__name__} for output_type='pt': ERTACache reads tensors and arrays"
         )
-    return torch.as_tensor(first)
+    found = torch.as_tensor(first)
+    return found if len(found) == count else found.reshape(count, -1, *found.shape[1:])
 
 
 def mean_log_error(errors: Tensor) -> float:
