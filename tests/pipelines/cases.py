@@ -451,9 +451,9 @@ ROWS: dict[str, Row] = {
 
 
 def sample(case: Case, index: int = 7, **changes: Any) -> Tensor:
-    """Pixels of a prompt that nothing was calibrated on."""
+    """Pixels of a prompt that nothing was calibrated on, another one for each index."""
     own = {name: values[-1] for name, values in case.per_prompt(index + 1).items()}
-    prompt = {"prompt": "a green hill"} if case.prompts else {}
+    prompt = {"prompt": f"green hill {index}"} if case.prompts else {}  # prompts differ by decibels
     noise = torch.Generator().manual_seed(100 + index)
     torch.manual_seed(index)
     arguments = {"num_inference_steps": STEPS, "output_type": "pt", **case.arguments, **own, **prompt, **changes}

@@ -26,7 +26,7 @@ def test_it_names_every_network_and_all_latents():
         flux("FluxControlNetPipeline", controlnet=flux_controlnet()), "a", control_image=picture(1), **SIZE
     )
     assert "controlnet (FluxControlNetModel" in said
-    assert "[512, 4] and [3, 4]" in ertacache.explain(ltx2(), "a", **LTX2)
+    assert "[32, 4] and [3, 4]" in ertacache.explain(ltx2(), "a", **LTX2)
 
 
 def test_it_says_why_a_pipeline_cannot_be_calibrated():

@@ -195,7 +195,7 @@ def test_a_controlnet_rests_and_what_runs_at_every_step_counts(monkeypatch):
 
 def test_tokens_that_do_not_move_do_not_spoil_the_fit():
     case = Case(ltx(), {**VIDEO, "image": picture(0, 32)})
-    made = calibrated(case)
+    made = calibrated(case, computed_steps=2)
     reference, found = sample(case), []
     for rows in (made.coefficients, [[1.0]] * STEPS):
         with ertacache.apply(case.pipe, replace(made, coefficients=rows)):
@@ -222,7 +222,7 @@ def test_noise_of_the_global_generator_is_repeated(scheduler):
         with ertacache.apply(case.pipe, replace(made, coefficients=rows)):
             cached = [psnr(sample(case, index), one) for index, one in enumerate(references)]
         found.append(float(torch.stack(cached).mean()))
-    assert found[0] > found[1] - 2.0  # three prompts say little about fresh noise at every step
+    assert found[0] > found[1] + 0.5 and abs(found[0] - made.predicted["psnr"]) < 2.0
 
 
 def test_noise_that_cannot_be_repeated_is_said():
@@ -435,6 +435,28 @@ def test_a_run_from_the_middle_is_calibrated_for_its_strength():
         sample(case)
     with pytest.raises(CalibrationError, match="between 1 and 4"):
         calibrated(case, computed_steps=5)
+
+
+def test_where_a_run_begins_is_its_own():
+    """A run from the grid's first step, while another one is under way from the middle of its own."""
+    case = Case(flux("FluxImg2ImgPipeline"), {**SIZE, "image": picture(1), "strength": 0.6})
+    made, found = calibrated(case), []
+    whole = {"strength": 1.0, "num_inference_steps": 4, "sigmas": [1 - step / STEPS for step in range(2, STEPS)]}
+
+    def meanwhile(*_) -> None:
+        if not found:
+            found.append(None)
+            thread = threading.Thread(target=lambda: found.append(sample(replace(case, pipe=local), **whole)))
+            thread.start()
+            thread.join()
+
+    with ertacache.apply(case.pipe, made):
+        alone = [sample(case), sample(case, **whole)]
+        local = copy.copy(case.pipe)
+        local.scheduler = copy.deepcopy(case.pipe.scheduler)
+        hook = case.pipe.transformer.register_forward_pre_hook(meanwhile)
+        assert torch.equal(sample(case), alone[0]) and torch.equal(found[1], alone[1])
+        hook.remove()
 
 
 def test_a_grid_with_an_entry_more_than_steps_gives_a_file_that_loads(tmp_path):
