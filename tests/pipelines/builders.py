@@ -1,5 +1,7 @@
 """Tiny pipelines of diffusers with random weights, a builder for each kind of transformer. Holds no test."""
 
+import functools
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -256,14 +258,22 @@ def z_image_controlnet() -> Any:
 QWEN = {"patch_size": 2, "in_channels": 16}
 
 
-def qwen(kind: str = "QwenImagePipeline", space: int = 2, **parts: Any) -> Any:
-    return built(
-        kind, model("QwenImageTransformer2DModel", **QWEN), text("em"), vae=Video(space=space, time=1), **parts
-    )
+def qwen(kind: str = "QwenImagePipeline", **parts: Any) -> Any:
+    parts = {"vae": Video(space=2, time=1), "text_encoder": Stub(), **parts}
+    return built(kind, model("QwenImageTransformer2DModel", **QWEN), text("em"), **parts)
 
 
-def qwen_controlnet() -> Any:
-    return model("QwenImageControlNetModel", 3, **QWEN)
+def qwen_edit(kind: str) -> Any:
+    """One that edits pictures, which it brings to the size of 32x32 instead of 1024x1024."""
+    pipe = qwen(kind, vae=Video(time=1), processor=None)
+    module = sys.modules[type(pipe).__module__]
+    sized = getattr(module.calculate_dimensions, "__wrapped__", module.calculate_dimensions)
+    module.calculate_dimensions = functools.wraps(sized)(lambda _, ratio: sized(32 * 32, ratio))  # type: ignore
+    return pipe
+
+
+def qwen_controlnet(**changes: Any) -> Any:
+    return model("QwenImageControlNetModel", 3, **QWEN, **changes)
 
 
 class Processor:
@@ -543,6 +553,13 @@ def hunyuan15(kind: str = "HunyuanVideo15Pipeline", task: str = "t2v") -> Any:
     return pipe
 
 
+def hunyuan15_image() -> Any:
+    pipe = hunyuan15("HunyuanVideo15ImageToVideoPipeline", "i2v")
+    pipe.encode_image = lambda image, batch_size, *_, **__: torch.ones(batch_size, 3, 8)
+    pipe.target_size = 32
+    return pipe
+
+
 def hunyuan_image() -> Any:
     transformer = model("HunyuanImageTransformer2DModel", rope_axes_dim=(8, 8))
     guider = diffusers.AdaptiveProjectedMixGuidance(guidance_scale=3.5)
@@ -569,7 +586,9 @@ def allegro() -> Any:
     sizes = {"attention_head_dim": 12, "cross_attention_dim": 24, "sample_height": 4, "sample_width": 4}
     scheduler = diffusers.EulerAncestralDiscreteScheduler()
     transformer = model("AllegroTransformer3DModel", **sizes, sample_frames=2)
-    return built("AllegroPipeline", transformer, text("emEM"), vae=Video(space=4, scaling_factor=5.0), scheduler=scheduler)
+    return built(
+        "AllegroPipeline", transformer, text("emEM"), vae=Video(space=4, scaling_factor=5.0), scheduler=scheduler
+    )
 
 
 def easyanimate() -> Any:

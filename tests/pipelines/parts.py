@@ -51,7 +51,9 @@ SMALL = {
     **dict.fromkeys(("attention_head_dim", "cross_attention_head_dim"), 16),
     **dict.fromkeys(("num_kv_heads", "num_key_value_heads"), 2),
     **dict.fromkeys(("in_channels", "out_channels"), 4),
-    **dict.fromkeys(("text_dim", "text_embed_dim", "text_embed_2_dim", "joint_attention_dim", "caption_channels"), WIDTH),
+    **dict.fromkeys(
+        ("text_dim", "text_embed_dim", "text_embed_2_dim", "joint_attention_dim", "caption_channels"), WIDTH
+    ),
     **dict.fromkeys(("cap_feat_dim", "context_in_dim", "text_in_dim", "llm_features_dim", "in_text_dim"), WIDTH),
     **dict.fromkeys(("pooled_projection_dim", "in_text_dim2"), POOLED),
     **dict.fromkeys(("hidden_size", "caption_projection_dim", "cross_attention_dim", "model_dim"), 32),
