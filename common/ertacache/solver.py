@@ -157,8 +157,8 @@ def step_of_copy(scheduler: Any, call: StepCall) -> Tensor:
 
 
 def first_output(result: Any) -> Tensor:
-    """First tensor that a model or scheduler call returns, from a tuple or an output object."""
-    return result[0]
+    """First tensor that a model or scheduler call returns, from a tuple, a dictionary or an output object."""
+    return next(iter(result.values())) if type(result) is dict else result[0]
 
 
 def host_grid(scheduler: Any) -> tuple[list[float], list[float]]:

@@ -84,7 +84,8 @@ def embedded(prompt: Any, *shape: int) -> Tensor:
 def text(returns: str, width: int = WIDTH, pooled: int = POOLED) -> Callable[..., Any]:
     """What stands for a text encoder: from prompts and negative prompts to what `returns` says, a letter each.
 
-    e: an embedding of each token; p: a pooled one; m, b: a mask of numbers or truths; i: position ids. A capital is the negative prompts'.
+    e: an embedding of each token; p: a pooled one; m, b: a mask of numbers or truths; i: position ids. A capital is
+    the negative prompts'.
     """
     kinds: dict[str, Callable[[list[Any]], Any]] = {
         "e": lambda prompts: embedded(prompts, TOKENS, width),

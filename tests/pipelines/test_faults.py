@@ -18,6 +18,8 @@ from builders import (
     VIDEO,
     WAN,
     Case,
+    cosmos,
+    cosmos3,
     flux,
     flux_controlnet,
     framepack,
@@ -309,6 +311,22 @@ def test_prompts_side_by_side_are_fitted_as_in_a_batch(plain):
         calibrated(replace(plain.case, per_prompt=lambda _: {"guidance_scale": [1.0, 2.0]}))
 
 
+def test_a_video_that_comes_back_as_frames_is_one_result(monkeypatch):
+    """Of a pipeline that takes the first prompt of a list, and makes as many frames as three prompts could share."""
+    case, seen = Case(cosmos3(), {**WAN, "num_frames": 9, "guidance_scale": 4.0}), []
+    monkeypatch.setattr(recipe, "choose_steps", lambda record, _: seen.append(record) or [0, 1, 2])
+    calibrated(case)
+    assert len(seen[0]) == len(seen[0].pixels) == 3
+    assert not torch.equal(seen[0].outputs[0][0], seen[0].outputs[0][2])
+
+
+def test_networks_may_return_dictionaries():
+    case = Case(flux(), SIZE)
+    wanted, forward = calibrated(case), case.pipe.transformer.forward
+    case.pipe.transformer.forward = lambda *args, **kwargs: {0: forward(*args, **kwargs)[0]}
+    assert calibrated(case).coefficients == wanted.coefficients
+
+
 def test_a_pipeline_that_takes_one_prompt_only_is_calibrated_prompt_by_prompt(plain):
     case, encode = Case(flux(), SIZE), plain.pipe.encode_prompt
 
@@ -457,6 +475,14 @@ def test_where_a_run_begins_is_its_own():
         hook = case.pipe.transformer.register_forward_pre_hook(meanwhile)
         assert torch.equal(sample(case), alone[0]) and torch.equal(found[1], alone[1])
         hook.remove()
+
+
+def test_a_grid_that_the_pipeline_changes_afterwards_is_the_same_for_every_run(tmp_path):
+    case = Case(cosmos("Cosmos2TextToImagePipeline"), SIZE)
+    with ertacache.enable(case.pipe, samples=2, store=tmp_path, progress=False) as enabled:
+        for index in range(3):
+            sample(case, index)
+        assert [one.accelerated for one in enabled.status()] == [1]
 
 
 def test_a_grid_with_an_entry_more_than_steps_gives_a_file_that_loads(tmp_path):

@@ -302,11 +302,11 @@ class Enabled:
             due = audit_every is not None and known.turns % audit_every == 0
             if due and self._may_watch(current) and current.again is not None and current.again.decodes:
                 current.audited = True
-                return self._watch(current, facts.scheduler, latents)
+                return self._watch(current, facts, latents)
             return self._accelerated(current, calibration, facts, latents).begin(facts.scheduler)
         if known.refused is not None or known.samples >= self.options.samples or not self._may_watch(current):
             return Uncached()
-        return self._watch(current, facts.scheduler, latents)
+        return self._watch(current, facts, latents)
 
     def _known_of(self, current: Call, run: Run, facts: Facts, latents: Tensor) -> Known:
         shape, (timesteps, sigmas) = list(latents.shape[1:]), facts.grid
@@ -322,12 +322,13 @@ class Enabled:
         ours = current.pipe.transformer is self.pipe.transformer  # which the fit will call
         return ours and current.again is not None and not current.unseen_callback and len(current.runs) == 1
 
-    def _watch(self, current: Call, scheduler: Any, latents: Tensor) -> Cache:
+    def _watch(self, current: Call, facts: Facts, latents: Tensor) -> Cache:
         assert current.again is not None
         current.again.keep()
         taken = sum(part.bytes_in_memory for known in self._known.values() for part in known.watched)
         current.watching = Watching(max(0, self.options.memory_limit - taken))
-        current.watching.begin(scheduler)
+        current.watching.begin(facts.scheduler)
+        current.watching.timesteps, current.watching.sigmas = facts.grid  # which a pipeline may have changed since
         current.watching.started(latents, current.first, 0)
         current.watching.guided(0, current.runs[0].samples / max(1, len(latents)))
         return current.watching

@@ -18,6 +18,7 @@ from ertacache.fit.lockstep import Lockstep, own_generators
 from ertacache.fit.record import Record, Recording
 from ertacache.intercept import Interception, attachment_of, uncompiled
 from ertacache.metrics import psnr
+from ertacache.solver import first_output
 
 MICRO_BATCH = 8
 # arguments of the pipeline that calibration sets itself; how many a prompt makes no part of a calibration
@@ -164,7 +165,7 @@ class Runs:
         return {**self.kwargs, **chosen, "generator": generators, "output_type": output_type}
 
     def _blanks(self) -> list[Any] | None:
-        return self.blanks and [blank_of(blank, len(self) * blank[0].shape[0]) for blank in self.blanks]
+        return self.blanks and [blank_of(b, len(self) * len(first_output(b))) for b in self.blanks]
 
     def _learn(self, attachment: Attachment, prompts: int) -> None:
         """Keep placeholders for one prompt, where the transformer makes nothing but a tensor with the batch first."""
@@ -308,10 +309,13 @@ def shares(work: dict[str, float], pipe: Any, samples: float) -> dict[str, float
 def blanks_of_one(blanks: Sequence[Any], prompts: int) -> list[Any] | None:
     """Placeholders for one prompt from those for several; None where a network returns more than a batch of these."""
     plain = all(
-        isinstance(b, (tuple, Mapping)) and len(b) == 1 and isinstance(b[0], Tensor) and len(b[0]) % prompts == 0
+        isinstance(b, (tuple, Mapping))
+        and len(b) == 1
+        and isinstance(first_output(b), Tensor)
+        and len(first_output(b)) % prompts == 0
         for b in blanks
     )
-    return [blank_of(b, len(b[0]) // prompts) for b in blanks] if plain and blanks else None
+    return [blank_of(b, len(first_output(b)) // prompts) for b in blanks] if plain and blanks else None
 
 
 def size_of(module: nn.Module) -> int:
