@@ -18,7 +18,8 @@ LOWER = "quality may be lower"
 OTHER_CACHES = ("mag_cache", "fbc_", "faster_cache", "taylorseer", "sea_cache", "pyramid_attention")
 # arguments that are compared by the grid or the latents that they lead to, or change neither
 UNCOMPARED = (
-    *("num_inference_steps", "height", "width", "num_frames", "strength", "output_type", "return_dict"),
+    *("num_inference_steps", "sigmas", "timesteps", "height", "width", "num_frames", "strength"),
+    *("output_type", "return_dict"),
     *("num_images_per_prompt", "num_videos_per_prompt", "use_resolution_binning"),
 )
 PER_PROMPT = "one for each prompt"  # of an argument, in the settings

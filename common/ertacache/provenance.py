@@ -62,7 +62,14 @@ def arguments_of(pipe: Any, args: tuple | None, kwargs: dict[str, Any]) -> dict[
     # a modular pipeline's call takes any, and its blocks know their defaults
     inputs = {one.name: one.default for one in getattr(getattr(pipe, "blocks", None), "inputs", ())}
     found |= {name: (given.get(name, inputs.get(name)), inputs.get(name)) for name in {**inputs, **given} if name}
-    return {name: pair for name, pair in found.items() if all(isinstance(value, PLAIN) for value in pair)}
+    named = {name: (plain(value), plain(default)) for name, (value, default) in found.items()}
+    return {name: pair for name, pair in named.items() if all(isinstance(value, PLAIN) for value in pair)}
+
+
+def plain(value: Any) -> Any:
+    """A list of numbers as text, by which files name it; any other value as it is."""
+    numbers = isinstance(value, (list, tuple)) and all(isinstance(one, (int, float, type(None))) for one in value)
+    return str(list(value)) if numbers and value else value
 
 
 @functools.cache

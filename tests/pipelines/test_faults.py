@@ -87,6 +87,14 @@ def test_an_argument_that_differs_is_named(plain, changes, named):
     assert any(named in said for said in warned(plain.case, plain.made, **changes))
 
 
+def test_lists_of_numbers_are_compared_too():
+    case = Case(sd3(), {**SIZE, "guidance_scale": 4.0, "skip_guidance_layers": [1]})
+    made = calibrated(case, effort="fast")
+    assert warned(case, made) == []
+    (said,) = warned(case, made, skip_guidance_layers=[0])
+    assert "skip guidance layers" in said
+
+
 def test_negative_prompts_of_each_prompt_are_kept_apart_and_compared_with_none():
     case = Case(flux(), {**SIZE, "true_cfg_scale": 4.0})
     made = calibrated(case, negative_prompt=["x", "y", "z"], effort="best")

@@ -17,6 +17,7 @@ from ertacache.fit.record import Record, Recording
 from ertacache.fit.rerun import Rerun
 from ertacache.fit.runs import SAME, TRIED_STEPS, Runs, counted, pixels_of, shares
 from ertacache.metrics import psnr
+from ertacache.provenance import PLAIN, plain
 
 ENCODE = "encode_prompt"
 CALLBACK = "callback_on_step_end"
@@ -101,8 +102,9 @@ class RepeatableCall:
 
     def plain(self) -> dict[str, Any]:
         """Arguments that a calibration file names."""
-        plain = {k: v for k, v in self.arguments.items() if isinstance(v, (int, float, str, bool))}
-        return {k: v for k, v in plain.items() if k not in ("prompt", "output_type", "return_dict")}
+        left_out = ("prompt", "output_type", "return_dict")
+        named = {name: plain(value) for name, value in self.arguments.items() if name not in left_out}
+        return {name: value for name, value in named.items() if isinstance(value, PLAIN)}
 
     def prompts(self) -> list[str]:
         prompt = self.arguments.get("prompt")

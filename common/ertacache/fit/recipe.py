@@ -411,7 +411,8 @@ class Cost:
 
 def provenance_of(runs: Runs, model_id: str | None, effort: dict[str, Any]) -> dict[str, Any]:
     pipe = runs.pipe
-    plain = {k: v for k, v in {**runs.kwargs, **effort}.items() if isinstance(v, provenance.PLAIN)}
+    named = {name: provenance.plain(value) for name, value in {**runs.kwargs, **effort}.items()}
+    plain = {name: value for name, value in named.items() if isinstance(value, provenance.PLAIN)}
     plain |= dict.fromkeys(runs.per_prompt, PER_PROMPT)
     identity = provenance.pipeline_identity(pipe)
     return {
