@@ -438,8 +438,8 @@ def ltx2(kind: str = "LTX2Pipeline") -> Any:
     transformer = model("LTX2VideoTransformer3DModel", attention_head_dim=8, **audio, **rope)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_learnable_registers": None}
     sides = {f"{side}_connector_{name}": size for side in ("video", "audio") for name, size in sizes.items()}
-    connectors = LTX2TextConnectors(text_proj_in_factor=1, connector_rope_base_seq_len=32, **sides, **rope)
     torch.manual_seed(1)
+    connectors = LTX2TextConnectors(text_proj_in_factor=1, connector_rope_base_seq_len=32, **sides, **rope)
     audio_vae = diffusers.AutoencoderKLLTX2Audio(
         base_channels=4,
         output_channels=2,

@@ -73,6 +73,8 @@ SANA = {**b.SPRINT, **GUIDED}
 CONTROL = {"control_image": picture(3)}
 HELIOS = {"height": 16, "width": 16, **GUIDED, "num_frames": 5, "num_latent_frames_per_chunk": 2}
 HELIOS |= {"history_sizes": [4, 2, 1]}
+UNGUIDED = {"guidance_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0, "audio_guidance_scale": 1.0}
+UNGUIDED |= {"audio_stg_scale": 0.0, "audio_modality_scale": 1.0}
 EDM = diffusers.EDMEulerScheduler(sigma_max=80.0, final_sigmas_type="sigma_min")
 
 IMAGE = 'per_prompt={"image": images}'
@@ -240,7 +242,7 @@ ROWS: dict[str, Row] = {
     ),
     "WanAnimatePipeline": Row(
         b.wan_animate,
-        {"height": 16, "width": 16, "segment_frame_length": 5, "guidance_scale": 2.0},
+        {"height": 16, "width": 16, "segment_frame_length": 5},
         'per_prompt={"image": images, "pose_video": poses, "face_video": faces}',
         "calibrate one segment; it serves all of them",
         own(image=partial(photo, 16), pose_video=lambda i: clip(16, 5, i), face_video=lambda i: clip(16, 5, i + 9)),
@@ -252,7 +254,7 @@ ROWS: dict[str, Row] = {
     "LTX2Pipeline": Row(b.ltx2, b.LTX2, "", "video and audio, each with its own coefficients"),
     "LTX2ImageToVideoPipeline": Row(
         partial(b.ltx2, "LTX2ImageToVideoPipeline"),
-        {**VIDEO, "image_crf": 0, "use_cross_timestep": False, "stg_scale": 0.0, "modality_scale": 1.0},
+        {**VIDEO, "image_crf": 0, "use_cross_timestep": False, **UNGUIDED},
         IMAGE,
         "video and audio",
         own(image=partial(photo, 32)),
@@ -533,9 +535,9 @@ def sample(case: Case, index: int = 7, **changes: Any) -> Tensor:
     own = {name: values[-1] for name, values in case.per_prompt(index + 1).items()}
     prompt = {"prompt": f"green hill {index}"} if case.prompts else {}  # prompts differ by decibels
     noise = torch.Generator().manual_seed(100 + index)
-    torch.manual_seed(index)
     arguments = {"num_inference_steps": STEPS, "output_type": "pt", **case.arguments, **own, **prompt, **changes}
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng([]):
+        torch.manual_seed(index)
         return pixels_of(case.pipe(generator=noise, **arguments), 1).float()
 
 
