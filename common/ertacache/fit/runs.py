@@ -364,8 +364,8 @@ def pixels_of(result: Any, count: int) -> Tensor:
         raise CalibrationError(
             f"the pipeline returns {type(first).__name__} for output_type='pt': ERTACache reads tensors and arrays"
         )
-    found = torch.as_tensor(first)
-    return found if len(found) == count else found.reshape(count, -1, *found.shape[1:])
+    pixels = torch.as_tensor(first)
+    return pixels if len(pixels) == count else pixels.reshape(count, -1, *pixels.shape[1:])
 
 
 def mean_log_error(errors: Tensor) -> float:
