@@ -62,7 +62,15 @@ def arguments_of(pipe: Any, args: tuple | None, kwargs: dict[str, Any]) -> dict[
     # a modular pipeline's call takes any, and its blocks know their defaults
     inputs = {one.name: one.default for one in getattr(getattr(pipe, "blocks", None), "inputs", ())}
     found |= {name: (given.get(name, inputs.get(name)), inputs.get(name)) for name in {**inputs, **given} if name}
-    return {name: pair for name, pair in found.items() if all(isinstance(value, PLAIN) for value in pair)}
+    kept = {name: (as_plain(value), as_plain(default)) for name, (value, default) in found.items()}
+    return {name: pair for name, pair in kept.items() if all(isinstance(value, PLAIN) for value in pair)}
+
+
+def as_plain(value: Any) -> Any:
+    """An argument as a file keeps it: a list or dictionary of numbers as a text, None for an empty one."""
+    items = value.values() if isinstance(value, dict) else value
+    plain = isinstance(value, (dict, list, tuple)) and all(isinstance(item, (int, float)) for item in items)
+    return (json.dumps(value, sort_keys=True) if value else None) if plain else value
 
 
 @functools.cache
@@ -106,8 +114,7 @@ def config_hash(model: Any) -> str | None:
 
 def _text(value: Any) -> str:
     """An object of a configuration, without its place in memory."""
-    text = str(value)
-    return type(value).__name__ if " at 0x" in text else text
+    return type(value).__name__ if " at 0x" in str(value) else str(value)
 
 
 def weights_fingerprint(model: nn.Module, adapters: bool = True) -> str | None:
@@ -141,7 +148,8 @@ def _fingerprint(model: nn.Module, effective: bool, adapters: bool = True) -> st
         named = {name.replace(".base_layer.", "."): p for name, p in base.items()}
     elif adapted:
         digest.update(repr([_adapter_state(layer) for _, layer in sorted(adapted.items())]).encode())
-    digest.update(str(len(named)).encode())
+    scales = [str(part.scale) for part in model.modules() if hasattr(part, "to_k_ip") and hasattr(part, "scale")]
+    digest.update(f"{len(named)}{scales or ''}".encode())  # of IP-Adapters
     for name, parameter in sorted(named.items()):
         values = _offloaded(model, name) if parameter.is_meta else parameter.detach()
         if values is None:

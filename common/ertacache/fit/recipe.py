@@ -254,7 +254,7 @@ def _check_request(pipe: Any, prompts: Any, micro_batch: int, arguments: Mapping
             f"prompts is a {type(prompts).__name__}: give texts, or None with per_prompt={{'prompt_embeds': ...}}"
         )
     embedded = [
-        name for name, value in arguments.items() if "embeds" in name and "negative" not in name and value is not None
+        name for name, v in arguments.items() if "prompt_embeds" in name and "negative" not in name and v is not None
     ]
     if embedded and prompts is not None:
         raise CalibrationError(
@@ -411,7 +411,8 @@ class Cost:
 
 def provenance_of(runs: Runs, model_id: str | None, effort: dict[str, Any]) -> dict[str, Any]:
     pipe = runs.pipe
-    plain = {k: v for k, v in {**runs.kwargs, **effort}.items() if isinstance(v, provenance.PLAIN)}
+    given = {name: provenance.as_plain(value) for name, value in {**runs.kwargs, **effort}.items()}
+    plain = {name: value for name, value in given.items() if isinstance(value, provenance.PLAIN)}
     plain |= dict.fromkeys(runs.per_prompt, PER_PROMPT)
     identity = provenance.pipeline_identity(pipe)
     return {
