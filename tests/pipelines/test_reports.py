@@ -16,7 +16,7 @@ from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProj
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
 import ertacache
-from ertacache.errors import MismatchError, MismatchWarning
+from ertacache.errors import MismatchError, MismatchWarning, StateError
 
 PAGE = (ROOT / "docs" / "reports.md").read_text(encoding="utf-8")
 
@@ -139,6 +139,24 @@ def test_a_forward_that_somebody_replaces_is_used_and_theirs_to_take_off(first, 
             patch()
     assert torch.equal(sample(case), plain if first else theirs)
     vars(model).pop("forward", None)
+
+
+@pytest.mark.parametrize("mark", ["enable_teacache", "magcache_thresh", "_is_cached", "first block"])
+def test_another_cache_in_the_transformer_is_refused_attached_alone_too(mark, fitted, monkeypatch):
+    """Those that replace the forward of a class say so in an attribute of it."""
+    case, made = fitted
+    model = case.pipe.transformer
+    if mark == "first block":
+        model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    else:
+        monkeypatch.setattr(type(model), mark, 0.2, raising=False)
+    for refused in (case.pipe, model):
+        with pytest.raises(StateError, match="another cache is on"):
+            ertacache.apply(refused, made)
+    with pytest.raises(StateError, match="another cache is on"):
+        calibrated(case)
+    if mark == "first block":
+        model.disable_cache()
 
 
 def with_image_prompts() -> Case:
