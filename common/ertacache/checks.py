@@ -36,7 +36,7 @@ def check_pipeline(calibration: Calibration, pipe: Any) -> None:
 
 
 def check_no_other_cache(pipe: Any) -> None:
-    """Raise StateError where another cache runs in a pipeline or a transformer: each would spoil what the other makes."""
+    """Raise StateError where another cache runs in a pipeline or a transformer: each would spoil the other's."""
     for name, network in (networks_of(pipe) or {"transformer": pipe}).items():
         on = getattr(network, "is_cache_enabled", False)
         registries = [getattr(part, "_diffusers_hook", None) for part in network.modules()]
