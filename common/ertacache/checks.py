@@ -19,7 +19,7 @@ CACHED = ("_is_cached", "enable_teacache", "magcache_thresh")  # what other cach
 # arguments that are compared by the grid or the latents that they lead to, or change neither
 UNCOMPARED = (
     *("num_inference_steps", "height", "width", "num_frames", "strength", "output_type", "return_dict"),
-    *("num_images_per_prompt", "num_videos_per_prompt", "use_resolution_binning", "sigmas", "timesteps"),
+    *("num_images_per_prompt", "num_videos_per_prompt", "use_resolution_binning"),
 )
 PER_PROMPT = "one for each prompt"  # of an argument, in the settings
 AGAIN = "calibrate again for it (ertacache.calibrate, or run.sh with the new setting)"

@@ -62,14 +62,15 @@ def arguments_of(pipe: Any, args: tuple | None, kwargs: dict[str, Any]) -> dict[
     # a modular pipeline's call takes any, and its blocks know their defaults
     inputs = {one.name: one.default for one in getattr(getattr(pipe, "blocks", None), "inputs", ())}
     found |= {name: (given.get(name, inputs.get(name)), inputs.get(name)) for name in {**inputs, **given} if name}
-    kept = {name: (as_plain(value), as_plain(default)) for name, (value, default) in found.items()}
+    kept = {name: (as_plain(name, value), as_plain(name, default)) for name, (value, default) in found.items()}
     return {name: pair for name, pair in kept.items() if all(isinstance(value, PLAIN) for value in pair)}
 
 
-def as_plain(value: Any) -> Any:
-    """An argument as a file keeps it: a list or dictionary of numbers as a text, None for an empty one."""
+def as_plain(name: str, value: Any) -> Any:
+    """An argument as a file keeps it: a dictionary of numbers, or a list of them for guidance, as a text."""
+    several = isinstance(value, dict) or (isinstance(value, (list, tuple)) and "guidance" in name)
     items = value.values() if isinstance(value, dict) else value
-    plain = isinstance(value, (dict, list, tuple)) and all(isinstance(item, (int, float)) for item in items)
+    plain = several and all(isinstance(item, (int, float)) for item in items)
     return (json.dumps(value, sort_keys=True) if value else None) if plain else value
 
 

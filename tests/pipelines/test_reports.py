@@ -187,7 +187,7 @@ def test_an_image_adapter_is_calibrated_and_its_scale_is_noticed():
         assert torch.equal(sample(case), before)
 
 
-def test_arguments_with_several_values_are_compared():
+def test_arguments_with_several_values_are_compared(tmp_path):
     """Scale of a LoRA, layers that guidance skips."""
     skipped = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.9, "joint_attention_kwargs": {"scale": 0.5}}
     case = Case(sd3(), {**SIZE, **GUIDED, **skipped})
@@ -200,6 +200,9 @@ def test_arguments_with_several_values_are_compared():
             sample(case, skip_guidance_layers=[0])
         with pytest.raises(MismatchWarning, match="joint attention kwargs"):
             sample(case, joint_attention_kwargs=None)
+        own = replace(case, pipe=sd3())
+        enabled = ertacache.enable(own.pipe, store=tmp_path, progress=False, samples=1)
+        assert not torch.equal(sample(own), sample(own)) and enabled.status()[0].accelerated == 1
 
 
 # -- solvers, guidance, models ---------------------------------------------------------------------------------

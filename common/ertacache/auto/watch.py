@@ -17,6 +17,7 @@ from ertacache.fit.record import Record, Recording
 from ertacache.fit.rerun import Rerun
 from ertacache.fit.runs import SAME, TRIED_STEPS, Runs, counted, pixels_of, shares
 from ertacache.metrics import psnr
+from ertacache.provenance import as_plain
 
 ENCODE = "encode_prompt"
 CALLBACK = "callback_on_step_end"
@@ -101,8 +102,8 @@ class RepeatableCall:
 
     def plain(self) -> dict[str, Any]:
         """Arguments that a calibration file names."""
-        plain = {k: v for k, v in self.arguments.items() if isinstance(v, (int, float, str, bool))}
-        return {k: v for k, v in plain.items() if k not in ("prompt", "output_type", "return_dict")}
+        named = {k: v for k, v in self.arguments.items() if k not in ("prompt", "output_type", "return_dict")}
+        return {k: p for k, v in named.items() if isinstance(p := as_plain(k, v), (int, float, str, bool))}
 
     def prompts(self) -> list[str]:
         prompt = self.arguments.get("prompt")

@@ -411,7 +411,7 @@ class Cost:
 
 def provenance_of(runs: Runs, model_id: str | None, effort: dict[str, Any]) -> dict[str, Any]:
     pipe = runs.pipe
-    given = {name: provenance.as_plain(value) for name, value in {**runs.kwargs, **effort}.items()}
+    given = {name: provenance.as_plain(name, value) for name, value in {**runs.kwargs, **effort}.items()}
     plain = {name: value for name, value in given.items() if isinstance(value, provenance.PLAIN)}
     plain |= dict.fromkeys(runs.per_prompt, PER_PROMPT)
     identity = provenance.pipeline_identity(pipe)
