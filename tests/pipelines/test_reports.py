@@ -10,7 +10,7 @@ import bare_models
 import diffusers
 import pytest
 import torch
-from builders import PIXART, SIZE, WAN, Case, embedded, flux, flux2, picture, pixart, randomised, sd3, wan
+from builders import PIXART, SIZE, WAN, Case, embedded, flux, flux2, picture, pixart, sd3, wan
 from cases import GUIDED, ROOT, STEPS, calibrated, check, sample
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
@@ -170,7 +170,6 @@ def with_image_prompts() -> Case:
     new = {name: FluxIPAdapterAttnProcessor(width, 12) for name in processors if "single" not in name}
     model.set_attn_processor({**processors, **new})
     model.register_to_config(encoder_hid_dim_type="ip_image_proj")
-    randomised(model)
     return case
 
 
