@@ -26,8 +26,8 @@ TIMED = ("denoise_seconds", "speedup")
 
 def arguments(chosen) -> dict:
     return {
-        "height": 64,
-        "width": 64,
+        "height": 32,
+        "width": 32,
         "num_inference_steps": chosen.num_inference_steps,
         "guidance_scale": 3.5,
         "max_sequence_length": 40,

@@ -46,11 +46,11 @@ def launch(*command: str | Path, module: str = "torch.distributed.run") -> subpr
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Folder of what two processes made, by each launcher once: starting them takes longer than their work."""
+    """Folder of what two processes made; starting them takes longer than their work."""
     folder = tmp_path_factory.mktemp("parallel")
     # context parallelism of CogVideoX and Open-Sora has no plan in diffusers
-    launch(HERE / "parallel_worker.py", folder, "data_parallel:wan", "context_parallel:wan", "context_parallel:flux")
-    launch(HERE / "parallel_worker.py", folder, "data_parallel:flux", module="accelerate.commands.launch")
+    jobs = [f"{how}_parallel:{name}" for how in ("data", "context") for name in ("wan", "flux")]
+    launch(HERE / "parallel_worker.py", folder, *jobs)
     return folder
 
 

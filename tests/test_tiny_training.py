@@ -294,6 +294,8 @@ def test_training_runs_from_scenes_to_a_measured_pipeline_and_resumes(folder, tm
     assert f"{first}:   0%" not in train(steps, "3"), "a finished stage ran again"
     assert torch.load(tmp_path / f"flow-{stage}.pt", weights_only=True)["step"] == 3
 
+    if folder not in (train_all.FOLDERS["flux"], train_all.FOLDERS["wan"]):  # the rest is the same for all videos
+        return
     packed, away = tmp_path / "packed.safetensors", tmp_path / "away"
     finished = ["--vae", str(ROOT / folder / "tiny/vae")] if stage == "stills" else []
     train("--pack", str(packed), *finished)
