@@ -275,6 +275,7 @@ def test_a_subject_is_recognised_among_the_first_guesses_of_all_frames_together(
     assert judge.Judge(7)(torch.rand(2, 3, 64, 64)).shape == (2, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", train_all.FOLDERS.values())
 def test_training_runs_from_scenes_to_a_measured_pipeline_and_resumes(folder, tmp_path, monkeypatch, capsys):
     def train(*flags: str, work: Path = tmp_path) -> str:
