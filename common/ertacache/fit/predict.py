@@ -17,6 +17,7 @@ from ertacache.metrics import worst_decile
 from ertacache.replay import cache_of
 
 FOLDS = 2
+OTHERS = 24  # prompts for whose mean the range is
 GUARD_PROMPTS = 4  # on which plain reuse is tried
 HARM = 0.5  # dB, by which the fit may be worse on so few prompts
 RUIN = 20.0  # dB, by which the published method must not be worse
@@ -52,13 +53,13 @@ def quality_of(values: Tensor) -> dict[str, Any]:
 
 
 def mean_range(values: Tensor) -> list[float]:
-    """Where the mean over all prompts lies nine times of ten, told from a sample of them, (P,): low and high.
+    """Where the mean of OTHERS prompts lies nine times of ten, told from a sample of prompts, (P,): low and high.
 
-    Student's interval: prompts differ by many decibels, so the mean of eight is not that of the next eight.
+    Student's interval for the difference of two means: prompts differ by many decibels.
     """
     degrees = len(values) - 1
     quantile = 1.645 * (1 + 1 / degrees + 1 / degrees**2)  # Student's t at 0.95 from the normal one, to 2 % from 2 on
-    mean, half = float(values.mean()), quantile * float(values.std()) / math.sqrt(len(values))
+    mean, half = float(values.mean()), quantile * float(values.std()) * math.sqrt(1 / len(values) + 1 / OTHERS)
     return [mean - half, mean + half]
 
 
