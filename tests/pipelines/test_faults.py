@@ -264,7 +264,7 @@ def test_coefficients_that_lose_to_plain_reuse_are_not_kept(plain, monkeypatch, 
         recipe,
         "_fitted_to",
         lambda runs, rows, schedule, _: recipe.cache_of(
-            recipe._calibration_of(runs.record, schedule, wrong(runs, schedule), None)
+            recipe.calibration_of(runs.record, schedule, wrong(runs, schedule), None)
         ),
     )
     made = calibrated(plain.case, progress=True)

@@ -15,7 +15,8 @@ from ertacache.errors import CalibrationError
 from ertacache.fit.lockstep import Lockstep, generator_state, joined, restore
 from ertacache.fit.record import Record, Recording
 from ertacache.fit.rerun import Rerun
-from ertacache.fit.runs import SAME, TRIED_STEPS, Runs, counted, pixels_of, shares
+from ertacache.fit.runs import SAME, TRIED_STEPS, Runs, pixels_of
+from ertacache.fit.work import counted, shares
 from ertacache.metrics import psnr
 from ertacache.provenance import as_plain
 
