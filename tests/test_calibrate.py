@@ -145,7 +145,9 @@ def test_the_range_of_the_prediction_holds_nine_times_of_ten():
 
 def test_the_range_of_the_prediction_is_students():
     values = torch.tensor([50.0, 41.0, 44.0, 48.0, 39.0, 52.0, 47.0, 43.0])
-    interval = scipy.stats.t.interval(0.9, 7, loc=float(values.mean()), scale=float(values.std()) * (1 / 8 + 1 / 24) ** 0.5)
+    interval = scipy.stats.t.interval(
+        0.9, 7, loc=float(values.mean()), scale=float(values.std()) * (1 / 8 + 1 / 24) ** 0.5
+    )
     assert mean_range(values) == pytest.approx(list(interval), abs=0.05)
     made = calibrate(ToyPipeline(curved), computed_steps=4)
     low, high = made.predicted["psnr_range"]
