@@ -17,10 +17,9 @@ from tiny_parts import build_scheduler, build_text_encoder, build_transformer, b
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from tiny_training import flow, plan, report, text, video_stages
+from tiny_training import flow, plan, text, video_stages
 from tiny_training.lessons import Lessons
-from tiny_training.loop import small_checkpoints
-from tiny_training.plan import MAX_TEXT_LENGTH, SEED, Plan
+from tiny_training.plan import MAX_TEXT_LENGTH, Plan
 from tiny_training.video_vae import Crops
 
 FOLDER = Path(__file__).parent
@@ -95,31 +94,16 @@ def trained_transformer(lessons: Lessons, steps: Plan, args: argparse.Namespace)
     return parts
 
 
-def main() -> None:
-    args, steps = plan.parse_arguments(__doc__, FOLDER, PLAN)
-    torch.manual_seed(SEED)
-    if args.packed:
-        with small_checkpoints(args.work, args.out):
-            trained_transformer(Lessons.read(args.packed), steps, args)
-        return
-    material = plan.load_material(args, moving=True)
-    autoencoder = video_stages.trained_autoencoder(build_vae(), VAE_PHASES, material, steps, args)
-    latents = video_stages.encoded_examples(autoencoder, material, steps, args)
-    if not args.vae:
-        set_latent_scale(autoencoder, latents[1])
-    stills, clips = (normalised(autoencoder, part) for part in latents)
-    lessons = Lessons.of(material, {"stills": stills, "clips": clips})
-    if args.pack:
-        lessons.write(args.pack)
-        return
-    fidelity = video_stages.fidelity(autoencoder, material, args)
-    parts = trained_transformer(lessons, steps, args)
-    save_pipeline(autoencoder, parts.eval(), material.tokenizer, args.out)
-
-    pipeline = CogVideoXPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)
-    sample = video_stages.sampler(pipeline, guidance_scale=GUIDANCE_SCALE, max_sequence_length=MAX_TEXT_LENGTH)
-    report.measure(sample, fidelity, material, steps, args)
-
+MODEL = video_stages.VideoModel(
+    video_stages.encoded_by(build_vae, VAE_PHASES),
+    set_latent_scale,
+    normalised,
+    trained_transformer,
+    save_pipeline,
+    CogVideoXPipeline,
+    {"guidance_scale": GUIDANCE_SCALE, "max_sequence_length": MAX_TEXT_LENGTH},
+)
 
 if __name__ == "__main__":
-    main()
+    given, steps = plan.parse_arguments(__doc__, FOLDER, PLAN)
+    video_stages.train(MODEL, steps, given)

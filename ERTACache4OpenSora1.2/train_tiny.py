@@ -20,10 +20,9 @@ from tiny_parts import LATENT_CHANNELS, Clips, build_text_encoder, build_transfo
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from tiny_training import flow, plan, report, text, video_stages
+from tiny_training import flow, plan, text, video_stages
 from tiny_training.lessons import Lessons
-from tiny_training.loop import small_checkpoints
-from tiny_training.plan import NUM_FRAMES, SEED, SIZE, Material, Plan
+from tiny_training.plan import NUM_FRAMES, SIZE, Material, Plan
 from tiny_training.sources import Source, rendered
 from tiny_training.vae import finished_vae
 
@@ -112,11 +111,6 @@ def save_pipeline(
     pipeline.to("cpu", torch.float16).save_pretrained(folder)
 
 
-def sampler(pipeline: OpenSoraPipeline) -> report.Sample:
-    """Samples from the pipeline; no score is appended to a prompt, since the tiny tokenizer does not know the words."""
-    return video_stages.sampler(pipeline, guidance_scale=GUIDANCE_SCALE, aesthetic_score=None)
-
-
 def trained_autoencoder(
     material: Material, steps: Plan, args: argparse.Namespace
 ) -> tuple[OpenSoraVAE, np.ndarray, np.ndarray]:
@@ -157,29 +151,19 @@ def trained_transformer(lessons: Lessons, steps: Plan, args: argparse.Namespace)
     return parts
 
 
-def main() -> None:
-    args, steps = plan.parse_arguments(__doc__, FOLDER, PLAN, FLAGS)
-    torch.manual_seed(SEED)
-    if args.packed:
-        with small_checkpoints(args.work, args.out):
-            trained_transformer(Lessons.read(args.packed), steps, args)
-        return
-    material = plan.load_material(args, moving=True)
-    autoencoder, *latents = trained_autoencoder(material, steps, args)
-    if not args.vae:
-        set_latent_scale(autoencoder, latents[1])
-    stills, clips = (normalised(autoencoder, part) for part in latents)
-    lessons = Lessons.of(material, {"stills": stills, "clips": clips})
-    if args.pack:
-        lessons.write(args.pack)
-        return
-    fidelity = video_stages.fidelity(Clips(autoencoder), material, args)
-    parts = trained_transformer(lessons, steps, args)
-    save_pipeline(autoencoder, parts.eval(), material.tokenizer, args.out)
-
-    pipeline = OpenSoraPipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)
-    report.measure(sampler(pipeline), fidelity, material, steps, args)
-
+# no score is appended to a prompt, since the tiny tokenizer does not know the words
+SAMPLING = {"guidance_scale": GUIDANCE_SCALE, "aesthetic_score": None}
+MODEL = video_stages.VideoModel(
+    trained_autoencoder,
+    set_latent_scale,
+    normalised,
+    trained_transformer,
+    save_pipeline,
+    OpenSoraPipeline,
+    SAMPLING,
+    seen_as=Clips,
+)
 
 if __name__ == "__main__":
-    main()
+    given, steps = plan.parse_arguments(__doc__, FOLDER, PLAN, FLAGS)
+    video_stages.train(MODEL, steps, given)

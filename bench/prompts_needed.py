@@ -23,7 +23,7 @@ from tiny_pipelines import FOLDERS, available, subject_name, tiny_pipeline
 import ertacache
 from ertacache.calibration import computed_steps_for
 from ertacache.cli.settings import read_prompts
-from ertacache.fit.recipe import most_evaluations
+from ertacache.fit.cost import most_evaluations
 
 COUNTS = (1, 2, 4, 8, 16)
 SPEEDUPS = (2.0, 3.0)

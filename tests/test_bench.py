@@ -316,9 +316,8 @@ def test_the_page_is_made_from_results(tmp_path):
     (tmp_path / "latency_flux_cpu.json").write_text(json.dumps(result))
     text = "\n".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->" for name in [*speed_page.SECTIONS, "commands"])
     page = speed_page.filled(text, tmp_path)
-    assert "**reduced**: 0.5 of the blocks" in page and "taylorseer-lite" in page
-    assert "Not measured yet: `python bench/scaling.py`" in page
-    assert "`bench/results/latency_MODEL_cpu_reduced.json` | not measured" in page
+    assert "made up" in page and "0.5 of the blocks" in page and "taylorseer-lite" in page
+    assert page.count("ot measured") > text.count("ot measured"), "what there is no result of is said"
     assert speed_page.filled(page, tmp_path) == page
     with pytest.raises(ValueError, match="targets:begin"):
         speed_page.filled("no markers", tmp_path)

@@ -31,6 +31,7 @@ LINES = sorted(
 PAGES = ("python bench/speed_page.py",)  # writes a page, and is checked against it elsewhere
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [line for line in LINES if line not in PAGES])
 def test_it_measures(line, tmp_path, monkeypatch):
     _, script, *flags = shlex.split(line)

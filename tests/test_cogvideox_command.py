@@ -1,18 +1,15 @@
 """The CogVideoX folder's commands, on a saved pipeline with random weights, and what they refuse."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
+from folder_scripts import exit_code
 from mp4 import read_mp4
 from tiny_cogvideox import FOLDER, NUM_FRAMES, SIDE, TEXT_TOKENS, cogvideox_pipeline, folder_module
 
-from compare import reproduce
 from compare.rivals import Multistep, NotApplicable
 from ertacache.cli import settings
 from ertacache.errors import UsageError
@@ -31,16 +28,6 @@ def saved(tmp_path_factory) -> str:
     return str(folder)
 
 
-def command(script: str, *argv: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, FOLDER / script, *argv],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-
-
 def run(saved: str, tmp_path: Path, *argv: str) -> dict:
     """`generate.py` in this process; what it wrote to run.json."""
     kept = ("--out", str(tmp_path / "o"), "--calibration-folder", str(tmp_path / "c"))
@@ -48,15 +35,15 @@ def run(saved: str, tmp_path: Path, *argv: str) -> dict:
     return json.loads((tmp_path / "o" / "run.json").read_text())
 
 
-def test_generate_writes_a_video_and_the_record(saved, tmp_path):
+def test_generate_writes_a_video_and_the_record(saved, tmp_path, capsys):
     kept = ("--out", str(tmp_path / "o"), "--calibration-folder", str(tmp_path / "c"))
     goal = ("--computed-steps", "2", "--seed", "7", "--compare")
-    done = command("generate.py", "--model", saved, *FAST, *kept, "--prompt", "A red circle!", *goal)
-    assert done.returncode == 0, done.stderr
+    argv = ("--model", saved, *FAST, *kept, "--prompt", "A red circle!", *goal)
+    assert exit_code(FOLDER / "generate.py", *argv) == 0
     record = json.loads((tmp_path / "o" / "run.json").read_text())
     assert record["files"] == ["000-a-red-circle.mp4"] and record["seeds"] == [7]
     assert len(record["computed_steps"]) == 2 and record["num_inference_steps"] == 4
-    assert record["compare"]["psnr"][0] > 5 and "PSNR" in done.stdout
+    assert record["compare"]["psnr"][0] > 5 and "PSNR" in capsys.readouterr().out
     frames, fps = read_mp4(tmp_path / "o" / record["files"][0])
     assert frames.shape == (NUM_FRAMES, SIDE, SIDE, 3) and fps == 8
     assert [p.name for p in (tmp_path / "c").iterdir()] == [
@@ -83,10 +70,10 @@ def test_solvers_and_guidance_have_calibrations_of_their_own(saved, tmp_path):
     ]
 
 
-def test_wrong_frames_are_one_line_and_exit_code_2(tmp_path):
-    done = command("generate.py", "--model", "nobody/nothing", "--num-frames", "48", "--out", str(tmp_path / "o"))
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1] == (
+def test_wrong_frames_are_one_line_and_exit_code_2(tmp_path, capsys):
+    argv = ("--model", "nobody/nothing", "--num-frames", "48", "--out", tmp_path / "o")
+    assert exit_code(FOLDER / "generate.py", *argv) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
         "error: --num-frames must be 8 n + 1 (9, 17, ... 49), not 48: the VAE drops the frames between"
     )
     assert not (tmp_path / "o").exists()
@@ -143,17 +130,6 @@ def test_prompt_files_hold_enough_and_never_overlap():
     assert len(calibration) >= 24 and len(held_out) >= 32
     assert len({*calibration, *held_out}) == len(calibration) + len(held_out)
     assert all("moving" in prompt for prompt in [*calibration, *held_out])
-
-
-def test_reproduce_compares_on_the_same_pipeline(saved, tmp_path):
-    few = ("--methods", "none,ertacache,paper,fewer-steps", "--num-prompts", "1", "--seeds", "0")
-    asked = ("--computed-steps", "3", "--num-inference-steps", "6", "--out", str(tmp_path / "o"))
-    reproduce.main(FOLDER, GENERATE.load, GENERATE.MODEL_FOLDER, ["--model", saved, *FAST, *few, *asked])
-    rows = json.loads((tmp_path / "o" / "results.json").read_text())
-    rows = rows["rows"] if isinstance(rows, dict) else rows
-    assert {row["method"] for row in rows} == {"none", "ertacache", "paper", "fewer-steps"}
-    assert all(row["temporal_error"] is not None for row in rows)
-    assert (tmp_path / "o" / "report.html").exists() and (tmp_path / "o" / "table.md").exists()
 
 
 def test_the_stochastic_solver_has_no_multistep_counterpart():

@@ -7,7 +7,7 @@ import pytest
 from page_texts import FOLDERS, ROOT
 
 from ertacache.cli import settings
-from ertacache.fit.recipe import most_evaluations
+from ertacache.fit.cost import most_evaluations
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)

@@ -12,9 +12,9 @@ import ertacache
 from ertacache.cli import kept, settings
 from ertacache.cli.folder import ModelFolder
 from ertacache.errors import CalibrationError, UsageError
-from ertacache.fit import recipe
+from ertacache.fit import cost, recipe
+from ertacache.fit.cost import most_evaluations
 from ertacache.fit.end_to_end import fit_end_to_end
-from ertacache.fit.recipe import most_evaluations
 from ertacache.fit.store import TrajectoryStore
 
 pytestmark = pytest.mark.core
@@ -90,7 +90,7 @@ def test_best_takes_fewer_prompts_where_the_cost_would_be_exceeded(capsys, monke
     seen = []
     monkeypatch.setattr(recipe, "fit_end_to_end", lambda runs, *_: seen.append(len(runs)) or fit_end_to_end(runs, *_))
     for runs in (100, 14, 9):
-        monkeypatch.setattr(recipe, "BEST_RUNS", runs)
+        monkeypatch.setattr(cost, "BEST_RUNS", runs)
         pipe = ToyPipeline(curved)
         calibrate(pipe, effort="best", computed_steps=5)
         assert (

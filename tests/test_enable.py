@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 from toys import ToyPipeline, curved
 
 import ertacache
-from ertacache.auto import handle
+from ertacache.auto import fitting, handle
 from ertacache.auto.store import Store
 from ertacache.calibration import Calibration
 from ertacache.fit import store as fit_store
@@ -293,14 +293,14 @@ def test_impossible_wishes_are_refused(options, tmp_path):
 
 def failing(monkeypatch, error):
     """Fits fail, until the list is emptied."""
-    errors, fit = [error], handle.calibrate_runs
+    errors, fit = [error], fitting.calibrate_runs
 
     def calibrate_runs(*args):
         if errors:
             raise errors[0]
         return fit(*args)
 
-    monkeypatch.setattr(handle, "calibrate_runs", calibrate_runs)
+    monkeypatch.setattr(fitting, "calibrate_runs", calibrate_runs)
     return errors
 
 

@@ -29,6 +29,7 @@ LIMITS = dict.fromkeys(("good", "hangs", "crashes", "fails", "lacks", "hopeless"
 # -- the command -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_part_runs_dry_and_the_page_shows_it(tmp_path, capsys):
     assert gpu.main(["--dry", "--out", str(tmp_path / "gpu")]) == 0
     said = capsys.readouterr().out

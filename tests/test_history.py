@@ -10,8 +10,8 @@ from toys import ToyPipeline, ToyTransformer, curved
 import ertacache
 from ertacache.attach import attached
 from ertacache.cache import Cache, Coefficients, Row, combine
+from ertacache.fit.micro_batch import in_micro_batches
 from ertacache.fit.record import Recording
-from ertacache.fit.runs import in_micro_batches
 from ertacache.fit.step_by_step import StepFit
 from ertacache.replay import cache_of
 

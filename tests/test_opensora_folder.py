@@ -1,21 +1,18 @@
 """The commands of the Open-Sora folder, on a saved pipeline with random weights: the path that real weights take."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from folder_scripts import exit_code
 from mp4 import read_mp4
 from opensora_folder import folder_modules, pipeline
 from PIL import Image
 from tiny_opensora import FOLDER, FRAMES, SIDE
 
-from compare import reproduce
 from ertacache.cli import command, models, settings
 from ertacache.cli.settings import read_constants, read_prompts
 
@@ -42,28 +39,17 @@ def run(modules) -> Callable[..., int]:
     return lambda *argv: command.run(lambda: modules["generate"].main([str(a) for a in argv]))
 
 
-def as_users_do(script: str, *argv: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, FOLDER / script, *map(str, argv)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(FOLDER.parent / "common")},
-        check=False,
-    )
-
-
-def test_run_writes_a_video_that_plays_and_the_record(tmp_path, saved, run):
+def test_run_writes_a_video_that_plays_and_the_record(tmp_path, saved, run, capsys):
     out, calibrations = tmp_path / "out", tmp_path / "calibrations"
     goal = ["--computed-steps", 2, "--calibration-folder", calibrations, "--seed", 7, "--out", out]
-    done = as_users_do("generate.py", "--model", saved, *FAST, *goal, "--compare")
-    assert done.returncode == 0, done.stderr
+    assert exit_code(FOLDER / "generate.py", "--model", saved, *FAST, *goal, "--compare") == 0
     record = json.loads((out / "run.json").read_text())
     assert record["files"] == ["000-a-red-cat.mp4"]
     assert {p.name for p in out.iterdir()} == {"000-a-red-cat.mp4", "run.json"}
     frames, fps = read_mp4(out / record["files"][0])
     assert frames.shape == (FRAMES, SIDE, SIDE, 3) and fps == 24
     assert len(record["computed_steps"]) == 2 and record["arguments"]["aesthetic_score"] == 6.5
-    assert {"psnr", "ssim", "temporal_error"} == set(record["compare"]) and "PSNR" in done.stdout
+    assert {"psnr", "ssim", "temporal_error"} == set(record["compare"]) and "PSNR" in capsys.readouterr().out
     (file,) = calibrations.iterdir()
     assert file.name == f"random-opensora-{SIDE}x{SIDE}x{FRAMES}-n3-g7-float32-ertacache-k2.json"
     before = file.stat().st_mtime_ns
@@ -137,11 +123,11 @@ def test_what_the_official_model_cannot_make_is_said_before_it_is_loaded(
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_missing_weights_name_the_three_downloads(tmp_path):
+def test_missing_weights_name_the_three_downloads(tmp_path, capsys):
     argv = ["--out", tmp_path / "out", "--model", "hpcai-tech/OpenSora-STDiT-v3", "--prompt", "a cat"]
-    done = as_users_do("generate.py", *argv)
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("error: model hpcai-tech/OpenSora-STDiT-v3 cannot be loaded")
+    assert exit_code(FOLDER / "generate.py", *argv) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: model hpcai-tech/OpenSora-STDiT-v3 cannot be loaded")
     for name in ("hpcai-tech/OpenSora-STDiT-v3", "hpcai-tech/OpenSora-VAE-v1.2", "DeepFloyd/t5-v1_1-xxl"):
         assert f"`../.venv/bin/hf download {name}`" in last
 
@@ -216,15 +202,3 @@ def test_prompts_are_enough_and_held_out_ones_are_others():
     assert len(set(everything)) == len(everything) and all("moving" in prompt for prompt in everything)
     others = [path for path in FOLDER.parent.glob("ERTACache4*/prompts/*.txt") if path.parents[1] != FOLDER]
     assert others and not set(everything) & {prompt for path in others for prompt in read_prompts(path)}
-
-
-def test_reproduce_compares_on_the_same_pipeline(tmp_path, saved, modules):
-    few = ["--methods", "none,ertacache,paper,multistep,pyramid-attention-broadcast", "--num-prompts", 1, "--seeds", 0]
-    asked = ["--computed-steps", 3, "--num-inference-steps", 6, "--num-calibration-prompts", 2, "--out", tmp_path / "o"]
-    argv = [str(a) for a in ["--model", saved, *SMALL, *few, *asked]]
-    reproduce.main(FOLDER, modules["generate"].load, modules["generate"].MODEL_FOLDER, argv)
-    rows = json.loads((tmp_path / "o" / "results.json").read_text())
-    rows = rows["rows"] if isinstance(rows, dict) else rows
-    assert {row["method"] for row in rows} == {"none", "ertacache", "paper", "multistep"}
-    assert all(row["temporal_error"] is not None for row in rows)
-    assert (tmp_path / "o" / "report.html").exists() and (tmp_path / "o" / "table.md").exists()

@@ -90,6 +90,7 @@ def test_it_runs(folder, flags, tmp_path, monkeypatch):
     assert ("compare" in record) == ("--compare" in flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "flags"), REPRODUCE_LINES, ids=names(REPRODUCE_LINES))
 def test_a_comparison_runs(folder, flags, tmp_path, monkeypatch):
     """The folder's own reproduce.py, with one cost, one prompt, and one rival at most."""
@@ -118,6 +119,7 @@ def test_a_comparison_runs(folder, flags, tmp_path, monkeypatch):
         assert {f"none-uncached/{prompts[0]}-0.mp4", f"ertacache-k-2/{prompts[0]}-0.mp4"} <= written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", STRIP_LINES, ids=" ".join)
 def test_a_strip_is_drawn(words, tmp_path, monkeypatch):
     """What the page's line draws, of fewer steps, and not into the folder."""

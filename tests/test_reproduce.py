@@ -26,8 +26,8 @@ TIMED = ("denoise_seconds", "speedup")
 
 def arguments(chosen) -> dict:
     return {
-        "height": 64,
-        "width": 64,
+        "height": 32,
+        "width": 32,
         "num_inference_steps": chosen.num_inference_steps,
         "guidance_scale": 3.5,
         "max_sequence_length": 40,
@@ -65,6 +65,7 @@ def rows(out: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMED} for row in found]
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_and_ends_the_same(pipe, tmp_path, monkeypatch):
     measured = []
     original = Comparison._metrics
@@ -97,6 +98,7 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(pipe, tmp_path, mon
     assert f"Made by `{meta['command']}`." in (tmp_path / "a" / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_another_cost_is_added_to_what_was_measured(pipe, tmp_path, monkeypatch):
     measured, original = [], Comparison._metrics
     monkeypatch.setattr(Comparison, "_metrics", lambda self, p: measured.append(1) or original(self, p))
@@ -112,6 +114,7 @@ def test_what_is_not_asked_for_is_not_calibrated(pipe, tmp_path, monkeypatch):
     assert {row["method"] for row in rows(tmp_path / "out")} == {"none", "fewer-steps"}
 
 
+@pytest.mark.slow
 def test_a_kept_calibration_is_compared_and_not_made_again(pipe, tmp_path, monkeypatch):
     """One that run.sh kept, on the same prompts and weights; with other prompts a new one is made."""
     asked = ["--calibration-folder", str(tmp_path), "--effort", "fast", "--computed-steps", "3"]
@@ -138,6 +141,7 @@ def test_a_kept_calibration_is_compared_and_not_made_again(pipe, tmp_path, monke
     assert rows(tmp_path / "weights")[1]["computed_steps"] != [0, 1, 5]
 
 
+@pytest.mark.slow
 def test_vbench_layout(pipe, tmp_path):
     run(pipe, tmp_path / "o", "--layout", "vbench", "--seeds", "3,4", "--computed-steps", "3", "--methods", "ertacache")
     written = {str(p.relative_to(tmp_path / "o" / "vbench")) for p in (tmp_path / "o" / "vbench").rglob("*.*")}

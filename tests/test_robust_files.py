@@ -3,15 +3,14 @@
 import errno
 import json
 import math
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toys import ToyPipeline, curved
@@ -269,20 +268,14 @@ def test_what_a_killed_process_left_behind_goes_away(made, tmp_path):
     assert not old.exists() and young.exists()  # somebody may be writing the young one
 
 
-WRITER = """
-import sys
-from compare.ledger import Ledger
-from pathlib import Path
-ledger = Ledger(Path(sys.argv[1]), {"subject": 1})
-print("ready", flush=True)
-count = 0
-while True:
-    for index in range(50):
-        ledger.get(f"piece {index}", lambda: {"index": index, "values": [0.5] * 20000})
-    from ertacache.files import write_atomically
-    count += 1
-    write_atomically(Path(sys.argv[1]) / "c.json", open(sys.argv[2]).read())
-"""
+def write_for_ever(out: Path, source: Path, ready: Any) -> None:
+    """What a process does that is killed."""
+    ledger, text = Ledger(out, {"subject": 1}), source.read_text()
+    ready.set()
+    while True:
+        for index in range(50):
+            ledger.get(f"piece {index}", lambda i=index: {"index": i, "values": [0.5] * 20000})
+        write_atomically(out / "c.json", text)
 
 
 def test_killed_while_writing_nothing_is_half(made, tmp_path):
@@ -291,12 +284,14 @@ def test_killed_while_writing_nothing_is_half(made, tmp_path):
     out = tmp_path / "out"
     generator = random.Random(1)
     for _ in range(2):
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "common")}
-        process = subprocess.Popen([sys.executable, "-c", WRITER, out, source], stdout=subprocess.PIPE, env=environment)
-        process.stdout.readline()
+        processes = multiprocessing.get_context("fork")  # which has everything imported
+        ready = processes.Event()
+        process = processes.Process(target=write_for_ever, args=(out, source, ready))
+        process.start()
+        assert ready.wait(60)
         time.sleep(0.02 + 0.3 * generator.random())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         for path in out.rglob("*.json"):
             if path.name == "c.json":
                 assert Calibration.load(path) == made

@@ -46,14 +46,15 @@ def launch(*command: str | Path, module: str = "torch.distributed.run") -> subpr
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Folder of what two processes made, by each launcher once: starting them takes longer than their work."""
+    """Folder of what two processes made; starting them takes longer than their work."""
     folder = tmp_path_factory.mktemp("parallel")
     # context parallelism of CogVideoX and Open-Sora has no plan in diffusers
-    launch(HERE / "parallel_worker.py", folder, "data_parallel:wan", "context_parallel:wan", "context_parallel:flux")
-    launch(HERE / "parallel_worker.py", folder, "data_parallel:flux", module="accelerate.commands.launch")
+    jobs = [f"{how}_parallel:{name}" for how in ("data", "context") for name in ("wan", "flux")]
+    launch(HERE / "parallel_worker.py", folder, *jobs)
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wan", "flux"])
 def test_prompts_shared_out_are_what_one_process_makes(name, made):
     pipe = tiny_models.make(name)
@@ -65,6 +66,7 @@ def test_prompts_shared_out_are_what_one_process_makes(name, made):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_one_sample_on_two_devices(name, made):
     ranks = [torch.load(made / f"{name}-rank{i}.pt", weights_only=True) for i in (0, 1)]
@@ -102,6 +104,7 @@ def comparison_flags(out: Path) -> list[str]:
     return ["--model", "tiny", "--dtype", "float32", *few, "--prompts", str(prompts), "--out", str(out)]
 
 
+@pytest.mark.slow
 def test_a_comparison_shared_out_ends_as_that_of_one_process(tmp_path):
     flags = comparison_flags(tmp_path / "two")
     done = launch(test_reproduce.FOLDER / "reproduce.py", *flags, module="accelerate.commands.launch")

@@ -275,6 +275,7 @@ def test_a_subject_is_recognised_among_the_first_guesses_of_all_frames_together(
     assert judge.Judge(7)(torch.rand(2, 3, 64, 64)).shape == (2, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", train_all.FOLDERS.values())
 def test_training_runs_from_scenes_to_a_measured_pipeline_and_resumes(folder, tmp_path, monkeypatch, capsys):
     def train(*flags: str, work: Path = tmp_path) -> str:
@@ -294,6 +295,8 @@ def test_training_runs_from_scenes_to_a_measured_pipeline_and_resumes(folder, tm
     assert f"{first}:   0%" not in train(steps, "3"), "a finished stage ran again"
     assert torch.load(tmp_path / f"flow-{stage}.pt", weights_only=True)["step"] == 3
 
+    if folder not in (train_all.FOLDERS["flux"], train_all.FOLDERS["wan"]):  # the rest is the same for all videos
+        return
     packed, away = tmp_path / "packed.safetensors", tmp_path / "away"
     finished = ["--vae", str(ROOT / folder / "tiny/vae")] if stage == "stills" else []
     train("--pack", str(packed), *finished)

@@ -2,13 +2,12 @@
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from folder_scripts import exit_code
 from mp4 import read_mp4
 from tiny_wan import wan_pipeline
 
@@ -42,21 +41,12 @@ def run() -> Iterator[Callable[..., int]]:
             sys.modules[name] = kept
 
 
-def as_users_do(*argv: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, FOLDER / "generate.py", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(FOLDER.parent / "common")},
-        check=False,
-    )
-
-
-def test_run_writes_videos_that_play_and_the_record(tmp_path, saved, run):
+def test_run_writes_videos_that_play_and_the_record(tmp_path, saved, run, capsys):
     out, calibrations = tmp_path / "out", tmp_path / "calibrations"
     goal = ["--computed-steps", "2", "--calibration-folder", calibrations]
-    done = as_users_do("--model", saved, *FAST, *goal, "--seed", "7", "--compare", "--out", out)
-    assert done.returncode == 0, done.stderr
+    argv = ["--model", saved, *FAST, *goal, "--seed", "7", "--compare", "--out", out]
+    assert exit_code(FOLDER / "generate.py", *argv) == 0
+    said = capsys.readouterr().out
     record = json.loads((out / "run.json").read_text())
     assert record["files"] == ["000-a-red-circle.mp4"] and {p.name for p in out.iterdir()} == {
         "000-a-red-circle.mp4",
@@ -69,7 +59,7 @@ def test_run_writes_videos_that_play_and_the_record(tmp_path, saved, run):
     assert {name: len(values) for name, values in record["compare"].items()} == dict.fromkeys(
         ("psnr", "ssim", "temporal_error"), 1
     )
-    assert "PSNR" in done.stdout and "temporal error" in done.stdout
+    assert "PSNR" in said and "temporal error" in said
     (file,) = calibrations.iterdir()
     assert file.name.endswith("-48x32x5-n4-g5-unipc-official-shift5-ertacache-k2.json")
     before = file.stat().st_mtime_ns
@@ -119,10 +109,11 @@ def test_bad_input_is_one_line_and_the_right_exit_code(tmp_path, saved, run, cap
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-def test_missing_weights_say_what_to_download(tmp_path):
-    done = as_users_do(*FAST, "--out", tmp_path / "out", "--model", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("error: model Wan-AI/Wan2.1-T2V-1.3B-Diffusers cannot be loaded")
+def test_missing_weights_say_what_to_download(tmp_path, capsys):
+    argv = ["--out", tmp_path / "out", "--model", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
+    assert exit_code(FOLDER / "generate.py", *FAST, *argv) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: model Wan-AI/Wan2.1-T2V-1.3B-Diffusers cannot be loaded")
     assert "hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in last
 
 

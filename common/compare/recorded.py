@@ -8,8 +8,8 @@ import torch
 
 from ertacache.cache import Coefficients
 from ertacache.calibration import Calibration, check_computed_steps
-from ertacache.fit.recipe import bare_calibration, provenance_of
 from ertacache.fit.record import Record
+from ertacache.fit.result import bare_calibration, provenance_of
 from ertacache.fit.runs import Runs, quiet, record_runs
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ertacache.branches import Branch, FollowedRun
 from ertacache.cache import PLAIN
 from ertacache.calibration import Calibration
-from ertacache.checks import check_latents, check_model, check_weights, warn
+from ertacache.checks import check_latents, check_model, check_no_other_cache, check_weights, warn
 from ertacache.errors import MismatchError, StateError
 from ertacache.intercept import Interception, check_free, uncompiled
 from ertacache.replay import cache_of
@@ -141,6 +141,7 @@ def check_bare_model(calibration: Calibration, model: nn.Module, converted: bool
         converted: the model holds the calibrated weights in the class of another package, so that neither class nor
             configuration nor a fingerprint of the weights can be compared.
     """
+    check_no_other_cache(model)
     if calibration.method == "paper" and (calibration.adjusted_sigmas or calibration.adjusted_timesteps):
         warn(
             "method 'paper' runs without its timestep adjustment here, since the loop's scheduler is out of reach: "

@@ -14,12 +14,11 @@ from ertacache.schema import printable, shown
 GRID_TOLERANCE = 5e-5  # of a grid's largest timestep, by which a timestep may be off: 0.05 in 0 .. 1000
 TIME_SCALES = (1.0, 1e-3, 1e3)  # packages count the same time from 1000 to 0, or from 1 to 0
 LOWER = "quality may be lower"
-# names of hooks, of caches that diffusers ships
-OTHER_CACHES = ("mag_cache", "fbc_", "faster_cache", "taylorseer", "sea_cache", "pyramid_attention")
+OTHER_CACHES = ("mag_cache", "fbc_", "faster_cache", "taylorseer", "sea_cache", "pyramid_attention")  # diffusers' hooks
+CACHED = ("_is_cached", "enable_teacache", "magcache_thresh")  # what other caches set on a network or its class
 # arguments that are compared by the grid or the latents that they lead to, or change neither
 UNCOMPARED = (
-    *("num_inference_steps", "sigmas", "timesteps", "height", "width", "num_frames", "strength"),
-    *("output_type", "return_dict"),
+    *("num_inference_steps", "height", "width", "num_frames", "strength", "output_type", "return_dict"),
     *("num_images_per_prompt", "num_videos_per_prompt", "use_resolution_binning"),
 )
 PER_PROMPT = "one for each prompt"  # of an argument, in the settings
@@ -37,21 +36,18 @@ def check_pipeline(calibration: Calibration, pipe: Any) -> None:
 
 
 def check_no_other_cache(pipe: Any) -> None:
-    """Raise StateError where another cache runs in a network: each would be fitted to what the other does not make."""
-    for name, network in networks_of(pipe).items():
+    """Raise StateError where another cache runs in a pipeline or a transformer: each would spoil the other's."""
+    for name, network in (networks_of(pipe) or {"transformer": pipe}).items():
         on = getattr(network, "is_cache_enabled", False)
-        hooks = [hook for part in network.modules() for hook in getattr(_registry(part), "hooks", {})]
+        registries = [getattr(part, "_diffusers_hook", None) for part in network.modules()]
+        hooks = [hook for registry in registries for hook in getattr(registry, "hooks", {})]
         found = [hook for hook in hooks if any(kind in hook for kind in OTHER_CACHES)]
-        found += ["cache-dit"] if getattr(network, "_is_cached", False) else []
+        found += [mark for mark in CACHED if getattr(network, mark, False)]
         if found or (on and not any("text_kv_cache" in hook for hook in hooks)):  # which is exact
             raise StateError(
                 f"another cache is on in pipe.{name} ({found[0] if found else 'enable_cache'}), and two cannot share a "
-                f"run: call pipe.{name}.disable_cache(), or do not use ERTACache"
+                f"run: switch it off (pipe.{name}.disable_cache() for those of diffusers), or do not use ERTACache"
             )
-
-
-def _registry(module: Any) -> Any:
-    return getattr(module, "_diffusers_hook", None)
 
 
 def check_parts(calibration: Calibration, pipe: Any) -> None:

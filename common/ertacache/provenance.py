@@ -62,14 +62,16 @@ def arguments_of(pipe: Any, args: tuple | None, kwargs: dict[str, Any]) -> dict[
     # a modular pipeline's call takes any, and its blocks know their defaults
     inputs = {one.name: one.default for one in getattr(getattr(pipe, "blocks", None), "inputs", ())}
     found |= {name: (given.get(name, inputs.get(name)), inputs.get(name)) for name in {**inputs, **given} if name}
-    named = {name: (plain(value), plain(default)) for name, (value, default) in found.items()}
-    return {name: pair for name, pair in named.items() if all(isinstance(value, PLAIN) for value in pair)}
+    kept = {name: (as_plain(name, value), as_plain(name, default)) for name, (value, default) in found.items()}
+    return {name: pair for name, pair in kept.items() if all(isinstance(value, PLAIN) for value in pair)}
 
 
-def plain(value: Any) -> Any:
-    """A list of numbers as text, by which files name it; any other value as it is."""
-    numbers = isinstance(value, (list, tuple)) and all(isinstance(one, (int, float, type(None))) for one in value)
-    return str(list(value)) if numbers and value else value
+def as_plain(name: str, value: Any) -> Any:
+    """An argument as a file keeps it: a dictionary of numbers, or a list of them for guidance, as a text."""
+    several = isinstance(value, dict) or (isinstance(value, (list, tuple)) and "guidance" in name)
+    items = value.values() if isinstance(value, dict) else value
+    plain = several and all(isinstance(item, (int, float)) for item in items)
+    return (json.dumps(value, sort_keys=True) if value else None) if plain else value
 
 
 @functools.cache
@@ -113,8 +115,7 @@ def config_hash(model: Any) -> str | None:
 
 def _text(value: Any) -> str:
     """An object of a configuration, without its place in memory."""
-    text = str(value)
-    return type(value).__name__ if " at 0x" in text else text
+    return type(value).__name__ if " at 0x" in str(value) else str(value)
 
 
 def weights_fingerprint(model: nn.Module, adapters: bool = True) -> str | None:
@@ -148,7 +149,8 @@ def _fingerprint(model: nn.Module, effective: bool, adapters: bool = True) -> st
         named = {name.replace(".base_layer.", "."): p for name, p in base.items()}
     elif adapted:
         digest.update(repr([_adapter_state(layer) for _, layer in sorted(adapted.items())]).encode())
-    digest.update(str(len(named)).encode())
+    scales = [str(part.scale) for part in model.modules() if hasattr(part, "to_k_ip") and hasattr(part, "scale")]
+    digest.update(f"{len(named)}{scales or ''}".encode())  # of IP-Adapters
     for name, parameter in sorted(named.items()):
         values = _offloaded(model, name) if parameter.is_meta else parameter.detach()
         if values is None:

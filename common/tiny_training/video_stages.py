@@ -1,7 +1,9 @@
 """The stages that the training of every tiny video pipeline goes through; a train_tiny.py names its own parts."""
 
 import argparse
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from tiny_training import flow, report, video_vae
 from tiny_training.lessons import Lessons
-from tiny_training.plan import NUM_FRAMES, SIZE, Material, Plan, latents_tag, until
+from tiny_training.loop import small_checkpoints
+from tiny_training.plan import NUM_FRAMES, SEED, SIZE, Material, Plan, latents_tag, load_material, until
 from tiny_training.sources import Source, rendered
 from tiny_training.vae import finished_vae
 from tiny_training.video_vae import Crops
@@ -21,6 +25,66 @@ STILL_LEARNING_RATE, CLIP_LEARNING_RATE = 2e-3, 1e-3
 STILLS_SHARE = 0.4  # of the time, where that is given
 ENCODE_BATCH = 8
 UNSEEN_CLIPS = 32
+
+Encoded = tuple[nn.Module, np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class VideoModel:
+    """What is a pipeline's own in its training.
+
+    Attributes:
+        autoencoder: the trained one, with latents of first frames and of clips, float16 (n, C, f, h, w).
+        set_latent_scale: writes the scale of latents (n, C, f, h, w) into the autoencoder.
+        normalised: latents as the transformer sees them, float16.
+        transformer: the trained one, with its text encoder.
+        save: writes the pipeline into a folder.
+        pipeline: its class.
+        sampling: arguments of its calls.
+        seen_as: what encodes and decodes whole clips by the autoencoder.
+    """
+
+    autoencoder: Callable[[Material, Plan, argparse.Namespace], Encoded]
+    set_latent_scale: Callable[[Any, np.ndarray], None]
+    normalised: Callable[[Any, np.ndarray], Tensor]
+    transformer: Callable[[Lessons, Plan, argparse.Namespace], nn.ModuleDict]
+    save: Callable[[Any, nn.ModuleDict, PreTrainedTokenizerFast, Path], None]
+    pipeline: type[DiffusionPipeline]
+    sampling: dict[str, Any]
+    seen_as: Callable[[Any], nn.Module] = lambda autoencoder: autoencoder
+
+
+def train(model: VideoModel, steps: Plan, args: argparse.Namespace) -> None:
+    """Go through all stages, each from where it was left."""
+    torch.manual_seed(SEED)
+    if args.packed:
+        with small_checkpoints(args.work, args.out):
+            model.transformer(Lessons.read(args.packed), steps, args)
+        return
+    material = load_material(args, moving=True)
+    autoencoder, *latents = model.autoencoder(material, steps, args)
+    if not args.vae:
+        model.set_latent_scale(autoencoder, latents[1])
+    stills, clips = (model.normalised(autoencoder, part) for part in latents)
+    lessons = Lessons.of(material, {"stills": stills, "clips": clips})
+    if args.pack:
+        lessons.write(args.pack)
+        return
+    found = fidelity(model.seen_as(autoencoder), material, args)
+    parts = model.transformer(lessons, steps, args)
+    model.save(autoencoder, parts.eval(), material.tokenizer, args.out)
+    pipeline = model.pipeline.from_pretrained(args.out, dtype=torch.float32).to(args.device)
+    report.measure(sampler(pipeline, **model.sampling), found, material, steps, args)
+
+
+def encoded_by(build: Callable[[], nn.Module], phases: tuple[Crops, ...]) -> Callable[..., Encoded]:
+    """An autoencoder that is trained in phases, with its latents."""
+
+    def made(material: Material, plan: Plan, args: argparse.Namespace) -> Encoded:
+        autoencoder = trained_autoencoder(build(), phases, material, plan, args)
+        return autoencoder, *encoded_examples(autoencoder, material, plan, args)
+
+    return made
 
 
 def trained_autoencoder(

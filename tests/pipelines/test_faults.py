@@ -87,14 +87,6 @@ def test_an_argument_that_differs_is_named(plain, changes, named):
     assert any(named in said for said in warned(plain.case, plain.made, **changes))
 
 
-def test_lists_of_numbers_are_compared_too():
-    case = Case(sd3(), {**SIZE, "guidance_scale": 4.0, "skip_guidance_layers": [1]})
-    made = calibrated(case, effort="fast")
-    assert warned(case, made) == []
-    (said,) = warned(case, made, skip_guidance_layers=[0])
-    assert "skip guidance layers" in said
-
-
 def test_negative_prompts_of_each_prompt_are_kept_apart_and_compared_with_none():
     case = Case(flux(), {**SIZE, "true_cfg_scale": 4.0})
     made = calibrated(case, negative_prompt=["x", "y", "z"], effort="best")
@@ -274,7 +266,7 @@ def test_coefficients_that_lose_to_plain_reuse_are_not_kept(plain, monkeypatch, 
         recipe,
         "_fitted_to",
         lambda runs, rows, schedule, _: recipe.cache_of(
-            recipe._calibration_of(runs.record, schedule, wrong(runs, schedule), None)
+            recipe.calibration_of(runs.record, schedule, wrong(runs, schedule), None)
         ),
     )
     made = calibrated(plain.case, progress=True)
@@ -485,11 +477,21 @@ def test_where_a_run_begins_is_its_own():
         hook.remove()
 
 
-def test_a_grid_that_the_pipeline_changes_afterwards_is_the_same_for_every_run(tmp_path):
-    case = Case(cosmos("Cosmos2TextToImagePipeline"), SIZE)
+@pytest.mark.parametrize(
+    "case",
+    [
+        lambda: Case(cosmos("Cosmos2TextToImagePipeline"), SIZE),  # changes its grid once it is set
+        lambda: Case(sana_sprint(), {**SPRINT, "intermediate_timesteps": None}),  # whose default is another value
+    ],
+    ids=["grid", "none"],
+)
+def test_what_was_watched_is_what_is_compared(case, tmp_path):
+    case = case()
     with ertacache.enable(case.pipe, samples=2, store=tmp_path, progress=False) as enabled:
-        for index in range(3):
-            sample(case, index)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", MismatchWarning)
+            for index in range(3):
+                sample(case, index)
         assert [one.accelerated for one in enabled.status()] == [1]
 
 

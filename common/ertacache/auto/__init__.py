@@ -1,4 +1,4 @@
 """Calibrate while a pipeline is used: `ertacache.enable`. Imports point down this list only.
 
-handle, state, follow, watch, store, setting
+handle, fitting, state, follow, watch, store, setting
 """

@@ -1,24 +1,22 @@
 """Accelerate a pipeline without calibrating it first: watch its first results, fit to them, remember the fit."""
 
-import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ertacache import checks, provenance, solver
 from ertacache.api import check_parts_of, remove
 from ertacache.attach import Attachment, Run, networks_of
+from ertacache.auto.fitting import EFFORTS, Fitter, Gate
 from ertacache.auto.follow import Follower, played
-from ertacache.auto.setting import KEY, Goal, Setting, facts_of, fits, grid_facts
-from ertacache.auto.state import Call, Facts, Known, Options, SettingStatus, Status, promise
+from ertacache.auto.setting import Goal, Setting, facts_and_weights, grid_facts
+from ertacache.auto.state import Call, Facts, Known, Options, SettingStatus, Status
 from ertacache.auto.store import Store
 from ertacache.auto.watch import (
     CALLBACK,
@@ -27,24 +25,17 @@ from ertacache.auto.watch import (
     SeenCallback,
     Uncached,
     WatchedCall,
-    WatchedRuns,
     Watching,
 )
 from ertacache.cache import Cache
 from ertacache.calibration import Calibration
-from ertacache.errors import CalibrationError, EnableWarning, ERTACacheError, MismatchError
-from ertacache.fit.recipe import calibrate_runs, most_evaluations
-from ertacache.fit.runs import blanks_of_one, quiet
+from ertacache.errors import CalibrationError, EnableWarning, MismatchError
+from ertacache.fit.runs import blanks_of_one
 from ertacache.replay import cache_of
 
 SAMPLES = 4
 MEMORY_LIMIT = 2 * 2**30  # bytes of trajectories in memory; the calls above it go to files
 KEPT_LIMIT = 8 * 2**30  # bytes of all trajectories, in memory and files; the setting used longest ago loses its own
-EFFORTS = ("fast", "balanced")
-ATTEMPTS = 3  # fits that may fail at a setting before it stays uncached
-DRAIN_SECONDS = 600.0  # that a fit waits for the calls of other threads, before it leaves it to a later call
-AUDITS = 4  # whose mean is held against what was promised
-AUDIT_MARGIN = 3.0  # dB
 
 
 def enable(
@@ -124,9 +115,8 @@ class Enabled:
         self._goal = goal
         self._known: dict[str, Known] = {}  # by the setting's key, the last used at the end
         self._local = threading.local()
-        self._gate = threading.Condition()
-        self._active = 0  # calls under way
-        self._fitting: int | None = None  # the thread that fits
+        self._gate = Gate()
+        self._fitter = Fitter(pipe, options, store, self._gate)
         self._follower = Follower(pipe, self)
         self._follower.attach()
         self._closed, self._replaced = False, None  # as for `api.Applied`
@@ -134,6 +124,9 @@ class Enabled:
     @property
     def _attachment(self) -> Follower:
         return self._follower
+
+    def _leave(self) -> None:
+        """Leave nothing behind: no roll of processes is kept here."""
 
     # -- what a user calls -------------------------------------------------------------------------------
 
@@ -197,7 +190,9 @@ class Enabled:
     def around(self, pipe: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[Attachment]:
         """Frame a call of the pipeline, whose keyword arguments may be changed; fit afterwards if enough was seen."""
         goal = getattr(self._local, "goal", None) or self._goal
-        self._enter(goal)
+        self._follow_replaced()
+        self._fit_if_due(goal)
+        self._gate.enter()
         try:
             current = self._local.call = self._current(pipe, goal, args, kwargs)
             if current.callback is not None:
@@ -205,11 +200,11 @@ class Enabled:
             yield self._follower
         finally:
             self._local.call = None
-            self._leave()
+            self._gate.leave()
         self._count(current)
         watched, known = self._watched(current), current.known
         if watched is not None and known is not None and current.audited:
-            self._audit(known, goal, watched)
+            self._fitter.audit(self._follower, known, goal, watched)
         elif watched is not None and known is not None:
             known.watched.append(watched)
             self._forget_some(known)
@@ -233,23 +228,17 @@ class Enabled:
     def _is_watching(self) -> bool:
         return self.in_call() and self._local.call.watching is not None
 
-    def _enter(self, goal: Goal) -> None:
-        """Wait while another thread fits, fit what is due, and attach to parts that were replaced."""
-        with self._gate:
-            self._gate.wait_for(lambda: self._fitting is None)
-            if not self._active and self._follower.replaced():
+    def _follow_replaced(self) -> None:
+        """Attach to parts of the pipeline that were replaced, unless a call is under way."""
+        with self._gate.waited() as idle:
+            if idle and self._follower.replaced():
                 self._follower.detach()
                 self._follower = Follower(self.pipe, self)
                 self._follower.attach()
-        self._fit_if_due(goal)
-        with self._gate:
-            self._gate.wait_for(lambda: self._fitting is None)
-            self._active += 1
 
-    def _leave(self) -> None:
-        with self._gate:
-            self._active -= 1
-            self._gate.notify_all()
+    def _fit_if_due(self, goal: Goal) -> None:
+        """Fit for the setting that was used last."""
+        self._fitter.fit_if_due(self._follower, next(reversed(self._known.values()), None), goal)
 
     # -- a run -------------------------------------------------------------------------------------------
 
@@ -260,7 +249,7 @@ class Enabled:
             return None
         try:
             checks.check_no_other_cache(current.pipe)
-            found, weights = self._models(current.pipe, scheduler)
+            found, weights = facts_and_weights(current.pipe, scheduler)
         except Exception as error:  # whatever it is: the run is the user's
             self.not_followed(f"{type(error).__name__}: {error}")
             return None
@@ -270,13 +259,6 @@ class Enabled:
             found |= {"guidance": [getattr(current.pipe, "guidance_scale", None), scales], "adapted": weights}
         current.weights = weights
         return Facts(found, scheduler, solver.host_grid(scheduler))
-
-    @staticmethod
-    def _models(pipe: Any, scheduler: Any) -> tuple[dict[str, Any], str | None]:
-        """The facts of a run, and the fingerprint of the weights with their adapters."""
-        found, model = facts_of(pipe, scheduler), pipe.transformer
-        adapted = provenance.adapted_layers(model)  # a fingerprint takes a moment
-        return found, provenance.weights_fingerprint(model) if adapted else found["models"]["transformer"]["weights"]
 
     def choose(self, run: Run, facts: Facts | None, latents: Tensor, first: int) -> Cache:
         """The cache of a run, at its first step."""
@@ -296,7 +278,7 @@ class Enabled:
     def _chosen(self, current: Call, run: Run, facts: Facts, latents: Tensor) -> Cache:
         goal, audit_every = current.goal, self.options.audit_every
         known = current.known = self._known_of(current, run, facts, latents)
-        calibration = known.calibration(goal) or self._stored(known, goal, current.pipe)
+        calibration = known.calibration(goal) or self._fitter.stored(known, goal, current.pipe)
         if calibration is not None:
             known.turns += 1
             due = audit_every is not None and known.turns % audit_every == 0
@@ -332,20 +314,6 @@ class Enabled:
         current.watching.started(latents, current.first, 0)
         current.watching.guided(0, current.runs[0].samples / max(1, len(latents)))
         return current.watching
-
-    def _stored(self, known: Known, goal: Goal, pipe: Any) -> Calibration | None:
-        """The calibration that another process or an earlier one has left, if it is for this setting."""
-        wanted = EFFORTS.index(self.options.effort)
-
-        def good(found: Calibration) -> bool:
-            effort = found.settings.get("effort")
-            enough = effort not in EFFORTS or EFFORTS.index(effort) >= wanted
-            return enough and fits(found, known.setting, goal, pipe)
-
-        found = self.store.find(known.setting.name(goal), good)
-        if found is not None:
-            known.calibrations[goal.label(known.setting.num_steps)] = found
-        return found
 
     def _accelerated(self, current: Call, calibration: Calibration, facts: Facts, latents: Tensor) -> Cache:
         known, caller = current.known, self._follower.caller
@@ -411,153 +379,3 @@ class Enabled:
         others = [other for other in self._known.values() if other is not known and other.watched]
         while others and sum(k.nbytes for k in (*others, known)) > KEPT_LIMIT:
             others.pop(0).watched.clear()
-
-    # -- the fit -----------------------------------------------------------------------------------------
-
-    def _fit_if_due(self, goal: Goal) -> None:
-        """Fit for the setting that was used last, if enough of it was watched and nobody did it."""
-        known = next(reversed(self._known.values()), None)
-        if known is None or goal == Goal("speedup", 1.0):
-            return
-        if known.calibration(goal) is not None:
-            self._save_if_due(known, goal)
-            return
-        attempts = ATTEMPTS if self.options.retry else 1
-        if known.samples < self.options.samples or known.refused is not None or known.failures >= attempts:
-            return
-        with self._alone() as alone:
-            if alone and self._is_as_watched(known):
-                self._fit(known, goal)
-
-    def _is_as_watched(self, known: Known) -> bool:
-        """Whether the pipeline has the scheduler and the weights that its watched runs had; forget runs of others."""
-        present, weights = self._models(self.pipe, self.pipe.scheduler)
-        known.watched = [part for part in known.watched if part.weights == weights]
-        same = all(value == known.setting.facts[name] for name, value in present.items())
-        return same and known.samples >= self.options.samples
-
-    @contextmanager
-    def _alone(self) -> Iterator[bool]:
-        """Hold off new calls, and wait for those under way in other threads; False where another thread does so."""
-        with self._gate:
-            mine = self._fitting is None and bool(self._follower.interceptions)
-            if mine:
-                self._fitting = threading.get_ident()
-        try:
-            with self._gate:
-                alone = mine and self._gate.wait_for(lambda: not self._active, DRAIN_SECONDS)
-            yield alone
-        finally:
-            if mine:
-                with self._gate:
-                    self._fitting = None
-                    self._gate.notify_all()
-
-    def _fit(self, known: Known, goal: Goal) -> None:
-        with self.store.lock(known.setting.name(goal)) as mine:
-            # where another process fits the same, this one goes on uncached until that is done
-            if not mine or self._stored(known, goal, self.pipe) is not None:
-                return
-            try:
-                made = self._fitted(known, goal)
-            except ERTACacheError as error:  # it will not go better the next time
-                known.refused = str(error)
-                warnings.warn(f"{known.setting} stays uncached: {error}", EnableWarning, stacklevel=3)
-                return
-            except BaseException as error:
-                known.failures += 1
-                if not isinstance(error, Exception):
-                    raise
-                then = "the next call tries again" if self.options.retry else "it stays uncached"
-                said = f"calibrating for {known.setting} failed ({type(error).__name__}: {error}); {then}"
-                warnings.warn(said, EnableWarning, stacklevel=3)
-                return
-            known.calibrations[goal.label(known.setting.num_steps)] = made
-            known.unsaved.add(goal)
-            self._save_if_due(known, goal)
-
-    def _fitted(self, known: Known, goal: Goal) -> Calibration:
-        """Make the calls again on accelerated trajectories, and fit to where they led uncached."""
-        steps, samples = known.setting.num_steps, known.samples
-        computed, effort = goal.computed_steps(steps), self.options.effort
-        decode = all(part.again.decodes for part in known.watched)
-        if not decode:
-            if goal.name == "min_psnr":
-                raise CalibrationError("min_psnr needs decoded results, and the watched calls gave latents")
-            effort = "fast"
-        total = None if computed is None else most_evaluations(effort, samples, steps, computed) - samples * steps
-        bar = tqdm(total=total, desc="ertacache", unit="call", disable=not self.options.progress, leave=False)
-        if self.options.progress:
-            cost = f"about {total / steps:.2g} uncached runs, " if total is not None else ""
-            said = f"ertacache: calibrating on {samples} watched results, {cost}once for this setting ({known.setting})"
-            self._say(bar)(said)
-        try:
-            with quiet(self.pipe), torch.no_grad():
-                # a copy: other threads may watch more
-                runs = WatchedRuns.of(self._follower, list(known.watched), bar, decode)
-                runs.check()
-                made = calibrate_runs(runs, goal.asked(), effort, self._say(bar))
-            made.settings[KEY] = known.setting.key
-            shape = list(known.watched[0].record.latents[0].shape[1:])
-            if not decode or made.predicted:
-                return replace(made, latent_shape=shape)
-            fitted = float(runs.measured().mean())
-            return replace(made, latent_shape=shape, settings={**made.settings, "fitted_psnr": fitted})
-        finally:
-            bar.close()
-            for part in known.watched:
-                part.again.encoded.clear()
-            free = getattr(self.pipe, "maybe_free_model_hooks", None)
-            if free is not None:  # calls that were stopped on the way have left their models where they were
-                free()
-
-    def _say(self, bar: Any) -> Callable[[str], None]:
-        return lambda text: bar.write(text, file=sys.stderr) if self.options.progress else None
-
-    def _save_if_due(self, known: Known, goal: Goal) -> None:
-        """Store a calibration; where it cannot be stored, say so, and try again after the next call."""
-        if goal not in known.unsaved:
-            return
-        made = known.calibration(goal)
-        assert made is not None
-        try:
-            self.store.save(known.setting.name(goal), made)
-        except OSError as error:
-            said = f"the calibration for {known.setting} works but cannot be stored for the next process ({error})"
-            warnings.warn(said, EnableWarning, stacklevel=4)
-        else:
-            known.unsaved.discard(goal)
-
-    # -- the audit ---------------------------------------------------------------------------------------
-
-    def _audit(self, known: Known, goal: Goal, audited: WatchedCall) -> None:
-        """Make an uncached call again as the calibration has it, and keep the distance."""
-        calibration = known.calibration(goal)
-        with self._alone() as alone:
-            if not alone or calibration is None:
-                return
-            try:
-                with quiet(self.pipe), torch.no_grad():
-                    runs = WatchedRuns.of(self._follower, [audited], tqdm(disable=True), True)
-                    runs.check()
-                    measured = runs.quality(cache_of(calibration))
-            except Exception as error:
-                warnings.warn(f"this run could not be audited: {error}", EnableWarning, stacklevel=3)
-                return
-        known.audits += measured.tolist()
-        promised, last = promise(calibration)[0], known.audits[-AUDITS:]
-        mean = sum(last) / len(last)
-        if promised is not None and len(last) > 1 and mean < promised - AUDIT_MARGIN:
-            why = self._changed(calibration) or "prompts of another kind than those it was calibrated on?"
-            said = f"the last {len(last)} audits measure {mean:.1f} dB, {promised:.1f} were promised: {why}"
-            warnings.warn(said, EnableWarning, stacklevel=3)
-
-    def _changed(self, calibration: Calibration) -> str:
-        """What is known to have changed since a calibration."""
-        changed = []
-        if provenance.weights_fingerprint(self.pipe.transformer) != calibration.model.get("weights_fingerprint"):
-            changed.append("the weights changed (an adapter?)")
-        scale = getattr(self.pipe, "guidance_scale", None)
-        if scale is not None and calibration.guidance_scale is not None and scale != calibration.guidance_scale:
-            changed.append(f"guidance scale is {scale:g}, not {calibration.guidance_scale:g}")
-        return ", ".join(changed)

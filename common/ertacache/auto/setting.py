@@ -105,6 +105,13 @@ def facts_of(pipe: Any, scheduler: Any) -> dict[str, Any]:
     }
 
 
+def facts_and_weights(pipe: Any, scheduler: Any) -> tuple[dict[str, Any], str | None]:
+    """The facts of a run, and the fingerprint of the weights with their adapters."""
+    found, model = facts_of(pipe, scheduler), pipe.transformer
+    adapted = provenance.adapted_layers(model)  # a fingerprint takes a moment
+    return found, provenance.weights_fingerprint(model) if adapted else found["models"]["transformer"]["weights"]
+
+
 def grid_facts(timesteps: list[float], sigmas: list[float]) -> dict[str, Any]:
     """The facts of a run's grid, from its first step on."""
     return {

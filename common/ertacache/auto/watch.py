@@ -15,9 +15,10 @@ from ertacache.errors import CalibrationError
 from ertacache.fit.lockstep import Lockstep, generator_state, joined, restore
 from ertacache.fit.record import Record, Recording
 from ertacache.fit.rerun import Rerun
-from ertacache.fit.runs import SAME, TRIED_STEPS, Runs, counted, pixels_of, shares
+from ertacache.fit.runs import SAME, TRIED_STEPS, Runs, pixels_of
+from ertacache.fit.work import counted, shares
 from ertacache.metrics import psnr
-from ertacache.provenance import PLAIN, plain
+from ertacache.provenance import PLAIN, as_plain
 
 ENCODE = "encode_prompt"
 CALLBACK = "callback_on_step_end"
@@ -102,9 +103,8 @@ class RepeatableCall:
 
     def plain(self) -> dict[str, Any]:
         """Arguments that a calibration file names."""
-        left_out = ("prompt", "output_type", "return_dict")
-        named = {name: plain(value) for name, value in self.arguments.items() if name not in left_out}
-        return {name: value for name, value in named.items() if isinstance(value, PLAIN)}
+        named = {k: v for k, v in self.arguments.items() if k not in ("prompt", "output_type", "return_dict")}
+        return {k: p for k, v in named.items() if isinstance(p := as_plain(k, v), PLAIN)}
 
     def prompts(self) -> list[str]:
         prompt = self.arguments.get("prompt")

@@ -17,7 +17,6 @@ from ertacache.published import PHI_OVER
 EFFORTS = {"fast": 0, "balanced": 1, "best": 2}
 # of a calibration's settings: what was asked for, and not an argument of the pipeline; older files have the last ones
 ASKED = ("goal", "goal_value", "effort", "phi_over", "setting", "fitted_psnr", "search_budget", "refine", "descent")
-PLAIN = (int, float, str, bool)
 
 
 def computed_steps(settings: Settings) -> int:
@@ -95,7 +94,8 @@ def kept_path(pipe: Any, settings: Settings, model: ModelFolder, exact: bool = F
 
 def fits(calibration: Calibration, pipe: Any, settings: Settings, model: ModelFolder) -> bool:
     """Whether a calibration is for this model, scheduler, call and goal, at no less effort than asked."""
-    arguments = {k: v for k, v in model.arguments(settings).items() if isinstance(v, PLAIN)}
+    given = model.arguments(settings).items()
+    arguments = {name: v for name, x in given if isinstance(v := provenance.as_plain(name, x), provenance.PLAIN)}
     beside = {k: v for k, v in calibration.settings.items() if k not in ASKED}
     return (
         calibration.method == settings.method

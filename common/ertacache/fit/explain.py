@@ -11,7 +11,8 @@ from ertacache.attach import networks_of, schedulers_of
 from ertacache.checks import check_no_other_cache
 from ertacache.errors import ERTACacheError
 from ertacache.fit.record import Recording
-from ertacache.fit.runs import MICRO_BATCH, TRIED_STEPS, Runs, TriedError, counted, quiet, size_of
+from ertacache.fit.runs import MICRO_BATCH, TRIED_STEPS, Runs, TriedError, quiet
+from ertacache.fit.work import counted, size_of
 from ertacache.intercept import attachment_of
 
 

@@ -1,17 +1,26 @@
-"""Predict the quality by cross-validation: PSNR on prompts that were not fitted to."""
+"""Predict the quality by cross-validation, PSNR on prompts that were not fitted to, and keep what does no harm."""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ertacache.cache import Cache
+from ertacache.calibration import Calibration
+from ertacache.errors import CalibrationError
+from ertacache.fit.result import plain_reuse
 from ertacache.fit.runs import Runs
 from ertacache.metrics import worst_decile
+from ertacache.replay import cache_of
 
 FOLDS = 2
+OTHERS = 24  # prompts for whose mean the range is
+GUARD_PROMPTS = 4  # on which plain reuse is tried
+HARM = 0.5  # dB, by which the fit may be worse on so few prompts
+RUIN = 20.0  # dB, by which the published method must not be worse
 
 
 def cross_validate(runs: Runs, fitted_to: Callable[[Sequence[int]], Cache]) -> dict[str, Any] | None:
@@ -44,11 +53,41 @@ def quality_of(values: Tensor) -> dict[str, Any]:
 
 
 def mean_range(values: Tensor) -> list[float]:
-    """Where the mean over all prompts lies nine times of ten, told from a sample of them, (P,): low and high.
+    """Where the mean of OTHERS prompts lies nine times of ten, told from a sample of prompts, (P,): low and high.
 
-    Student's interval: prompts differ by many decibels, so the mean of eight is not that of the next eight.
+    Student's interval for the difference of two means: prompts differ by many decibels.
     """
     degrees = len(values) - 1
     quantile = 1.645 * (1 + 1 / degrees + 1 / degrees**2)  # Student's t at 0.95 from the normal one, to 2 % from 2 on
-    mean, half = float(values.mean()), quantile * float(values.std()) / math.sqrt(len(values))
+    mean, half = float(values.mean()), quantile * float(values.std()) * math.sqrt(1 / len(values) + 1 / OTHERS)
     return [mean - half, mean + half]
+
+
+def guarded(runs: Runs, made: Calibration, say: Callable[[str], None]) -> Calibration:
+    """What was fitted, or plain reuse on the same schedule where that is better on prompts that were left out.
+
+    Compares on at most GUARD_PROMPTS of them, by the PSNR of each that the prediction left there.
+
+    Raises CalibrationError: the published method does harm, so that there is nothing to keep.
+    """
+    values = made.predicted.pop("each") if made.predicted else []
+    if not values or len(made.computed_steps) == made.num_inference_steps:
+        return made
+    some = runs.first(GUARD_PROMPTS)
+    values = values[: len(some)]
+    cache = cache_of(plain_reuse(runs.record, made.computed_steps))
+    plain = some.quality(cache)
+    gain = float(torch.tensor(values).mean() - plain.mean())
+    if gain >= -HARM:
+        return made
+    if made.method == "paper":  # has nothing to fall back to, and is there to be compared with
+        if gain < -RUIN:
+            raise CalibrationError(
+                f"method 'paper' does harm on this solver: {-gain:.1f} dB below plain reuse on the same steps. Use "
+                "method 'ertacache', or another scheduler"
+            )
+        say(f"method 'paper' loses {-gain:.1f} dB to plain reuse of the output on the same steps")
+        return made
+    say(f"the fitted coefficients lose {-gain:.1f} dB to plain reuse on prompts left out: plain reuse is kept")
+    kept = plain_reuse(runs.record, made.computed_steps)
+    return replace(kept, predicted=quality_of(plain))

@@ -1,36 +1,30 @@
 """Calibrate a pipeline: record the uncached runs, choose the steps, fit, predict the quality."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import date
 from typing import Any, overload
 
 import torch
 
-from ertacache import provenance, solver
 from ertacache.api import check_parts_of
 from ertacache.cache import Cache, Coefficients
-from ertacache.calibration import Bundle, Calibration, calibration_fields, check_computed_steps, computed_steps_for
-from ertacache.checks import PER_PROMPT, check_no_other_cache
+from ertacache.calibration import Bundle, Calibration, check_computed_steps
+from ertacache.checks import check_no_other_cache
 from ertacache.errors import CalibrationError
+from ertacache.fit.cost import Cost, computed_steps_of, goal_of, most_evaluations
 from ertacache.fit.end_to_end import Refined, fit_end_to_end, prompts_within
-from ertacache.fit.predict import FOLDS, cross_validate, quality_of
+from ertacache.fit.predict import cross_validate, guarded
 from ertacache.fit.published import fit_published
 from ertacache.fit.record import Record
-from ertacache.fit.runs import MICRO_BATCH, TRIED_STEPS, Runs, quiet, record_runs
+from ertacache.fit.result import bare_calibration, calibration_of, plain_reuse, provenance_of
+from ertacache.fit.runs import MICRO_BATCH, Runs, quiet, record_runs
 from ertacache.fit.schedule import choose_steps
 from ertacache.fit.step_by_step import StepFit, fit_last_step, fit_step_by_step
 from ertacache.intercept import attachment_of
 from ertacache.published import PHI_OVER
 from ertacache.replay import cache_of
-from ertacache.schema import CALIBRATED_METHODS
 
 EFFORTS = ("fast", "balanced", "best")
-GUARD_PROMPTS = 4  # on which plain reuse is tried
-HARM = 0.5  # dB, by which the fit may be worse on so few prompts
-RUIN = 20.0  # dB, by which the published method must not be worse
-BEST_RUNS = 100  # uncached runs that effort "best" may cost in all
 
 
 @overload
@@ -98,7 +92,7 @@ def calibrate(
     given = pipe_kwargs.get("num_inference_steps")
     counts = list(given) if isinstance(given, Sequence) else [given]
     others = {"computed_steps": computed_steps, "min_psnr": min_psnr, "threshold": threshold}
-    goals = [_goal(method, speedup=one, **others) for one in speedups]
+    goals = [goal_of(method, speedup=one, **others) for one in speedups]
     if not goals or not counts:
         raise CalibrationError("speedup and num_inference_steps must not be empty")
     for name, value, allowed in (("phi_over", phi_over, PHI_OVER), ("effort", effort, EFFORTS)):
@@ -145,25 +139,13 @@ def _reached(
     runs: Runs, make: "Make", goal: tuple[str, Any], effort: str, say: Callable[[str], None]
 ) -> tuple[Calibration, dict[str, Any]]:
     """The calibration that reaches a goal, and the goal as a file says it."""
-    wanted = _computed_steps(goal, runs.record.num_steps)
+    wanted = computed_steps_of(goal, runs.record.num_steps)
     made = _smallest(runs, make, goal[1]) if goal[0] == "min_psnr" else make(wanted)
     if effort != "fast":
         made = guarded(runs, made, say)
     if goal[0] == "speedup":
         return made, {"goal": "computed_steps", "goal_value": wanted}
     return made, {"goal": goal[0], "goal_value": goal[1]}
-
-
-def most_evaluations(effort: str, prompts: int, steps: int, computed: int) -> int:
-    """An upper bound of the transformer evaluations over P prompts, for K of N steps: P (N + 3 K), or BEST_RUNS N.
-
-    P (N + K) for "fast", which predicts no quality. "best" fits end to end with what is left of BEST_RUNS.
-    """
-    tried = min(prompts, 2) * min(TRIED_STEPS, steps)
-    if effort == "fast":
-        return prompts * (steps + computed) + tried
-    total = prompts * (steps + (1 + FOLDS) * computed) + tried + min(prompts, GUARD_PROMPTS) * computed
-    return max(total, BEST_RUNS * steps) if effort == "best" else total
 
 
 # -- the method --------------------------------------------------------------------------------------------
@@ -191,54 +173,7 @@ def fit(runs: Runs, computed_steps: int | None, effort: str) -> Calibration:
     predicted = None
     if effort != "fast":
         predicted = cross_validate(runs, lambda rows: _fitted_to(runs, rows, schedule, refined))
-    return _calibration_of(record, schedule, coefficients, predicted)
-
-
-def _calibration_of(
-    record: Record, schedule: list[int], coefficients: Coefficients, predicted: dict[str, Any] | None
-) -> Calibration:
-    fields = calibration_fields(coefficients)
-    for stream, recorded in zip(fields["streams"] or (), record.streams, strict=False):
-        stream["latent_shape"] = list(recorded.latents[0].shape[1:])
-    return bare_calibration(record, "ertacache", computed_steps=schedule, predicted=predicted, **fields)
-
-
-def plain_reuse(record: Record, schedule: list[int]) -> Calibration:
-    """A calibration that takes the newest output as it is."""
-    rows = [[1.0]] * record.num_steps
-    streams = tuple(Coefficients.of_outputs(rows) for _ in record.streams)
-    plain = replace(Coefficients.of_outputs(rows), streams=streams)
-    return _calibration_of(record, schedule, plain, None)
-
-
-def guarded(runs: Runs, made: Calibration, say: Callable[[str], None]) -> Calibration:
-    """What was fitted, or plain reuse on the same schedule where that is better on prompts that were left out.
-
-    Compares on at most GUARD_PROMPTS of them, by the PSNR of each that the prediction left there.
-
-    Raises CalibrationError: the published method does harm, so that there is nothing to keep.
-    """
-    values = made.predicted.pop("each") if made.predicted else []
-    if not values or len(made.computed_steps) == made.num_inference_steps:
-        return made
-    some = runs.first(GUARD_PROMPTS)
-    values = values[: len(some)]
-    cache = cache_of(plain_reuse(runs.record, made.computed_steps))
-    plain = some.quality(cache)
-    gain = float(torch.tensor(values).mean() - plain.mean())
-    if gain >= -HARM:
-        return made
-    if made.method == "paper":  # has nothing to fall back to, and is there to be compared with
-        if gain < -RUIN:
-            raise CalibrationError(
-                f"method 'paper' does harm on this solver: {-gain:.1f} dB below plain reuse on the same steps. Use "
-                "method 'ertacache', or another scheduler"
-            )
-        say(f"method 'paper' loses {-gain:.1f} dB to plain reuse of the output on the same steps")
-        return made
-    say(f"the fitted coefficients lose {-gain:.1f} dB to plain reuse on prompts left out: plain reuse is kept")
-    kept = plain_reuse(runs.record, made.computed_steps)
-    return replace(kept, predicted=quality_of(plain))
+    return calibration_of(record, schedule, coefficients, predicted)
 
 
 def _check_request(pipe: Any, prompts: Any, micro_batch: int, arguments: Mapping[str, Any]) -> None:
@@ -254,7 +189,7 @@ def _check_request(pipe: Any, prompts: Any, micro_batch: int, arguments: Mapping
             f"prompts is a {type(prompts).__name__}: give texts, or None with per_prompt={{'prompt_embeds': ...}}"
         )
     embedded = [
-        name for name, value in arguments.items() if "embeds" in name and "negative" not in name and value is not None
+        name for name, v in arguments.items() if "prompt_embeds" in name and "negative" not in name and v is not None
     ]
     if embedded and prompts is not None:
         raise CalibrationError(
@@ -266,7 +201,8 @@ def _refined(runs: Runs, schedule: list[int], start: Coefficients) -> Refined | 
     """The fit end to end, on as many prompts as the cost allows; None where it comes no nearer."""
     steps, computed = runs.record.num_steps, len(schedule)
     spent = most_evaluations("balanced", len(runs), steps, computed) + computed * len(runs)  # and the last step's
-    prompts = min(len(runs), prompts_within(BEST_RUNS * steps - spent, computed))
+    left = most_evaluations("best", len(runs), steps, computed) - spent
+    prompts = min(len(runs), prompts_within(left, computed))
     refined = fit_end_to_end(runs.first(prompts), schedule, start) if prompts > 1 else None
     return refined if refined is not None and refined.ridge is not None else None
 
@@ -324,106 +260,3 @@ def _smallest(runs: Runs, make: Make, min_psnr: float) -> Calibration:
         else:
             low = middle + 1
     return best if best is not None and len(best.computed_steps) == low else make(low)
-
-
-# -- around it ---------------------------------------------------------------------------------------------
-
-
-def bare_calibration(record: Record, method: str, **fitted: Any) -> Calibration:
-    """A calibration of recorded runs that does not say yet where it comes from."""
-    return Calibration(
-        method=method,
-        num_inference_steps=record.num_steps,
-        timesteps=record.timesteps,
-        sigmas=record.sigmas,
-        scheduler={},
-        model={},
-        latent_shape=list(record.latents[0].shape[1:]),
-        dtype="",
-        **fitted,
-    )
-
-
-def _goal(method: str, **given: Any) -> tuple[str, Any]:
-    """The one goal that is given, with its value; raises CalibrationError for none or more."""
-    if method not in CALIBRATED_METHODS:
-        raise CalibrationError(f"method is {method!r}: it must be one of {', '.join(CALIBRATED_METHODS)}")
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise CalibrationError(f"give exactly one of {', '.join(given)}; got {', '.join(named) or 'none'}")
-    if named[0] == "threshold" and method != "paper":
-        raise CalibrationError(
-            "threshold belongs to method='paper'; ask ertacache for speedup, computed_steps or min_psnr"
-        )
-    return named[0], given[named[0]]
-
-
-def _computed_steps(goal: tuple[str, Any], steps: int) -> int | None:
-    """K of a goal that says it."""
-    name, value = goal
-    return computed_steps_for(steps, value) if name == "speedup" else value if name == "computed_steps" else None
-
-
-class Cost:
-    """Print what a calibration costs before its first evaluation, and what it took."""
-
-    def __init__(self, goals: list[tuple[str, Any]], effort: str):
-        self.goals, self.effort, self.steps = goals, effort, 0
-        self.bar: Any = None
-
-    def announce(self, bar: Any, prompts: int, steps: int) -> None:
-        """Print the most that it takes; raises CalibrationError for a K that cannot be."""
-        self.bar, self.steps, recorded = bar, steps, prompts * steps
-        total, known = recorded + bar.n, []  # what was spent by a recording that could not be repeated too
-        for goal in self.goals:
-            computed = _computed_steps(goal, steps)
-            if computed is not None:
-                check_computed_steps(steps, computed)
-                known.append(str(computed))
-            fitted = most_evaluations(self.effort, prompts, steps, steps if computed is None else computed) - recorded
-            if goal[0] == "min_psnr":
-                if self.effort == "fast" or prompts < FOLDS:
-                    raise CalibrationError(
-                        "min_psnr needs a prediction: two prompts or more, and more effort than fast"
-                    )
-                fitted *= steps.bit_length() + 1  # a calibration for every K that bisection tries
-            total += fitted
-        bar.total, said = total, f", {' and '.join(known)} computed" if known else ""
-        self._print(bar, f"at most {self._in_runs(total)} for {prompts} prompts of {steps} steps{said}")
-
-    def close(self, runs: Runs) -> None:
-        """Print what it took."""
-        self._print(runs.bar, f"took {self._in_runs(runs.bar.n)}")
-        runs.bar.close()
-
-    def say(self, text: str) -> None:
-        """Print something else that a user has to know."""
-        if self.bar is not None:
-            self._print(self.bar, text)
-
-    def _in_runs(self, evaluations: int) -> str:
-        return f"{evaluations / self.steps:.3g} uncached runs ({evaluations} transformer evaluations)"
-
-    def _print(self, bar: Any, text: str) -> None:
-        if not bar.disable:
-            bar.write(f"calibration: {text}", file=sys.stderr)
-
-
-def provenance_of(runs: Runs, model_id: str | None, effort: dict[str, Any]) -> dict[str, Any]:
-    pipe = runs.pipe
-    named = {name: provenance.plain(value) for name, value in {**runs.kwargs, **effort}.items()}
-    plain = {name: value for name, value in named.items() if isinstance(value, provenance.PLAIN)}
-    plain |= dict.fromkeys(runs.per_prompt, PER_PROMPT)
-    identity = provenance.pipeline_identity(pipe)
-    return {
-        "scheduler": solver.identity(pipe.scheduler),
-        "model": provenance.model_identity(pipe.transformer, model_id),
-        "dtype": provenance.model_dtype(pipe.transformer),
-        # as asked: where guidance is dynamic, the pipeline's own is the last step's by now
-        "guidance_scale": runs.kwargs.get("guidance_scale", getattr(pipe, "guidance_scale", None)),
-        "prompts": {"sha256": provenance.prompts_hash(runs.prompts, runs.seeds), "count": len(runs)},
-        "settings": dict(sorted(plain.items())),
-        "versions": provenance.package_versions(),
-        "date": date.today().isoformat(),
-        "pipeline": {**identity, "branches": list(runs.record.branches), "every_step": runs.every_step},
-    }

@@ -1,6 +1,5 @@
 """Run the pipeline on the calibration prompts again, with the same noise; in one batch where that is right."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -8,15 +7,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from ertacache.attach import Attachment, attached, blank_of, networks_of
+from ertacache.attach import Attachment, attached, blank_of
 from ertacache.cache import Cache, Call
 from ertacache.errors import CalibrationError, ERTACacheError
 from ertacache.fit.lockstep import Lockstep, own_generators
+from ertacache.fit.micro_batch import in_micro_batches
 from ertacache.fit.record import Record, Recording
-from ertacache.intercept import Interception, attachment_of, uncompiled
+from ertacache.fit.work import counted, shares
+from ertacache.intercept import Interception
 from ertacache.metrics import psnr
 from ertacache.solver import first_output
 
@@ -278,34 +279,6 @@ def record_runs(
     return runs
 
 
-@contextmanager
-def counted(pipe: Any) -> Iterator[dict[str, float]]:
-    """Parameters times samples of calls of modules that do not rest on reused steps, from a run's second step on."""
-    work: dict[str, float] = {}
-
-    def worked(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if attachment_of(pipe) is not None and attachment_of(pipe).after_first_step:
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
-            work[name] = work.get(name, 0.0) + size_of(module) * (len(tensors[0]) if tensors else 1)
-
-    resting = {id(network) for network in networks_of(pipe).values()}
-    others = {
-        name: part for name, part in vars(pipe).items() if isinstance(part, nn.Module) and id(part) not in resting
-    }
-    hooks = [part.register_forward_pre_hook(partial(worked, name), with_kwargs=True) for name, part in others.items()]
-    try:
-        yield work
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def shares(work: dict[str, float], pipe: Any, samples: float) -> dict[str, float]:
-    """Of each module in the work of steps in which the transformer sees so many samples."""
-    total = size_of(pipe.transformer) * samples + sum(work.values()) or 1.0
-    return {name: round(value / total, 4) for name, value in work.items() if value > 1e-3 * total}
-
-
 def blanks_of_one(blanks: Sequence[Any], prompts: int) -> list[Any] | None:
     """Placeholders for one prompt from those for several; None where a network returns more than a batch of these."""
     plain = all(
@@ -316,11 +289,6 @@ def blanks_of_one(blanks: Sequence[Any], prompts: int) -> list[Any] | None:
         for b in blanks
     )
     return [blank_of(b, len(first_output(b)) // prompts) for b in blanks] if plain and blanks else None
-
-
-def size_of(module: nn.Module) -> int:
-    """How many parameters a module has, at least one."""
-    return sum(parameter.numel() for parameter in module.parameters()) or 1
 
 
 def is_plain(value: Any) -> bool:
@@ -389,45 +357,3 @@ def quiet(pipe: Any) -> Iterator[None]:
         set_bar(**config)
         if vae is not None and slicing is not None:
             vae.use_slicing = slicing
-
-
-def in_micro_batches(interception: Interception, args: tuple, kwargs: dict[str, Any], size: int) -> Any:
-    """Call a network on slices of its batch, so that its peak memory stays that of `size` samples.
-
-    Tensors are sliced whose first dimension is the batch of the first argument; position ids are not. What cannot be
-    told apart or joined so is found when the first prompt is run alone (`Runs.repeats`).
-    """
-    module = interception.module
-    bound = inspect.signature(type(uncompiled(module)).forward).bind(module, *args, **kwargs)
-    names = list(bound.arguments)[1:]
-    batch = bound.arguments[names[0]].shape[0] if names and isinstance(bound.arguments[names[0]], Tensor) else 1
-    if batch <= size:
-        return interception.run(*args, **kwargs)
-
-    def piece(name: str, value: Any, start: int) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)(piece(name, item, start) for item in value)
-        if isinstance(value, dict):
-            return {key: piece(key, item, start) for key, item in value.items()}
-        batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch
-        return value[start : start + size] if batched and not name.endswith("_ids") else value
-
-    outputs = []
-    for start in range(0, batch, size):
-        output = interception.run(**{name: piece(name, bound.arguments[name], start) for name in names})
-        # the next call may write into the same memory: a CUDA graph replays with the same output tensor
-        outputs.append(output if start + size >= batch else _mapped(torch.clone, output))
-    return _mapped(lambda *pieces: torch.cat(pieces), *outputs)
-
-
-def _mapped(function: Callable[..., Tensor], *outputs: Any) -> Any:
-    """A network's output made from others of its structure, tensor by tensor."""
-    first = outputs[0]
-    if isinstance(first, Tensor):
-        return function(*outputs)
-    if isinstance(first, Mapping):
-        made = {name: _mapped(function, *(one[name] for one in outputs)) for name in first}
-        return made if type(first) is dict else type(first)(**made)
-    if isinstance(first, (list, tuple)):
-        return type(first)(_mapped(function, *items) for items in zip(*outputs, strict=True))
-    return first
