@@ -5,7 +5,7 @@ from cases import PAGE, ROWS, page, verify
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_pipeline_of_the_table_is_as_it_says(name):
+def test_a_pipeline_of_the_table_passes_the_common_check(name):
     verify(ROWS[name])
 
 
