@@ -1,6 +1,7 @@
 """Calibration end to end on toy pipelines whose answers are known, for both methods."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from ertacache.attach import attached
 from ertacache.cache import Cache, Coefficients
 from ertacache.errors import CalibrationError
 from ertacache.fit import recipe
-from ertacache.fit.predict import mean_range
+from ertacache.fit.predict import folds_of, mean_range
 from ertacache.fit.record import gram_matrix
 from ertacache.fit.step_by_step import OUTPUTS, fit_step_by_step
 from ertacache.published import PHI_OVER
@@ -132,6 +133,20 @@ def test_the_predicted_quality_is_that_of_prompts_left_out(method):
         psnrs += (-10 * (pixels[0] - pixels[1]).square().flatten(1).mean(1).log10()).tolist()
     assert made.predicted["psnr"] == pytest.approx(np.mean(psnrs), abs=0.02) and made.predicted["folds"] == 2
     assert made.predicted["psnr_p10"] < made.predicted["psnr"]
+
+
+def test_seeds_of_a_prompt_are_left_out_together():
+    class Four(SimpleNamespace):
+        def __len__(self):
+            return 4
+
+    def folds(*prompts):
+        return folds_of(Four(prompts=prompts))
+
+    assert folds("a", "b", "c", "d") == [0, 1, 0, 1]
+    assert folds("a", "a", "b", "b") == [0, 0, 1, 1] and folds("a", "b", "a", "b") == [0, 1, 0, 1]
+    assert folds("a", "b", "c", "a") == [0, 1, 0, 0]
+    assert folds("a", "a", "a", "a") == folds(None, None, None, None) == folds("a", "b") == [0, 1, 0, 1]
 
 
 def test_the_range_of_the_prediction_holds_nine_times_of_ten():

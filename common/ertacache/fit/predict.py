@@ -26,7 +26,7 @@ RUIN = 20.0  # dB, by which the published method must not be worse
 def cross_validate(runs: Runs, fitted_to: Callable[[Sequence[int]], Cache]) -> dict[str, Any] | None:
     """PSNR in dB to the uncached results: mean, its range, worst decile and each prompt's; None for a single prompt.
 
-    Fold i leaves out the prompts i, i + FOLDS, ...
+    Fold i leaves out the prompts i, i + FOLDS, ..., with all of their seeds.
 
     Args:
         fitted_to: rows of prompts -> the cache of a run of all prompts under what is fitted to those rows.
@@ -34,11 +34,20 @@ def cross_validate(runs: Runs, fitted_to: Callable[[Sequence[int]], Cache]) -> d
     if len(runs) < FOLDS:
         return None
     values = torch.zeros(len(runs))
+    folds = folds_of(runs)
     for fold in range(FOLDS):
-        left_out = list(range(fold, len(runs), FOLDS))
-        rows = [row for row in range(len(runs)) if row not in left_out]
+        left_out = [row for row in range(len(runs)) if folds[row] == fold]
+        rows = [row for row in range(len(runs)) if folds[row] != fold]
         values[left_out] = runs.quality(fitted_to(rows))[left_out]
     return {**quality_of(values), "each": values.tolist()}
+
+
+def folds_of(runs: Runs) -> list[int]:
+    """The fold that leaves each run out: the same for all runs of a prompt, where there are several prompts."""
+    prompts = list(runs.prompts)
+    kinds = list(dict.fromkeys(prompts))
+    by_prompt = len(prompts) == len(runs) and len(kinds) >= FOLDS
+    return [(kinds.index(prompts[row]) if by_prompt else row) % FOLDS for row in range(len(runs))]
 
 
 def quality_of(values: Tensor) -> dict[str, Any]:
