@@ -114,12 +114,16 @@ def test_a_learned_solver_comes_nearer_within_its_budget(scheduler, velocity):
 
 
 def test_a_fit_without_a_budget_goes_on_where_it_was(few, tmp_path, monkeypatch):
-    def fitted(folder: Path) -> dict:
+    def prepared(folder: Path) -> LearnedSolver:
         pipe, runs = toy()
         rival = LearnedSolver(unlimited=True)
         rival.folder = folder
         rival.prepare(pipe, runs, STEPS)
-        return rival.fitted(pipe, COUNT)
+        return rival
+
+    def fitted(folder: Path) -> dict:
+        rival = prepared(folder)
+        return rival.fitted(rival.runs[0].pipe, COUNT)
 
     monkeypatch.setattr(learned, "PATIENCE", 3)
     whole = fitted(tmp_path / "a")
@@ -139,6 +143,7 @@ def test_a_fit_without_a_budget_goes_on_where_it_was(few, tmp_path, monkeypatch)
     assert again["history"] == whole["history"] and again["solver"] == whole["solver"]
     monkeypatch.setattr(learned.LearnedSolver, "fit", lambda *_: pytest.fail("fitted once more"))
     assert fitted(tmp_path / "b") == again
+    assert prepared(tmp_path / "b").spent({"num_steps": COUNT}) == again["runs"]
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

@@ -165,7 +165,7 @@ def _moved(schedule: Schedule, steps: int, fixed: int, draw: random.Random) -> S
 
 def _neighbours(schedule: Schedule, steps: int, fixed: int, draw: random.Random) -> list[Schedule]:
     """All with one computed step moved within a window, and some with one moved anywhere."""
-    found = {}
+    found: dict[Schedule, None] = {}  # in the order that they were found in
     for step in (step for step in schedule if step >= fixed):
         near = range(max(fixed, step - WINDOW), min(steps - 1, step + WINDOW) + 1)
         for place in [*near, *(draw.randrange(fixed, steps) for _ in range(JUMPS))]:

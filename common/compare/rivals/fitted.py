@@ -41,7 +41,7 @@ class FittedRival(Rival):
         return {"num_steps": max(2, round(wanted_fraction * num_steps))}
 
     def spent(self, setting: Setting) -> float | None:
-        return self.fits.get(int(setting["num_steps"]), {}).get("runs")
+        return (self._kept(int(setting["num_steps"])) or {}).get("runs")
 
     def fit(self, pipe: Any, count: int) -> dict[str, Any]:
         """Fit for `count` evaluations; plain values, `runs` among them: what it cost in uncached runs."""
@@ -51,15 +51,19 @@ class FittedRival(Rival):
         """What was fitted for `count` evaluations: from memory, from the folder, or made now."""
         if not self.runs:
             raise NotApplicable(f"{self.name} has nothing to be fitted to yet: call prepare")
-        if count not in self.fits:
+        kept = self._kept(count)
+        if kept is None:
+            kept = self.fits[count] = self.fit(pipe, count)
             path = self.path(count, ".json")
-            if path is not None and path.exists():
-                self.fits[count] = json.loads(path.read_text(encoding="utf-8"))
-            else:
-                self.fits[count] = self.fit(pipe, count)
-                if path is not None:
-                    write_atomically(path, json.dumps(self.fits[count]))
-        return self.fits[count]
+            if path is not None:
+                write_atomically(path, json.dumps(kept))
+        return kept
+
+    def _kept(self, count: int) -> dict[str, Any] | None:
+        path = self.path(count, ".json")
+        if count not in self.fits and path is not None and path.exists():
+            self.fits[count] = json.loads(path.read_text(encoding="utf-8"))
+        return self.fits.get(count)
 
     def path(self, count: int, suffix: str) -> Path | None:
         """A file of a fit, named by what it depends on; None where nothing is kept."""

@@ -29,7 +29,9 @@ OWN = "own"  # the pipeline's own scheduler
 class Steps(Protocol):
     """What a run follows in place of its scheduler's steps."""
 
-    times: Tensor | None  # given to the model, one a step; None for the scheduler's own
+    @property
+    def times(self) -> Tensor | None:
+        """What the model is given, one a step; None for the scheduler's own."""
 
     def step(self, index: int, output: Tensor, sample: Tensor) -> Tensor:
         """The next latents, for the guided output of a step and the latents that it started from."""
