@@ -1,5 +1,6 @@
 """Rivals that are fitted: what they fit comes nearer, costs what they say, and leaves nothing behind."""
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -224,6 +225,8 @@ def test_a_fitted_rival_skips_work_and_leaves_nothing_behind(rival, few):
         pass
     rival.prepare(pipe, [lambda seed=seed, **o: call(pipe, seed=seed, **{**SHORT, **o}) for seed in (7, 8)], STEPS)
     setting = rival.setting_for(COUNT / STEPS, STEPS)
+    rival.fitted(pipe, COUNT)
+    copy.deepcopy(pipe.scheduler)
     with rival.attach(pipe, setting) as overrides:
         with TransformerCost(pipe.transformer) as cost:
             first = call(pipe, **{**SHORT, **overrides})

@@ -76,7 +76,10 @@ def driven(pipe: Any, begin: Callable[[Any], Steps], gradients: bool = False) ->
         replaced(scheduler, "set_timesteps", starting),
         replaced(scheduler, "step", stepping),
     ):
-        yield
+        try:
+            yield
+        finally:  # a scheduler whose timesteps carry a graph cannot be copied
+            scheduler.timesteps = torch.as_tensor(scheduler.timesteps).detach()
 
 
 @contextmanager
