@@ -20,8 +20,7 @@ from torch import Tensor
 import ertacache
 from compare.pictures import DIFFERENCE_GAIN, difference, pick_frames
 from compare.results import Row, best_rival, read_results
-from compare.rivals import Tuner, all_rivals
-from compare.teacache_method import latents_run
+from compare.rivals import PromptRun, Tuner, all_rivals
 from ertacache.cli import settings
 from ertacache.cli.kept import new_calibration, obtain_calibration
 from ertacache.cli.media import to_uint8
@@ -94,8 +93,9 @@ class _Sampler:
             with ertacache.apply(self.pipe, new_calibration(self.pipe, chosen, self.model)):
                 return self.sample()
         rival = next(r for r in all_rivals(self.model.teacache_signal) if r.name == row.method)
-        prompts = settings.read_prompts(self.chosen.path("calibration_prompts"))[: self.chosen.num_calibration_prompts]
-        runs = [latents_run(self.pipe, prompt, seed, self.arguments) for seed, prompt in enumerate(prompts)]
+        count = rival.prompts or self.chosen.num_calibration_prompts
+        prompts = settings.read_prompts(self.chosen.path("calibration_prompts"))[:count]
+        runs = [PromptRun(self.pipe, prompt, seed, self.arguments) for seed, prompt in enumerate(prompts)]
         Tuner(self.pipe, runs[:1], self.chosen.num_inference_steps).prepare(rival, runs)
         with rival.attach(self.pipe, row.knob or {}) as overrides:
             return self.sample(**overrides)

@@ -7,13 +7,15 @@ from opensora_folder import NUM_STEPS, call, folder_modules, pipeline
 
 from compare.flops import TransformerCost
 from compare.rivals import EasyCache, Multistep, NotApplicable, all_rivals
+from compare.rivals.fitted import FittedRival
 from compare.rivals.multistep import ADAMS_BASHFORTH, SOLVERS, AdamsBashforth, make_solver, velocity_sign
 
 # isort: split
 from opensora12 import RFlowScheduler
 
 with folder_modules() as modules:
-    RIVALS = {rival.name: rival for rival in all_rivals(modules["transformer"].modulated_input)}
+    every = all_rivals(modules["transformer"].modulated_input)
+    RIVALS = {rival.name: rival for rival in every if not isinstance(rival, FittedRival)}
 UNFIT = {
     "pyramid-attention-broadcast": "attention classes",
     "fastercache": "attention classes",

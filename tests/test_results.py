@@ -125,6 +125,24 @@ def test_the_table_has_a_section_for_each_cost_and_ours_in_bold() -> None:
         assert "pyramid\\_attention\\_broadcast [1] |" in section and "[1] does not reach the asked cost" in section
 
 
+def test_the_table_says_what_a_calibration_cost_and_what_a_rival_is() -> None:
+    plain = [row(), row("magcache", "rival")]
+    assert "Calibrated" not in table_markdown(plain)
+    fitted = row("solver", "rival", calibration_runs=99.6, form="weights of all outputs")
+    markdown = table_markdown([row(calibration_runs=22.0), fitted, plain[1]])
+    (ours,), (theirs,) = ([x for x in markdown.splitlines() if x.startswith(y)] for y in ("| **ertacache", "| solver"))
+    assert [cell.strip() for cell in ours.split("|")][3] == "**22**"
+    assert [cell.strip() for cell in theirs.split("|")][1:4:2] == ["solver [1]", "100"]
+    assert "[1] solver: weights of all outputs" in markdown
+
+
+def test_files_of_before_lack_later_fields(tmp_path: Path) -> None:
+    values = {name: value for name, value in asdict(row()).items() if name not in ("form", "calibration_runs")}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([values]))
+    assert read_results(path)[0] == [row()]
+
+
 def test_what_a_metric_cannot_tell_from_nothing_is_not_shown_as_nothing() -> None:
     lpips = METRICS["lpips"]
     assert [lpips.show(v) for v in (0.0, 0.00004, 0.00006)] == ["0.0000", "<0.0001", "0.0001"]

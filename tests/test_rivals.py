@@ -25,10 +25,12 @@ from compare.rivals import (
     all_rivals,
 )
 from compare.rivals.diffusers_caches import enabled, visual_latents
+from compare.rivals.fitted import FittedRival
 from compare.rivals.multistep import SOLVERS, make_solver, put_on_grid
 from compare.rivals.teacache import _Gate, relative_distance
 
-RIVALS = {rival.name: rival for rival in all_rivals(modulated_input)}
+# those that are fitted are in test_fitted_rivals.py
+RIVALS = {rival.name: rival for rival in all_rivals(modulated_input) if not isinstance(rival, FittedRival)}
 
 
 @pytest.fixture(scope="module")

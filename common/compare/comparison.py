@@ -36,6 +36,7 @@ class Contender:
         attach: makes the pipeline run with it; yields pipeline arguments to override.
         static: its schedule is known before the run, so prompts may share a batch.
         version: tells it from others of the same name, such as another calibration for as many steps.
+        form, calibration_runs: see `results.Row`.
     """
 
     method: str
@@ -48,6 +49,8 @@ class Contender:
     knob: dict[str, Any] | None = None
     comparable: bool = False
     version: str = ""
+    form: str = ""
+    calibration_runs: float | None = None
 
     @property
     def key(self) -> str:

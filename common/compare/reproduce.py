@@ -28,7 +28,7 @@ def _numbers(text: str) -> list[int]:
 
 FLAGS = (
     ("--seeds", {"type": _numbers, "default": [1000, 1001], "metavar": "S1,S2", "help": "seeds of the noise"}),
-    ("--methods", {"default": "all", "metavar": "A,B", "help": "methods to run (default: all)"}),
+    ("--methods", {"default": "all", "metavar": "A,B", "help": "methods to run (default: all that take minutes)"}),
     ("--computed-steps", {"type": _numbers, "default": None, "metavar": "K1,K2", "help": "default: N/2, 2N/5, N/3"}),
     ("--prompts", {"default": None, "metavar": "FILE", "help": "prompts to measure on (default: held out)"}),
     ("--num-prompts", {"type": int, "default": 24, "metavar": "INT", "help": "use the first ones of the file"}),
@@ -85,7 +85,7 @@ def main(folder: Path, load: Callable[[Settings], Any], model: ModelFolder, argv
 def _rivals(methods: str, model: ModelFolder) -> list[Rival]:
     rivals = all_rivals(model.teacache_signal)
     if methods == "all":
-        return rivals
+        return [rival for rival in rivals if not rival.optional]
     asked = methods.split(",")
     unknown = sorted(set(asked) - {r.name for r in rivals} - set(OUR_METHODS))
     if unknown:

@@ -16,6 +16,7 @@ from ertacache.files import write_atomically
 ROLES = ("reference", "ours", "rival")
 # A rival is compared when its cost lies in [ours, ours + COMPARABLE_BAND], as a fraction of transformer FLOPs.
 COMPARABLE_BAND = 0.05
+LATER = ("form", "calibration_runs")  # fields that files of before lack
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Row:
     compute_fraction: transformer FLOPs divided by those of the uncached run; denoise_seconds: per prompt; speedup:
     uncached seconds / seconds; psnr in dB; *_p10: the worst decile; n: number of pictures or videos.
     A metric that was not measured is None and `reasons` says why. `asked_steps` is the asked number of computed
-    steps that the row belongs to (None: the reference). `knob` is what was tuned and its value.
+    steps that the row belongs to (None: the reference). `knob` is what was tuned and its value. `form`: what the
+    method is, in a line for the notes of tables. `calibration_runs`: what calibrating it cost in uncached runs; None if
+    unknown.
     Raises ValueError, naming the field, when a value is not what the contract says.
     """
 
@@ -84,6 +87,8 @@ class Row:
     knob: dict[str, Any] | None = None
     comparable: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
+    form: str = ""
+    calibration_runs: float | None = None
 
     def __post_init__(self) -> None:
         for name, (expected, holds) in _CHECKS.items():
@@ -160,7 +165,7 @@ def _row(value: Any, where: str) -> Row:
     known = [f.name for f in fields(Row)]
     # every field is written, so one that is absent means a truncated or foreign file, even where Row has a default
     for problem, names in (
-        ("missing", [n for n in known if n not in value]),
+        ("missing", [n for n in known if n not in value and n not in LATER]),
         ("unknown", [n for n in value if n not in known]),
     ):
         if names:
@@ -213,14 +218,14 @@ _COUNT = ("a whole number above 0", lambda v: _is_int(v) and v > 0)
 _METRIC = ("a finite number or null", _optional(_is_number))
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("model", "method", "prompts_sha256", "device", "dtype"), _TEXT),
-    "setting": ("a text", lambda v: isinstance(v, str)),
+    **dict.fromkeys(("setting", "form"), ("a text", lambda v: isinstance(v, str))),
     "role": ("one of " + ", ".join(ROLES), lambda v: v in ROLES),
     **dict.fromkeys(("num_inference_steps", "n"), _COUNT),
     "asked_steps": (_COUNT[0] + " or null", _optional(_COUNT[1])),
     "computed_steps": ("a list of step indices or null", _optional(_is_ints)),
     **dict.fromkeys(("compute_fraction", "denoise_seconds", "speedup"), _POSITIVE),
     **dict.fromkeys((m + suffix for m in METRICS for suffix in ("", "_p10")), _METRIC),
-    "temporal_error": _METRIC,
+    **dict.fromkeys(("temporal_error", "calibration_runs"), _METRIC),
     "seeds": ("a non-empty list of whole numbers", lambda v: _is_ints(v) and bool(v)),
     "versions": ("an object of texts", _is_texts),
     "reasons": ("an object of texts", _is_texts),

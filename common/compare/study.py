@@ -18,9 +18,9 @@ from compare.comparison import Comparison, Contender
 from compare.ledger import Ledger
 from compare.lpips import Lpips, LpipsUnavailableError, load_lpips
 from compare.pictures import vbench_name
-from compare.rivals import NotApplicable, Rival, Tuner
+from compare.rivals import NotApplicable, PromptRun, Rival, Tuner
+from compare.rivals.fitted import FittedRival
 from compare.study_output import row_of, write_outcome
-from compare.teacache_method import latents_run
 from ertacache import provenance, solver
 from ertacache.calibration import Calibration
 from ertacache.cli import settings
@@ -34,12 +34,12 @@ from ertacache.cli.kept import (
 )
 from ertacache.cli.settings import Settings
 from ertacache.errors import ERTACacheError, UsageError
+from ertacache.fit.recipe import most_evaluations
 
 OURS = {"ertacache": None, "ertacache-best": "best"}  # name -> effort; None for that of the settings
 OUR_METHODS = ("none", *OURS, "paper")
 TIMING_REPEATS = 5
 NUM_TUNING_PROMPTS = 2
-STATIC_RIVALS = ("fewer-steps", "multistep")
 
 
 class Study:
@@ -139,7 +139,14 @@ class Study:
             computed_steps=calibration.computed_steps,
             comparable=role == "rival" and reached >= count,
             version=_version(calibration),
+            calibration_runs=self._spent(method, reached) if role == "ours" else None,
         )
+
+    def _spent(self, method: str, computed: int) -> float:
+        """The most uncached runs that a calibration of ours cost."""
+        steps = self.chosen.num_inference_steps
+        effort = OURS[method] or self.chosen.effort
+        return most_evaluations(effort, len(self.calibration_prompts), steps, computed) / steps
 
     def calibration(self, method: str, count: int) -> Calibration:
         """The calibration of a method with so many computed steps: a kept one, or a new one."""
@@ -162,14 +169,15 @@ class Study:
         return Settings(**asking)
 
     def _tuned_rivals(self) -> list[Contender]:
-        runs = [
-            latents_run(self.pipe, prompt, seed, self.arguments) for seed, prompt in enumerate(self.calibration_prompts)
-        ]
+        prompts = calibration_file_prompts(self.chosen)
+        runs = [PromptRun(self.pipe, prompt, seed, self.arguments) for seed, prompt in enumerate(prompts)]
         tuner = Tuner(self.pipe, runs[:NUM_TUNING_PROMPTS], self.chosen.num_inference_steps)
         contenders = []
         for rival in self.rivals:
             try:
-                tuner.prepare(rival, runs)
+                if isinstance(rival, FittedRival):
+                    rival.folder = self.ledger.folder
+                tuner.prepare(rival, runs[: rival.prompts or len(self.calibration_prompts)])
                 contenders += [self._tuned(rival, tuner, count) for count in self.counts]
             except NotApplicable as reason:
                 self.not_applicable[rival.name] = str(reason)
@@ -190,9 +198,11 @@ class Study:
             count,
             ", ".join(f"{name}={value}" for name, value in setting.items()),
             lambda: rival.attach(self.pipe, setting),
-            static=rival.name in STATIC_RIVALS,
+            static=rival.static,
             knob=setting,
             comparable=tuned["comparable"],
+            form=rival.form,
+            calibration_runs=rival.spent(setting),
         )
 
 

@@ -50,6 +50,8 @@ def row_of(study: "Study", contender: Contender, comparison: Comparison, times: 
         asked_steps=contender.asked_steps,
         knob=contender.knob,
         comparable=contender.comparable,
+        form=contender.form,
+        calibration_runs=contender.calibration_runs,
         reasons={} if study.perceptual else {"lpips": study.no_lpips},
     )
 

@@ -17,6 +17,7 @@ from compare.results import METRICS, TEMPORAL_ERROR, Row, best_rival, read_resul
 from ertacache.cli import command
 
 MARKER = "results"
+CALIBRATED = "Calibrated, runs ↓"
 _NONE = "\N{EN DASH}"
 
 
@@ -117,15 +118,23 @@ def _comparison(reference: Sequence[Row], section: Sequence[Row]) -> Table:
     lead = next((row for row in shown if row.role == "ours"), shown[0])
     title = f"{lead.model}: {lead.asked_steps} of {lead.num_inference_steps} steps computed"
     temporal = any(row.temporal_error is not None for row in shown)
-    table = Table(title, _header(["Method", "Knob"], temporal))
+    counted = any(row.calibration_runs is not None for row in shown)
+    table = Table(title, _header(["Method", "Knob", *([CALIBRATED] if counted else [])], temporal))
     for row in [*reference, *shown]:
         method = row.method
+        if row.form:
+            method += " " + table.note(f"{row.method}: {row.form}")
         if row.role == "rival" and not row.comparable:
             method += " " + table.note("does not reach the asked cost: shown at its nearest, not compared")
-        table.add([method, knob_text(row), *_measured(row, table, temporal)], row.role == "ours")
+        cells = [method, knob_text(row), *([_runs_text(row)] if counted else [])]
+        table.add([*cells, *_measured(row, table, temporal)], row.role == "ours")
     if any(row.role == "ours" for row in shown):
         table.remarks.append(margin_text(shown))
     return table
+
+
+def _runs_text(row: Row) -> str:
+    return _NONE if row.calibration_runs is None else f"{row.calibration_runs:.0f}"
 
 
 def published_rows(rows: Sequence[Row], published: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -1,13 +1,9 @@
 """Generate with TeaCache (`run.sh --method teacache`), fitted and tuned on the calibration prompts."""
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from compare.rivals import TeaCache, Tuner
+from compare.rivals import PromptRun, TeaCache, Tuner
 from ertacache.cli.folder import ModelFolder
 from ertacache.cli.kept import calibration_prompts, computed_steps
 from ertacache.cli.settings import Settings
@@ -20,7 +16,7 @@ def attached(pipe: Any, settings: Settings, model: ModelFolder) -> Any:
         raise UsageError(f"--method teacache is not available for {model.name}")
     rival = TeaCache(model.teacache_signal)
     arguments = model.arguments(settings)
-    runs = [latents_run(pipe, prompt, seed, arguments) for seed, prompt in enumerate(calibration_prompts(settings))]
+    runs = [PromptRun(pipe, prompt, seed, arguments) for seed, prompt in enumerate(calibration_prompts(settings))]
     print(f"teacache: fitting its polynomial on {len(runs)} prompts", file=sys.stderr)
     name, value = settings.goal()
     tuner = Tuner(pipe, runs[:1], settings.num_inference_steps)
@@ -34,13 +30,3 @@ def attached(pipe: Any, settings: Settings, model: ModelFolder) -> Any:
             file=sys.stderr,
         )
     return rival.attach(pipe, setting)
-
-
-def latents_run(pipe: Any, prompt: str, seed: int, arguments: dict[str, Any]) -> Callable[..., Tensor]:
-    """Return a function that runs the pipeline on one prompt and seed and returns the final latents."""
-
-    def run(**overrides: Any) -> Tensor:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        return pipe(prompt=prompt, generator=generator, output_type="latent", **{**arguments, **overrides})[0]
-
-    return run

@@ -11,25 +11,35 @@ whole batch at once, so compare them with one prompt per call.
 """
 
 from compare.rivals.base import NotApplicable, Rival, Run, Setting
+from compare.rivals.budcache import BudCache
 from compare.rivals.cache_dit import CacheDit
 from compare.rivals.diffusers_caches import FirstBlockCache, MagCache, SeaCache
 from compare.rivals.diffusers_modules import FasterCache, PyramidAttentionBroadcast, TaylorSeer
 from compare.rivals.easycache import EasyCache
 from compare.rivals.fewer_steps import FewerSteps
+from compare.rivals.learned import LearnedSolver
+from compare.rivals.meancache import MeanCache
 from compare.rivals.multistep import Multistep
+from compare.rivals.oss import OptimisedSteps
+from compare.rivals.runs import PromptRun
 from compare.rivals.teacache import ModulatedInput, TeaCache
 from compare.rivals.tuning import Tuned, Tuner
 
 __all__ = [
+    "BudCache",
     "CacheDit",
     "EasyCache",
     "FasterCache",
     "FewerSteps",
     "FirstBlockCache",
+    "LearnedSolver",
     "MagCache",
+    "MeanCache",
     "ModulatedInput",
     "Multistep",
     "NotApplicable",
+    "OptimisedSteps",
+    "PromptRun",
     "PyramidAttentionBroadcast",
     "Rival",
     "Run",
@@ -58,4 +68,9 @@ def all_rivals(modulated_input: ModulatedInput | None = None) -> list[Rival]:
         PyramidAttentionBroadcast(),
         FasterCache(),
         CacheDit(),
+        MeanCache(),
+        BudCache(),
+        OptimisedSteps(),
+        LearnedSolver(),
+        LearnedSolver(unlimited=True),
     ]

@@ -27,10 +27,22 @@ class Run(Protocol):
 
 
 class Rival:
-    """A cache that others ship; `knob` names the entry of a setting that sets its cost."""
+    """A cache that others ship, or a solver.
+
+    Attributes:
+        knob: the entry of a setting that sets its cost.
+        form: what it is, in a line for the notes of tables.
+        static: which steps it computes is known before the run, so prompts may share a batch.
+        prompts: how many prompts of the calibration file it is prepared on at most; None for those that ours has.
+        optional: left out unless it is asked for by name.
+    """
 
     name = ""
     knob = ""
+    form = ""
+    static = False
+    prompts: int | None = None
+    optional = False
 
     def prepare(self, pipe: Any, runs: Sequence[Run], num_steps: int) -> None:
         """Calibrate on uncached runs of `num_steps` steps; most rivals need not."""
@@ -42,6 +54,14 @@ class Rival:
     def sweeps(self, num_steps: int) -> list[list[Setting]]:
         """Several such lists, if other parameters matter too; the tuner takes the best."""
         return [self.settings(num_steps)]
+
+    def setting_for(self, wanted_fraction: float, num_steps: int) -> Setting | None:
+        """The setting of a cost where that is known without trying; None for rivals that are tuned."""
+        return None
+
+    def spent(self, setting: Setting) -> float | None:
+        """What its calibration for a setting cost in uncached runs, tuning its knob apart; None if unknown."""
+        return 0.0
 
     def attach(self, pipe: Any, setting: Setting) -> AbstractContextManager[dict[str, Any]]:
         """Run the pipeline with this cache inside a context, and as before after it, exceptions or not.

@@ -1,4 +1,4 @@
-"""cache-dit (vipshop) from its own package, if installed: DBCache, with and without its TaylorSeer.
+"""cache-dit (vipshop) from its own package, if installed: DBCache with its TaylorSeer and its masks.
 
 The package changes the transformer's instance and the pipeline's class, and its `disable_cache` leaves its forward
 behind, so what it touches is noted before and put back after.
@@ -16,35 +16,47 @@ EXTRA = "cache-dit"
 
 
 class CacheDit(Rival):
-    """Compute the first block, and the others if its residual changed by more than the threshold."""
+    """Compute the first block, and the others if its residual changed by more than the threshold.
+
+    Or, with one of the package's masks, at steps that are known before the run. One first block, since the embedded
+    pipelines have few.
+    """
 
     name = "cache-dit"
     knob = "residual_diff_threshold"
-    # (fraction of first steps that are computed, order of TaylorSeer; 0 = plain reuse of the residual)
-    VARIANTS = ((0.14, 0), (0.07, 0), (0.14, 1), (0.07, 1), (0.14, 2))
+    form = "the package's DBCache with thresholds or masks, with TaylorSeer or without, whichever is best"
+    WARM_UPS = (0.14, 0.07)  # fractions of first steps that are computed
+    TAYLORSEER = (0, 1, 2)  # orders; 0 is plain reuse of the residual, and the package's DMD is worse than either
+    MASKS = ("ultra", "fast", "medium", "slow")  # from few computed steps to many
 
     def settings(self, num_steps: int) -> list[Setting]:
         return self.sweeps(num_steps)[0]
 
     def sweeps(self, num_steps: int) -> list[list[Setting]]:
-        return [
+        thresholds: list[list[Setting]] = [
             [
                 {"residual_diff_threshold": t, "max_warmup_steps": max(1, round(f * num_steps)), "taylorseer_order": o}
                 for t in geometric(20.0, 0.005)
             ]
-            for f, o in self.VARIANTS
+            for f in self.WARM_UPS
+            for o in self.TAYLORSEER
         ]
+        masks: list[list[Setting]] = [
+            [{"mask": mask, "num_steps": num_steps, "taylorseer_order": o} for mask in self.MASKS]
+            for o in self.TAYLORSEER
+        ]
+        return [*thresholds, *masks]
 
     @contextmanager
     def attach(self, pipe: Any, setting: Setting) -> Iterator[dict[str, Any]]:
         cache_dit = _package()
+        if "mask" in setting:
+            mask = cache_dit.steps_mask(total_steps=int(setting["num_steps"]), mask_policy=setting["mask"])
+            decided = {"steps_computation_mask": mask, "steps_computation_policy": "static"}
+        else:
+            decided = {name: setting[name] for name in ("max_warmup_steps", "residual_diff_threshold")}
+        config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, **decided)
         order = int(setting["taylorseer_order"])
-        config = cache_dit.DBCacheConfig(
-            Fn_compute_blocks=1,
-            Bn_compute_blocks=0,
-            max_warmup_steps=int(setting["max_warmup_steps"]),
-            residual_diff_threshold=float(setting["residual_diff_threshold"]),
-        )
         calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
         with _unchanged(pipe), _unchanged_class(type(pipe)), _quiet():
             try:

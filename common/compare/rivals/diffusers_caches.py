@@ -118,14 +118,18 @@ class MagCache(Rival):
     VARIANTS = ((3, 0.2), (5, 0.1), (100, 0.1))
 
     def __init__(self, mag_ratios: list[float] | None = None):
-        self.mag_ratios = mag_ratios
+        self.mag_ratios, self.recorded = mag_ratios, 0.0
 
     def prepare(self, pipe: Any, runs: Sequence[Run], num_steps: int) -> None:
+        self.recorded = float(len(runs))
         recorder = _MagnitudeRecorder()
         with watch(pipe, recorder.last.clear) as recorder.clock, intercepted(pipe.transformer, recorder):
             for run in runs:
                 run()
         self.mag_ratios = [sum(values) / len(values) for values in recorder.ratios]
+
+    def spent(self, setting: Setting) -> float | None:
+        return self.recorded
 
     def settings(self, num_steps: int) -> list[Setting]:
         return self.sweeps(num_steps)[0]

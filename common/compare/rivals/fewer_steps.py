@@ -12,6 +12,7 @@ class FewerSteps(Rival):
 
     name = "fewer-steps"
     knob = "num_steps"
+    static = True
 
     def settings(self, num_steps: int) -> list[Setting]:
         return [{"num_steps": steps} for steps in range(1, num_steps)]

@@ -36,6 +36,7 @@ class Multistep(Rival):
 
     name = "multistep"
     knob = "num_steps"
+    static = True
 
     def __init__(self, order: int = 2):
         self.order = order

@@ -99,12 +99,13 @@ class TeaCache(Rival):
 
     def __init__(self, modulated_input: ModulatedInput | None = None, coefficients: list[float] | None = None):
         self.modulated_input = modulated_input
-        self.coefficients = coefficients
+        self.coefficients, self.recorded = coefficients, 0.0
 
     def prepare(self, pipe: Any, runs: Sequence[Run], num_steps: int) -> None:
         """Fit by least squares, pooling all steps of all prompts and branches, as the authors do."""
         if self.modulated_input is None:
             raise NotApplicable("TeaCache needs the model's own signal: a function modulated_input")
+        self.recorded = float(len(runs))
         recorder = _Recorder(pipe.transformer, self.modulated_input)
         with watch(pipe, recorder.last.clear) as recorder.clock, intercepted(pipe.transformer, recorder):
             for run in runs:
@@ -113,6 +114,9 @@ class TeaCache(Rival):
             raise NotApplicable(f"{len(recorder.pairs)} pairs of steps are too few to fit TeaCache's polynomial")
         inputs, outputs = np.array(recorder.pairs).T
         self.coefficients = [float(c) for c in np.polyfit(inputs, outputs, POLYNOMIAL_DEGREE)]
+
+    def spent(self, setting: Setting) -> float | None:
+        return self.recorded
 
     def settings(self, num_steps: int) -> list[Setting]:
         return [{"threshold": value} for value in geometric(10.0, 0.005)]
