@@ -47,7 +47,7 @@ def reference(pipe) -> Tensor:
 def rival(request, pipe, reference) -> Rival:
     made = RIVALS[request.param]
     if isinstance(made, CacheDit):
-        pytest.importorskip("cache_dit", reason="the optional extra cache-dit is not installed")
+        pytest.importorskip("cache_dit", reason="cache-dit is not installed")
     if getattr(made, "coefficients", 0) is None or getattr(made, "mag_ratios", 0) is None:
         made.prepare(pipe, [lambda **o: call(pipe, seed=7, **o), lambda **o: call(pipe, seed=8, **o)], NUM_STEPS)
     return made
