@@ -34,7 +34,7 @@ from ertacache.cli.kept import (
 )
 from ertacache.cli.settings import Settings
 from ertacache.errors import ERTACacheError, UsageError
-from ertacache.fit.recipe import most_evaluations
+from ertacache.fit.cost import most_evaluations
 
 OURS = {"ertacache": None, "ertacache-best": "best"}  # name -> effort; None for that of the settings
 OUR_METHODS = ("none", *OURS, "paper")

@@ -27,7 +27,7 @@ from compare.rivals.fitted import BATCH, LinearRival
 from compare.rivals.linear import LinearSolver, LinearSteps, driven, linear_form, on_grid, solver_names, warped
 from compare.rivals.runs import together
 from ertacache.files import write_atomically
-from ertacache.fit.recipe import BEST_RUNS
+from ertacache.fit.cost import BEST_RUNS
 
 BACKWARD = 2  # evaluations that a backward pass counts as
 POWERS = (1.0, 1.3, 0.85, 1.15, 1.5)  # of the grids that are tried, all solvers on the first two
