@@ -155,8 +155,9 @@ def wrapped(pipe, backend) -> None:
     pipe.transformer = torch.compile(pipe.transformer, backend=backend)
 
 
-@pytest.mark.parametrize("attach_first", [True, False])
-@pytest.mark.parametrize("compiled", [in_place, wrapped], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("compiled", "attach_first"), [(in_place, True), (wrapped, False)], ids=["in_place-True", "wrapped-False"]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_graphs_run_on_computed_steps_only(name, compiled, attach_first):
     ran = []

@@ -50,7 +50,7 @@ def test_the_saved_pipeline_is_small_and_generates(training, folder):
     assert type(pipe.transformer).__name__ == "STDiT3" and pipe.transformer.dtype == torch.float32
     torch.testing.assert_close(pipe.vae.shift.mean(), torch.tensor(3.0), atol=0.2, rtol=0)
     assert pipe.vae.latent_size(NUM_FRAMES, SIZE, SIZE) == LATENT[1:]
-    videos = training.sampler(pipe)(["a red star at the top"], 2)
+    videos = training.video_stages.sampler(pipe, **training.SAMPLING)(["a red star at the top"], 2)
     assert videos.shape == (1, 3, NUM_FRAMES, SIZE, SIZE)
     times = pipe.scheduler.timesteps / 1000
     shift = training.GRID_SHIFT

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from made_up import row, rows
 
+from compare.merge import merged, merged_meta
 from compare.pages import replace_between
 from compare.plots import main as plots_main
 from compare.results import METRICS, Row, best_rival, is_comparable, read_results, write_results
@@ -121,7 +122,7 @@ def test_the_table_has_a_section_for_each_cost_and_ours_in_bold() -> None:
         section = section_of(f"tiny FLUX: {asked} of 28 steps computed", markdown)
         assert section.count("| **ertacache** |") == 1 and "| magcache | threshold 0.031 |" in section
         assert "PSNR, dB ↑ (p10)" in section and "LPIPS ↓ (p10)" in section
-        assert "Margin of ours over the best comparable rival in each metric: PSNR +1" in section
+        assert "Margin of ertacache over the best comparable rival in each metric: PSNR +1" in section
         assert "pyramid\\_attention\\_broadcast [1] |" in section and "[1] does not reach the asked cost" in section
 
 
@@ -209,3 +210,15 @@ def test_figures_know_the_rows_that_they_show(tmp_path: Path) -> None:
     assert plots_main([*command, "--check"]) == 0
     write_results(results, [Row(**asdict(r) | {"psnr": 1.0}) for r in rows()])
     assert plots_main([*command, "--check"]) == 1
+
+
+def test_what_is_said_of_merged_rows_is_what_their_newest_run_said() -> None:
+    old = {"predicted": {"ertacache 14": 50.0}, "calibration": "8 prompts", "not applicable": {"a": "not installed"}}
+    new = {"predicted": {}, "calibration": "4 prompts", "date": "2026-11-27"}
+    meta = merged_meta({**old, "merged": "b of 2026-11-26"}, [row("a", "rival")], new)
+    assert meta["predicted"] == old["predicted"] and meta["calibration"] == "8 prompts" and not meta["not applicable"]
+    assert meta["merged"] == "b of 2026-11-26; a of 2026-11-27"
+    meta = merged_meta(old, [row()], {**new, "predicted": {"ertacache 14": 51.0}})
+    assert (meta["predicted"]["ertacache 14"], meta["calibration"]) == (51.0, "4 prompts")
+    kept = merged([row("none", "reference", None), row(psnr=1.0), row("a", "rival")], [row(psnr=2.0)])
+    assert [(one.method, one.psnr) for one in kept] == [("none", 62.0), ("ertacache", 2.0), ("a", 62.0)]

@@ -150,9 +150,10 @@ def repeated_blocks(pipe, backend) -> None:
     pipe.transformer.compile_repeated_blocks(backend=backend, fullgraph=True)
 
 
-@pytest.mark.parametrize("attach_first", [True, False])
 @pytest.mark.parametrize(
-    "integrate", [wrapped_fullgraph, in_place_fullgraph, repeated_blocks], ids=lambda f: f.__name__
+    ("integrate", "attach_first"),
+    [(wrapped_fullgraph, False), (in_place_fullgraph, True), (repeated_blocks, False), (repeated_blocks, True)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_compiled_graphs_are_used_and_never_made_again(name, integrate, attach_first):

@@ -34,6 +34,23 @@ def merged(rows: Sequence[Row], newer: Sequence[Row]) -> list[Row]:
     return [*reference, *(row for row in newer if row.role != "reference"), *(r for r in kept if r.role != "reference")]
 
 
+def merged_meta(meta: dict[str, Any], newer: Sequence[Row], newer_meta: dict[str, Any]) -> dict[str, Any]:
+    """What is said of the merged rows: of each method what its newest run said."""
+    methods = {row.method: row.role for row in newer if row.role != "reference"}
+    left_out = {
+        name: why
+        for name, why in {**meta.get("not applicable", {}), **newer_meta.get("not applicable", {})}.items()
+        if name not in methods
+    }
+    both = {**meta, "predicted": {**meta.get("predicted", {}), **newer_meta.get("predicted", {})}}
+    if "ours" in methods.values() and "calibration" in newer_meta:
+        both["calibration"] = newer_meta["calibration"]
+    both["not applicable"] = left_out
+    said = f"{', '.join(sorted(methods))} of {newer_meta.get('date', 'a later day')}"
+    both["merged"] = "; ".join(filter(None, [meta.get("merged"), said]))
+    return both
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code: 0, 1 for results that do not belong together, 2 for a wrong flag."""
     return command.run(lambda: _main(arguments))
@@ -45,12 +62,7 @@ def _main(arguments: Sequence[str] | None) -> None:
     parser.add_argument("newer", type=Path)
     options = parser.parse_args(arguments)
     (rows, meta), (newer, newer_meta) = read_results(options.results), read_results(options.newer)
-    both: dict[str, Any] = {
-        **meta,
-        **{key: newer_meta[key] for key in ("predicted", "calibration") if key in newer_meta},
-    }
-    both["merged"] = f"{', '.join(sorted({row.method for row in newer}))} of {newer_meta.get('date', 'a later day')}"
-    write_results(options.results, merged(rows, newer), both)
+    write_results(options.results, merged(rows, newer), merged_meta(meta, newer, newer_meta))
 
 
 if __name__ == "__main__":

@@ -88,10 +88,14 @@ def knob_text(row: Row) -> str:
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in pairs) or _NONE
 
 
-def margins(section: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """Ours minus the best comparable rival, per metric: (label, signed difference with unit, that rival's method)."""
+def margins(section: Sequence[Row], ours: Row | None = None) -> list[tuple[str, str, str]]:
+    """Ours minus the best comparable rival, per metric: (label, signed difference with unit, that rival's method).
+
+    Args:
+        ours: the row; the first one of ours by default.
+    """
     found = []
-    ours = next((row for row in section if row.role == "ours"), None)
+    ours = ours or next((row for row in section if row.role == "ours"), None)
     for name, metric in METRICS.items():
         for field_name, label in ((name, metric.label), (f"{name}_p10", f"{metric.label} p10")):
             rival = best_rival(section, field_name)
@@ -102,13 +106,13 @@ def margins(section: Sequence[Row]) -> list[tuple[str, str, str]]:
     return found
 
 
-def margin_text(section: Sequence[Row]) -> str:
-    """One line with the margin in every metric over the best comparable rival in it."""
-    found = margins(section)
+def margin_text(section: Sequence[Row], ours: Row) -> str:
+    """One line with the margin of a row of ours in every metric over the best comparable rival in it."""
+    found = margins(section, ours)
     if not found:
         return "Margin: no rival reached a comparable cost."
     line = "; ".join(f"{label} {difference} ({method})" for label, difference, method in found)
-    return f"Margin of ours over the best comparable rival in each metric: {line}."
+    return f"Margin of {ours.method} over the best comparable rival in each metric: {line}."
 
 
 def _comparison(reference: Sequence[Row], section: Sequence[Row]) -> Table:
@@ -128,8 +132,7 @@ def _comparison(reference: Sequence[Row], section: Sequence[Row]) -> Table:
             method += " " + table.note("does not reach the asked cost: shown at its nearest, not compared")
         cells = [method, knob_text(row), *([_runs_text(row)] if counted else [])]
         table.add([*cells, *_measured(row, table, temporal)], row.role == "ours")
-    if any(row.role == "ours" for row in shown):
-        table.remarks.append(margin_text(shown))
+    table.remarks += [margin_text(shown, row) for row in shown if row.role == "ours"]
     return table
 
 
@@ -202,7 +205,7 @@ def _ran_on(rows: Sequence[Row], command: str | None) -> str:
     text += (
         "transformer FLOPs. Seconds: denoising loop per prompt, wall clock, median of interleaved repeats. p10: worst "
     )
-    text += "decile."
+    text += "decile. Speed-up is a ratio within the run that measured the row; seconds of other runs do not compare."
     made_by = [f"Made by `{' '.join(command.replace('`', '').split())}`."] if command else []
     return "\n\n".join([*map(_escape, runs), text, *made_by])
 
