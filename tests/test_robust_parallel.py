@@ -100,7 +100,18 @@ def comparison_flags(out: Path) -> list[str]:
     prompts = out.parent / "prompts.txt"
     prompts.write_text("a red circle\na large blue star at the top\ntwo green rings\na small yellow square\n")
     few = ["--num-inference-steps", "4", "--num-calibration-prompts", "2", "--seeds", "3", "--micro-batch", "1"]
-    few += ["--effort", "balanced", "--methods", "ertacache,fewer-steps", "--computed-steps", "2"]
+    few += [
+        "--height",
+        "32",
+        "--width",
+        "32",
+        "--effort",
+        "balanced",
+        "--methods",
+        "ertacache,fewer-steps",
+        "--computed-steps",
+        "2",
+    ]
     return ["--model", "tiny", "--dtype", "float32", *few, "--prompts", str(prompts), "--out", str(out)]
 
 
