@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checked_loop import check_loop
 from stand_ins import stand_in
 
 import ertacache
@@ -59,24 +60,8 @@ def test_calibrated_and_run_where_it_is(flux):
         )
 
     loop = EulerLoop(model, sample, torch.sigmoid)
-    prompts, reference = ["a ring", "two discs", "a square", "a star"], sample(model, "a cube", 9)
-    goal = {"seeds": range(4), "progress": False}
-    with ertacache.apply(model, ertacache.calibrate(loop, prompts, computed_steps=20, **goal)):
-        assert torch.equal(sample(model, "a cube", 9), reference)
-    made = ertacache.calibrate(loop, prompts, computed_steps=10, **goal)
+    made, alone = check_loop("flux", model, loop, sample)
     assert max(made.timesteps) == 1.0
-    with ertacache.apply(model, made) as applied:
-        alone = sample(model, "a cube", 9)
-    assert (applied.computed_calls, applied.reused_calls) == (10, 10)
     scaled = ertacache.Calibration(**{**vars(made), "timesteps": [1000 * t for t in made.timesteps]})
     with ertacache.apply(model, scaled):  # as diffusers counts
         assert torch.equal(sample(model, "a cube", 9), alone)
-    with ertacache.apply(loop, made):
-        through = loop("a cube", torch.Generator().manual_seed(9), output_type="latent")[0]
-    plain = ertacache.Calibration(**{**vars(made), "coefficients": [[1.0]] * 20})
-    with ertacache.apply(model, plain):
-        naive = sample(model, "a cube", 9)
-    error, worse = (float((x - reference).norm() / reference.norm()) for x in (alone, naive))
-    apart = float((alone - through).abs().max())
-    print(f"flux: error {error:.3f} of the latents, plain reuse {worse:.3f}; model alone to adapter {apart:.1e}")
-    assert torch.allclose(alone, through, atol=1e-4) and error < 0.8 * worse
