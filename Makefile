@@ -34,6 +34,7 @@ bench:
 	$(PYTHON) bench/changed_weights.py
 	$(PYTHON) bench/ablation.py
 	$(PYTHON) bench/published_parts.py
+	$(PYTHON) bench/carry_over.py
 	$(PYTHON) bench/fuzz_calibration.py
 	$(PYTHON) bench/fuzz_kill.py
 	$(PYTHON) bench/enable.py
@@ -52,3 +53,4 @@ figures:
 	$(PYTHON) bench/changed_weights.py --page
 	$(PYTHON) bench/enable.py --page
 	$(PYTHON) bench/published_parts.py --page
+	$(PYTHON) bench/carry_over.py --page

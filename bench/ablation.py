@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from compare.recorded import linear_extrapolation, recorded_runs, uniform_schedu
 from ertacache.cache import Cache, Coefficients
 from ertacache.calibration import computed_steps_for
 from ertacache.cli.settings import read_prompts
-from ertacache.fit import least_squares, recipe
+from ertacache.fit import recipe
 from ertacache.fit.record import Record, gram_matrix
 from ertacache.fit.rerun import Rerun
 from ertacache.fit.runs import Runs, quiet
@@ -62,12 +61,6 @@ def fitted(runs: Runs, schedule: list[int], **options: Any) -> Made:
     return schedule, fit.fitted()
 
 
-def unweighted(runs: Runs, schedule: list[int]) -> Made:
-    """Stage 3 by plain least squares over the prompts."""
-    with patch.object(least_squares, "REWEIGHTINGS", 1):
-        return schedule, fit_step_by_step(runs, schedule)
-
-
 def best(runs: Runs, count: int) -> Made:
     """All stages."""
     made = recipe.fit(runs, count, "best")
@@ -82,7 +75,6 @@ VARIANTS: dict[str, Callable[[Runs, int, list[int]], Made]] = {
     "linear extrapolation": lambda runs, count, ours: (ours, linear_extrapolation(runs.record, ours)),
     "three outputs": lambda runs, count, ours: fitted(runs, ours, outputs=3),
     "fitted on reused steps alone": lambda runs, count, ours: fitted(runs, ours, on_computed=False),
-    "prompts of equal weight": lambda runs, count, ours: unweighted(runs, ours),
     "best effort: and end to end": lambda runs, count, ours: best(runs, count),
 }
 

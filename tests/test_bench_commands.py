@@ -4,6 +4,7 @@ import json
 import runpy
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import held_memory
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 CUT_DOWN = ["--layers", "0.02", "--scale", "0.1", "--steps", "3", "--computed", "2", "--repeats", "1"]
 SMALL = {
     "ablation.py": ["flux", "--prompts", "2", "--held-out", "1", "--computed-steps", "3"],
+    "carry_over.py": ["--methods", "ertacache", "--computed-steps", "9", "--held-out", "1"],
     "changed_weights.py": ["--prompts", "1", "--calibration-prompts", "2"],
     "enable.py": ["flux", "--steps", "4", "--held-out", "1"],
     "few_steps.py": ["flux", "--steps", "2", "--held-out", "1", "--repeats", "1"],
@@ -33,13 +35,14 @@ PAGES = ("python bench/speed_page.py",)  # writes a page, and is checked against
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", [line for line in LINES if line not in PAGES])
-def test_it_measures(line, tmp_path, monkeypatch):
+def test_it_measures(line, tmp_path, tmp_path_factory, monkeypatch):
     _, script, *flags = shlex.split(line)
     name = Path(script).name
     small = SMALL[f"{name} --tiny" if "--tiny" in flags else name]
     # seven rivals' memory takes half a minute, and is tested elsewhere
     caches = held_memory._caches
     monkeypatch.setattr(held_memory, "_caches", lambda *given: caches(*given)[:2])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("work")))
     monkeypatch.setattr(sys, "argv", [name, *flags, *small, "--out", str(tmp_path)])
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")

@@ -108,6 +108,7 @@ def test_the_margin_is_over_the_best_comparable_rival_of_each_metric() -> None:
         row("a", "rival", psnr=50.0, ssim=0.9, lpips=0.03),
         row("b", "rival", psnr=49.0, ssim=0.95, lpips=0.02),
         row("costly", "rival", psnr=70.0, ssim=1.0, lpips=0.0, comparable=False),
+        row("trained", "rival", psnr=70.0, ssim=1.0, lpips=0.0, calibration_runs=100.5),
     ]
     assert best_rival(section, "psnr").method == "a" and best_rival(section, "lpips").method == "b"
     found = {label: (difference, method) for label, difference, method in margins(section)}
@@ -124,6 +125,8 @@ def test_the_table_has_a_section_for_each_cost_and_ours_in_bold() -> None:
         assert "PSNR, dB ↑ (p10)" in section and "LPIPS ↓ (p10)" in section
         assert "Margin of ertacache over the best comparable rival in each metric: PSNR +1" in section
         assert "pyramid\\_attention\\_broadcast [1] |" in section and "[1] does not reach the asked cost" in section
+    trained = table_markdown([row(), row("trained", "rival", calibration_runs=100.5)])
+    assert "[1] its calibration took more uncached runs" in trained
 
 
 def test_the_table_says_what_a_calibration_cost_and_what_a_rival_is() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from compare.pages import ResultsError
 from ertacache.files import write_atomically
+from ertacache.fit.cost import BEST_RUNS
 
 ROLES = ("reference", "ours", "rival")
 # A rival is compared when its cost lies in [ours, ours + COMPARABLE_BAND], as a fraction of transformer FLOPs.
@@ -90,6 +91,11 @@ class Row:
     form: str = ""
     calibration_runs: float | None = None
 
+    @property
+    def compared(self) -> bool:
+        """Whether it is a rival at a comparable cost, calibrated with no more uncached runs than our best effort."""
+        return self.role == "rival" and self.comparable and (self.calibration_runs or 0) <= BEST_RUNS
+
     def __post_init__(self) -> None:
         for name, (expected, holds) in _CHECKS.items():
             if not holds(getattr(self, name)):
@@ -122,8 +128,8 @@ def is_comparable(cost: float, our_cost: float) -> bool:
 
 
 def best_rival(rows: Sequence[Row], name: str) -> Row | None:
-    """The comparable rival with the best `name` (a row field: psnr, lpips_p10, ...); None if there is none."""
-    rivals = [r for r in rows if r.role == "rival" and r.comparable and getattr(r, name) is not None]
+    """The compared rival with the best `name` (a row field: psnr, lpips_p10, ...); None if there is none."""
+    rivals = [r for r in rows if r.compared and getattr(r, name) is not None]
     higher = METRICS[name.removesuffix("_p10")].higher_is_better
     return (max if higher else min)(rivals, key=lambda r: getattr(r, name), default=None)
 

@@ -117,8 +117,8 @@ def margin_text(section: Sequence[Row], ours: Row) -> str:
 
 def _comparison(reference: Sequence[Row], section: Sequence[Row]) -> Table:
     shown = list(section)
-    # ours first, then the comparable rivals from best to worst, then those that could not reach the cost
-    shown.sort(key=lambda r: (r.role != "ours", not r.comparable, -(r.psnr if r.psnr is not None else -1e9)))
+    # ours first, then the compared rivals from best to worst, then those that could not reach the cost
+    shown.sort(key=lambda r: (r.role != "ours", not r.compared, -(r.psnr if r.psnr is not None else -1e9)))
     lead = next((row for row in shown if row.role == "ours"), shown[0])
     title = f"{lead.model}: {lead.asked_steps} of {lead.num_inference_steps} steps computed"
     temporal = any(row.temporal_error is not None for row in shown)
@@ -130,6 +130,8 @@ def _comparison(reference: Sequence[Row], section: Sequence[Row]) -> Table:
             method += " " + table.note(f"{row.method}: {row.form}")
         if row.role == "rival" and not row.comparable:
             method += " " + table.note("does not reach the asked cost: shown at its nearest, not compared")
+        elif row.role == "rival" and not row.compared:
+            method += " " + table.note("its calibration took more uncached runs than our best effort: not compared")
         cells = [method, knob_text(row), *([_runs_text(row)] if counted else [])]
         table.add([*cells, *_measured(row, table, temporal)], row.role == "ours")
     table.remarks += [margin_text(shown, row) for row in shown if row.role == "ours"]
