@@ -197,8 +197,8 @@ def test_a_step_that_leads_away_is_not_taken(monkeypatch):
 
 
 def test_larger_ridges_are_tried_on_the_run_as_long_as_they_do_better(monkeypatch):
-    """Errors of a few ridges, as measured: the third one is the best, and the one after it ends the search."""
-    runs, measured = recorded(), iter([-5.0, -6.0, -7.0, -6.5, -9.0])
+    """Errors of the start and of a few ridges, as measured: the third one is the best, and the one after it ends the search."""
+    runs, measured = recorded(), iter([-1.0, -5.0, -6.0, -7.0, -6.5, -9.0])
     linear, asked = linearise(runs, SCHEDULE, fitted(runs)), []
     solve = LinearisedRun.solve
     monkeypatch.setattr(LinearisedRun, "best_ridge", lambda *_: RIDGES[2])
@@ -209,16 +209,37 @@ def test_larger_ridges_are_tried_on_the_run_as_long_as_they_do_better(monkeypatc
 
 
 def test_it_costs_no_more_than_was_allowed():
-    """`prompts_within` is the inverse of what is spent on each prompt."""
     runs = recorded(micro_batch=1)
     start = fitted(runs)
-    for prompts in (2, 6):
+    for count in (2, 6):
+        # by hand: the run and 8 + 9 + 8 + 4 nudged steps of each, then the start and four ridges on all six
+        most = (5 + 29) * count + (1 + 4) * 5 * 6
+        assert prompts_within(most, 5, 6) == count and prompts_within(most - 1, 5, 6) == count - 1
         before = runs.pipe.transformer.calls
-        fit_end_to_end(runs.first(prompts), SCHEDULE, start)
-        spent = runs.pipe.transformer.calls - before
-        assert prompts_within(spent - 1, 5) < prompts <= prompts_within(spent + 3 * 5 * prompts, 5)
-    assert prompts_within(53, 5) == 0 and prompts_within(54, 5) == 1  # 5 + 8 + 9 + 8 + 4 + 4 * 5
-    assert prompts_within(-10, 5) == 0
+        fit_end_to_end(runs, SCHEDULE, start, count)
+        assert runs.pipe.transformer.calls - before <= most
+    assert prompts_within(-10, 5, 6) == 0
+
+
+def test_prompts_that_were_not_fitted_to_choose_the_ridge(monkeypatch):
+    """Of twelve, where there are four of them or more; else the last eight."""
+    pipe, judges = ToyPipeline(curved), []
+    prompts = [f"prompt {i}" for i in range(12)]
+    runs = recorded_runs(pipe, prompts, seeds=range(12), num_inference_steps=STEPS)
+    start, errors = fitted(runs), Runs.errors
+    monkeypatch.setattr(Runs, "errors", lambda self, cache: judges.append(self.prompts) or errors(self, cache))
+    for count, wanted in ((3, prompts[3:11]), (8, prompts[8:]), (9, prompts[4:])):
+        judges.clear()
+        fit_end_to_end(runs, SCHEDULE, start, count)
+        assert judges and all(one == wanted for one in judges)
+
+
+def test_best_fits_to_no_fewer_than_three_prompts(monkeypatch):
+    monkeypatch.setattr(recipe, "fit_end_to_end", lambda *_: pytest.fail("fitted"))
+    runs = recorded()
+    for left in (0, 2):
+        monkeypatch.setattr(recipe, "prompts_within", lambda *_, left=left: left)
+        assert recipe._refined(runs, SCHEDULE, fitted(runs)) is None
 
 
 # -- what is left out of the fit has no part in it ---------------------------------------------------------

@@ -144,9 +144,8 @@ class Study:
 
     def _spent(self, method: str, computed: int) -> float:
         """The most uncached runs that a calibration of ours cost."""
-        steps = self.chosen.num_inference_steps
-        effort = OURS[method] or self.chosen.effort
-        return most_evaluations(effort, len(self.calibration_prompts), steps, computed) / steps
+        steps, asking = self.chosen.num_inference_steps, self._asking(method, computed)
+        return most_evaluations(asking.effort, len(calibration_prompts(asking)), steps, computed) / steps
 
     def calibration(self, method: str, count: int) -> Calibration:
         """The calibration of a method with so many computed steps: a kept one, or a new one."""
@@ -213,7 +212,7 @@ def kept_calibration(pipe: Any, settings: Settings, model: ModelFolder) -> Calib
         return None
     calibration = Calibration.load(path)
     prompts, count = calibration_file_prompts(settings), calibration.prompts.get("count")
-    if not isinstance(count, int) or not min(settings.num_calibration_prompts, len(prompts)) <= count <= len(prompts):
+    if not isinstance(count, int) or not len(calibration_prompts(settings)) <= count <= len(prompts):
         return None
     same = calibration.prompts.get("sha256") == provenance.prompts_hash(prompts[:count], range(count))
     return calibration if same else None

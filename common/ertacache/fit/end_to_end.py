@@ -30,7 +30,9 @@ FEW_PROMPTS_RIDGE = 1e-2  # where there are too few to choose
 RIDGE_FOLDS = 4
 FEWEST_PROMPTS = 4  # to choose a ridge by cross-validation
 NUDGED_OUTPUTS = 3  # the newest ones; the last gains nothing over the step-by-step fit
-RIDGE_TRIES = 4  # ridges that are tried on the run itself
+RIDGE_TRIES = 4  # ridges that are tried on the run itself,
+JUDGES = 8  # by at most so many prompts, of which at least FEWEST_PROMPTS were not fitted to, or all that there are
+FEWEST_FITTED = 3  # of prompts; fewer say little of others
 
 Place = tuple[int, int]  # a coefficient: its step, and the index of its output, or LATENTS
 
@@ -110,11 +112,11 @@ def segment_ends(schedule: Sequence[int], num_steps: int) -> list[int]:
     return [step - 1 for step in schedule[1:]] + [num_steps - 1]
 
 
-def prompts_within(evaluations: int, computed_steps: int) -> int:
-    """How many prompts `fit_end_to_end` may take for that many transformer evaluations over all of them."""
+def prompts_within(evaluations: int, computed_steps: int, prompts: int) -> int:
+    """How many of the prompts `fit_end_to_end` may fit to for that many transformer evaluations over all of them."""
     k = computed_steps
     nudged = sum((min(s + 1, NUDGED_OUTPUTS) + 1) * (k - 1 - s) for s in range(k))
-    return max(0, evaluations // (k + nudged + RIDGE_TRIES * k))
+    return max(0, (evaluations - (RIDGE_TRIES + 1) * k * min(prompts, JUDGES)) // (k + nudged))
 
 
 def linearise(runs: Runs, schedule: list[int], coefficients: Coefficients) -> LinearisedRun:
@@ -187,22 +189,26 @@ class Refined:
         return self.linear.changed(self.linear.solve(rows, max(self.ridge, self.linear.best_ridge(rows))))
 
 
-def fit_end_to_end(runs: Runs, schedule: list[int], start: Coefficients) -> Refined:
+def fit_end_to_end(runs: Runs, schedule: list[int], start: Coefficients, fitted: int | None = None) -> Refined:
     """Take a Gauss-Newton step from `start` towards the reference's final latents, where it leads nearer.
 
     Cross-validation sees the run to first order only, and likes steps that lead too far for that. So larger ridges
-    than its choice are tried on the run itself, as long as they do better.
+    than its choice are tried on the run itself, as long as they do better, judged by prompts that were not fitted to,
+    where there are enough of them.
 
     Args:
-        runs: of the prompts that are fitted to; 8 do, 16 are better by some tenths of a decibel.
+        fitted: how many of the prompts are fitted to, the first ones; None for all. Eight do, 16 are better by some
+            tenths of a decibel.
     """
-    linear = linearise(runs, schedule, start)
-    rows, size = range(len(runs)), runs.record.latents[0][0].numel()
-    best = Refined(start, linear, None, mean_log_error(torch.from_numpy(linear.squares) / size))
-    first = RIDGES.index(linear.best_ridge(rows))
+    count = len(runs) if fitted is None else fitted
+    linear = linearise(runs.first(count), schedule, start)
+    unseen = range(count, len(runs))
+    judged = runs.subset(unseen[:JUDGES] if len(unseen) >= FEWEST_PROMPTS else range(len(runs))[-JUDGES:])
+    best = Refined(start, linear, None, mean_log_error(judged.errors(Rerun(schedule, start))))
+    first = RIDGES.index(linear.best_ridge(range(count)))
     for ridge in RIDGES[first : first + RIDGE_TRIES]:
-        refined = linear.changed(linear.solve(rows, ridge))
-        error = mean_log_error(runs.errors(Rerun(schedule, refined)))
+        refined = linear.changed(linear.solve(range(count), ridge))
+        error = mean_log_error(judged.errors(Rerun(schedule, refined)))
         if error < best.error:
             best = Refined(refined, linear, ridge, error)
         elif best.ridge is not None:

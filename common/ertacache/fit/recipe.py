@@ -12,7 +12,7 @@ from ertacache.calibration import Bundle, Calibration, check_computed_steps
 from ertacache.checks import check_no_other_cache
 from ertacache.errors import CalibrationError
 from ertacache.fit.cost import Cost, computed_steps_of, goal_of, most_evaluations
-from ertacache.fit.end_to_end import Refined, fit_end_to_end, prompts_within
+from ertacache.fit.end_to_end import FEWEST_FITTED, Refined, fit_end_to_end, prompts_within
 from ertacache.fit.predict import cross_validate, guarded
 from ertacache.fit.published import fit_published
 from ertacache.fit.record import Record
@@ -198,13 +198,15 @@ def _check_request(pipe: Any, prompts: Any, micro_batch: int, arguments: Mapping
 
 
 def _refined(runs: Runs, schedule: list[int], start: Coefficients) -> Refined | None:
-    """The fit end to end, on as many prompts as the cost allows; None where it comes no nearer."""
+    """The fit end to end, on as many prompts as the cost allows; None where these are too few, or it leads no nearer."""
     steps, computed = runs.record.num_steps, len(schedule)
     spent = most_evaluations("balanced", len(runs), steps, computed) + computed * len(runs)  # and the last step's
     left = most_evaluations("best", len(runs), steps, computed) - spent
-    prompts = min(len(runs), prompts_within(left, computed))
-    refined = fit_end_to_end(runs.first(prompts), schedule, start) if prompts > 1 else None
-    return refined if refined is not None and refined.ridge is not None else None
+    fitted = min(len(runs), prompts_within(left, computed, len(runs)))
+    if fitted < min(FEWEST_FITTED, len(runs)):
+        return None
+    refined = fit_end_to_end(runs, schedule, start, fitted)
+    return refined if refined.ridge is not None else None
 
 
 def _fitted_to(runs: Runs, rows: Sequence[int], schedule: list[int], refined: Refined | None) -> Cache:
