@@ -139,8 +139,7 @@ def _free(path: Path) -> Path:
 
 def calibration_prompts(settings: Settings) -> list[str]:
     """Calibration prompts of the settings."""
-    count = settings.num_calibration_prompts * (2 if settings.effort == "best" else 1)
-    return calibration_file_prompts(settings)[:count]
+    return calibration_file_prompts(settings)[: settings.num_calibration_prompts]
 
 
 def calibration_file_prompts(settings: Settings) -> list[str]:
