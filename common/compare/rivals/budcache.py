@@ -42,6 +42,7 @@ class BudCache(FittedRival):
     name = "budcache"
     form = "residual of all blocks reused on a schedule searched by annealing, then learned noise levels"
     prompts = MOST_PROMPTS
+    optional = True  # several hundred uncached runs for each number of steps
 
     def fit(self, pipe: Any, count: int) -> dict[str, Any]:
         runs = self.runs[:MOST_PROMPTS]
