@@ -197,7 +197,7 @@ def test_a_step_that_leads_away_is_not_taken(monkeypatch):
 
 
 def test_larger_ridges_are_tried_on_the_run_as_long_as_they_do_better(monkeypatch):
-    """Errors of the start and of a few ridges, as measured: the third one is the best, and the one after it ends the search."""
+    """Errors of the start and of some ridges, as measured: the third is the best, the one after it ends the search."""
     runs, measured = recorded(), iter([-1.0, -5.0, -6.0, -7.0, -6.5, -9.0])
     linear, asked = linearise(runs, SCHEDULE, fitted(runs)), []
     solve = LinearisedRun.solve

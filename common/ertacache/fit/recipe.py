@@ -198,7 +198,7 @@ def _check_request(pipe: Any, prompts: Any, micro_batch: int, arguments: Mapping
 
 
 def _refined(runs: Runs, schedule: list[int], start: Coefficients) -> Refined | None:
-    """The fit end to end, on as many prompts as the cost allows; None where these are too few, or it leads no nearer."""
+    """The fit end to end, on as many prompts as the cost allows; None where these are too few or it helps nothing."""
     steps, computed = runs.record.num_steps, len(schedule)
     spent = most_evaluations("balanced", len(runs), steps, computed) + computed * len(runs)  # and the last step's
     left = most_evaluations("best", len(runs), steps, computed) - spent

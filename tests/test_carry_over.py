@@ -1,0 +1,33 @@
+"""The bench of prompts unlike those of the calibration."""
+
+import carry_over
+from record import ROOT
+
+from ertacache.cli.settings import read_prompts
+
+
+def test_captions_of_one_kind_name_nothing_of_the_other():
+    folder = ROOT / "ERTACache4FLUX" / "prompts"
+    calibrating = carry_over.shapes(read_prompts(folder / "calibration.txt"), carry_over.UNSEEN)
+    held = carry_over.shapes(read_prompts(folder / "held_out.txt"), carry_over.SEEN)
+    assert len(calibrating) >= 8 and len(held) >= 16
+    for prompts, wanted, others in (
+        (calibrating, carry_over.SEEN, carry_over.UNSEEN),
+        (held, carry_over.UNSEEN, carry_over.SEEN),
+    ):
+        for prompt in prompts:
+            assert any(word in prompt for word in wanted) and not any(word in prompt for word in others)
+
+
+def test_the_table_has_a_line_a_method_and_a_column_a_kind_and_cost():
+    rows = [
+        {"method": method, "kind": kind, "asked_steps": count, "psnr": psnr, "psnr_p10": psnr - 5, "n": 32}
+        for method, psnr in (("seacache", 30.0), ("ertacache", 40.0))
+        for kind in carry_over.KINDS.values()
+        for count in (9, 14)
+    ]
+    made = carry_over.table({"model": "tiny", "num_inference_steps": 28, "rows": rows[1:]})
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in made.splitlines() if "|" in line]
+    assert lines[0][1:] == [f"{title}, {count} of 28" for title in carry_over.KINDS for count in (14, 9)]
+    assert lines[2] == ["ertacache", *["40.0 (35.0)"] * 4]
+    assert lines[3] == ["seacache", "30.0 (25.0)", "\N{EN DASH}", *["30.0 (25.0)"] * 2]
