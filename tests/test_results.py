@@ -225,3 +225,9 @@ def test_what_is_said_of_merged_rows_is_what_their_newest_run_said() -> None:
     assert (meta["predicted"]["ertacache 14"], meta["calibration"]) == (51.0, "4 prompts")
     kept = merged([row("none", "reference", None), row(psnr=1.0), row("a", "rival")], [row(psnr=2.0)])
     assert [(one.method, one.psnr) for one in kept] == [("none", 62.0), ("ertacache", 2.0), ("a", 62.0)]
+
+
+def test_seconds_of_merged_rows_belong_to_the_run_that_they_join() -> None:
+    reference = row("none", "reference", None, denoise_seconds=2.0, speedup=1.0)
+    slow = row(denoise_seconds=90.0, speedup=4.0)  # on a machine that was busy
+    assert [one.denoise_seconds for one in merged([reference, row()], [slow])] == [2.0, 0.5]

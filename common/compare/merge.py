@@ -5,6 +5,7 @@ python -m compare.merge RESULTS.json NEWER.json      replaces rows of the method
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ SAME = ("model", "num_inference_steps", "n", "prompts_sha256", "seeds", "device"
 def merged(rows: Sequence[Row], newer: Sequence[Row]) -> list[Row]:
     """The rows, with those of the newer ones' methods in place of their own; the uncached row stays.
 
+    Seconds of the newer rows become the uncached row's over their speed-up, which is a ratio within their own run.
+
     Raises:
         ResultsError: they were not measured on the same model, prompts and seeds.
     """
@@ -28,10 +31,13 @@ def merged(rows: Sequence[Row], newer: Sequence[Row]) -> list[Row]:
             raise ResultsError(
                 f"{row.method}: {other} is {getattr(row, other)!r:.60}, not {getattr(first, other)!r:.60}"
             )
-    replaced = {row.method for row in newer if row.role != "reference"}
-    kept = [row for row in rows if row.method not in replaced]
+    added = [row for row in newer if row.role != "reference"]
+    kept = [row for row in rows if row.method not in {row.method for row in added}]
     reference = [row for row in kept if row.role == "reference"]
-    return [*reference, *(row for row in newer if row.role != "reference"), *(r for r in kept if r.role != "reference")]
+    if reference:  # another run, another load: only ratios carry over
+        seconds = reference[0].denoise_seconds
+        added = [replace(row, denoise_seconds=seconds / row.speedup) for row in added]
+    return [*reference, *added, *(row for row in kept if row.role != "reference")]
 
 
 def merged_meta(meta: dict[str, Any], newer: Sequence[Row], newer_meta: dict[str, Any]) -> dict[str, Any]:

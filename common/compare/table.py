@@ -207,7 +207,7 @@ def _ran_on(rows: Sequence[Row], command: str | None) -> str:
     text += (
         "transformer FLOPs. Seconds: denoising loop per prompt, wall clock, median of interleaved repeats. p10: worst "
     )
-    text += "decile. Speed-up is a ratio within the run that measured the row; seconds of other runs do not compare."
+    text += "decile. Rows of a later run have the uncached seconds over the speed-up that it measured."
     made_by = [f"Made by `{' '.join(command.replace('`', '').split())}`."] if command else []
     return "\n\n".join([*map(_escape, runs), text, *made_by])
 
