@@ -679,3 +679,22 @@ def test_nothing_is_said_without_a_reason(ready):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call(ready[0], 9)
+
+
+def test_a_calibration_applied_in_between_gives_way_again(ready, tmp_path):
+    pipe, _ = ready
+    accelerated = call(pipe, 9)
+    other = ertacache.calibrate(
+        ToyPipeline(curved), ["a", "b"], seeds=range(2), computed_steps=3, num_inference_steps=STEPS, progress=False
+    )
+    with ertacache.apply(pipe, other) as applied:
+        assert not torch.equal(call(pipe, 9), accelerated) and applied.computed_calls == 3
+    assert torch.equal(call(pipe, 9), accelerated)
+    # while the first results are watched, what it made is none of them
+    watched = ToyPipeline(curved)
+    enable(watched, tmp_path / "other")
+    with ertacache.apply(watched, other):
+        call(watched, 9)
+    for seed in range(SAMPLES):
+        assert torch.equal(call(watched, seed), plain(seed))
+    assert not torch.equal(call(watched, 9), plain(9))
