@@ -242,6 +242,15 @@ def test_best_fits_to_no_fewer_than_three_prompts(monkeypatch):
         assert recipe._refined(runs, SCHEDULE, fitted(runs)) is None
 
 
+@pytest.mark.parametrize(("gain", "kept"), [(0.4, False), (0.6, True)])
+def test_it_is_kept_where_prompts_left_out_gain_half_a_decibel(monkeypatch, gain, kept):
+    runs = recorded()
+    monkeypatch.setattr(recipe, "cross_validate", lambda _, fit: {"psnr": 40 + gain * (fit([0, 2, 4]).first > 1)})
+    made = recipe.fit(runs, 5, "best")
+    assert any(made.sample_coefficients or []) == kept and made.predicted["psnr"] == (40 + gain if kept else 40)
+    assert (made.coefficients == recipe.fit(runs, 5, "balanced").coefficients) != kept
+
+
 # -- what is left out of the fit has no part in it ---------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from ertacache.checks import check_no_other_cache
 from ertacache.errors import CalibrationError
 from ertacache.fit.cost import Cost, computed_steps_of, goal_of, most_evaluations
 from ertacache.fit.end_to_end import FEWEST_FITTED, Refined, fit_end_to_end, prompts_within
-from ertacache.fit.predict import cross_validate, guarded
+from ertacache.fit.predict import FOLDS, cross_validate, guarded
 from ertacache.fit.published import fit_published
 from ertacache.fit.record import Record
 from ertacache.fit.result import bare_calibration, calibration_of, plain_reuse, provenance_of
@@ -25,6 +25,7 @@ from ertacache.published import PHI_OVER
 from ertacache.replay import cache_of
 
 EFFORTS = ("fast", "balanced", "best")
+GAIN = 0.5  # dB on prompts left out, for which the fit end to end is kept; on so few, less says nothing
 
 
 @overload
@@ -167,13 +168,20 @@ def fit(runs: Runs, computed_steps: int | None, effort: str) -> Calibration:
         )
     schedule = choose_steps(record, computed_steps)
     coefficients = fit_step_by_step(runs, schedule)
+    if effort == "fast":
+        return calibration_of(record, schedule, coefficients, None)
+    predicted = _predicted(runs, schedule)
     refined = _refined(runs, schedule, coefficients) if effort == "best" else None
-    if refined is not None:  # the last step leads to what the others aim at
-        coefficients = fit_last_step(runs, schedule, refined.coefficients)
-    predicted = None
-    if effort != "fast":
-        predicted = cross_validate(runs, lambda rows: _fitted_to(runs, rows, schedule, refined))
+    if refined is not None:
+        better = _predicted(runs, schedule, refined)
+        if predicted is None or better is None or better["psnr"] >= predicted["psnr"] + GAIN:
+            # the last step leads to what the others aim at
+            coefficients, predicted = fit_last_step(runs, schedule, refined.coefficients), better
     return calibration_of(record, schedule, coefficients, predicted)
+
+
+def _predicted(runs: Runs, schedule: list[int], refined: Refined | None = None) -> dict[str, Any] | None:
+    return cross_validate(runs, lambda rows: _fitted_to(runs, rows, schedule, refined))
 
 
 def _check_request(pipe: Any, prompts: Any, micro_batch: int, arguments: Mapping[str, Any]) -> None:
@@ -200,7 +208,8 @@ def _check_request(pipe: Any, prompts: Any, micro_batch: int, arguments: Mapping
 def _refined(runs: Runs, schedule: list[int], start: Coefficients) -> Refined | None:
     """The fit end to end, on as many prompts as the cost allows; None where these are too few or it helps nothing."""
     steps, computed = runs.record.num_steps, len(schedule)
-    spent = most_evaluations("balanced", len(runs), steps, computed) + computed * len(runs)  # and the last step's
+    # and of the last step, and of a second cross-validation
+    spent = most_evaluations("balanced", len(runs), steps, computed) + (1 + FOLDS) * computed * len(runs)
     left = most_evaluations("best", len(runs), steps, computed) - spent
     fitted = min(len(runs), prompts_within(left, computed, len(runs)))
     if fitted < min(FEWEST_FITTED, len(runs)):
