@@ -118,8 +118,8 @@ def main(argv: list[str] | None = None) -> None:
             **machine(torch.device("cpu"), torch.float32),
         }
         write("carry_over", record, options.out)
-    if options.page:
-        fill(PAGE, table(read("carry_over", options.out)[0]), MARKER, options.check)
+    for found in read("carry_over", options.out) if options.page else []:
+        fill(PAGE, table(found), MARKER, options.check)
 
 
 if __name__ == "__main__":
