@@ -30,8 +30,8 @@ FEW_PROMPTS_RIDGE = 1e-2  # where there are too few to choose
 RIDGE_FOLDS = 4
 FEWEST_PROMPTS = 4  # to choose a ridge by cross-validation
 NUDGED_OUTPUTS = 3  # the newest ones; the last gains nothing over the step-by-step fit
-RIDGE_TRIES = 4  # ridges that are tried on the run itself,
-JUDGES = 8  # by at most so many prompts, of which at least FEWEST_PROMPTS were not fitted to, or all that there are
+RIDGE_TRIES = 4  # ridges that are tried on the run itself
+JUDGES = 8  # prompts that choose among these: ones that were not fitted to, where there are FEWEST_PROMPTS of them
 FEWEST_FITTED = 3  # of prompts; fewer say little of others
 
 Place = tuple[int, int]  # a coefficient: its step, and the index of its output, or LATENTS
