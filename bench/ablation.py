@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from compare.recorded import linear_extrapolation, recorded_runs, uniform_schedu
 from ertacache.cache import Cache, Coefficients
 from ertacache.calibration import computed_steps_for
 from ertacache.cli.settings import read_prompts
-from ertacache.fit import recipe
+from ertacache.fit import least_squares, recipe
 from ertacache.fit.record import Record, gram_matrix
 from ertacache.fit.rerun import Rerun
 from ertacache.fit.runs import Runs, quiet
@@ -40,6 +41,7 @@ HELD_OUT = {"flux": 24}  # prompts, with two seeds each; pictures are cheap
 FEWER = 8
 SEEDS = (1000, 1001)
 DEFAULT = "default effort"
+WITH_EMPTY = ("an empty prompt among the eight", "the same, and prompts of equal weight")
 
 Made = tuple[list[int], Coefficients]  # the computed steps, and what each step combines
 
@@ -61,6 +63,12 @@ def fitted(runs: Runs, schedule: list[int], **options: Any) -> Made:
     return schedule, fit.fitted()
 
 
+def unweighted(runs: Runs, schedule: list[int]) -> Made:
+    """Stage 3 by plain least squares over the prompts."""
+    with patch.object(least_squares, "REWEIGHTINGS", 1):
+        return schedule, fit_step_by_step(runs, schedule)
+
+
 def best(runs: Runs, count: int) -> Made:
     """All stages."""
     made = recipe.fit(runs, count, "best")
@@ -75,6 +83,9 @@ VARIANTS: dict[str, Callable[[Runs, int, list[int]], Made]] = {
     "linear extrapolation": lambda runs, count, ours: (ours, linear_extrapolation(runs.record, ours)),
     "three outputs": lambda runs, count, ours: fitted(runs, ours, outputs=3),
     "fitted on reused steps alone": lambda runs, count, ours: fitted(runs, ours, on_computed=False),
+    "prompts of equal weight": lambda runs, count, ours: unweighted(runs, ours),
+    "an empty prompt among the eight": lambda runs, count, ours: (ours, fit_step_by_step(runs, ours)),
+    "the same, and prompts of equal weight": lambda runs, count, ours: unweighted(runs, ours),
     "best effort: and end to end": lambda runs, count, ours: best(runs, count),
 }
 
@@ -89,14 +100,18 @@ class Pipeline:
         held = read_prompts(FOLDERS[name] / "prompts" / "held_out.txt")[:held_out]
         pairs = [(prompt, seed) for seed in SEEDS for prompt in held]
         prompts = read_prompts(chosen.path("calibration_prompts"))[:calibrating]
-        self.runs = recorded_runs(self.pipe, prompts, seeds=range(calibrating), **options)
+        self.runs, self.with_empty = (
+            recorded_runs(self.pipe, texts, seeds=range(calibrating), **options)
+            for texts in (prompts, [*prompts[:-1], ""])
+        )
         self.held = recorded_runs(self.pipe, [p for p, _ in pairs], seeds=[s for _, s in pairs], **options)
 
     def values(self, variant: str, count: int) -> list[float]:
         """PSNR in dB of each held-out pair."""
+        runs = self.with_empty if variant in WITH_EMPTY else self.runs
         with quiet(self.pipe), torch.no_grad():
-            ours = choose_steps(self.runs.record, count)
-            cache: Cache = Rerun(*VARIANTS[variant](self.runs, count, ours))
+            ours = choose_steps(runs.record, count)
+            cache: Cache = Rerun(*VARIANTS[variant](runs, count, ours))
             return [round(float(v), 3) for v in psnr(self.held.pixels(cache), self.held.record.pixels)]
 
 

@@ -24,7 +24,6 @@ from ertacache.fit.end_to_end import (
     changed,
     fit_end_to_end,
     linearise,
-    prompt_weights,
     prompts_within,
 )
 from ertacache.fit.rerun import Rerun
@@ -152,13 +151,6 @@ def test_the_ridge_is_chosen_on_prompts_left_out():
         return sum(np.log(linear.errors(changes[p % 4])[p]) for p in rows)
 
     assert left_out(ridge) == min(map(left_out, RIDGES)) and left_out(ridge) < left_out(RIDGES[0])
-
-
-def test_weights_by_hand():
-    """1 / (E + 0.1 median E), with mean 1."""
-    wanted = 1 / (np.array([1.0, 2.0, 4.0]) + 0.2)
-    assert prompt_weights(np.array([1.0, 2.0, 4.0])) == pytest.approx(wanted / wanted.mean())
-    assert prompt_weights(np.zeros(3)).tolist() == [1.0, 1.0, 1.0]
 
 
 # -- the Gauss-Newton step ---------------------------------------------------------------------------------

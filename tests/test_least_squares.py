@@ -1,4 +1,4 @@
-"""Least squares recovers what was planted."""
+"""Least squares recovers what was planted, and serves every prompt."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ertacache.fit.least_squares import RIDGE, fit_combination, grams
+from ertacache.fit import least_squares
+from ertacache.fit.least_squares import RIDGE, fit_combination, grams, prompt_weights
 
 pytestmark = pytest.mark.core
 
@@ -54,10 +55,25 @@ def test_the_ridge_problem_is_solved():
     assert gradient == pytest.approx(np.zeros(3), abs=1e-4)
 
 
+def test_one_hard_prompt_does_not_decide_for_the_others():
+    column = noise(0, 9, 200)
+    length = torch.full((9, 1), 1.1)
+    length[4] = 3.0  # by plain least squares, one prompt in nine would pull the coefficient to 1.31
+    target = length * column + 1e-3 * noise(1, 9, 200)
+    assert fit_combination([column], target) == pytest.approx([1.1], abs=5e-3)
+
+
 def test_equal_prompts_weigh_alike():
     column, target = noise(0, 1, 80), noise(1, 1, 80)
     together = fit_combination([column.repeat(5, 1)], target.repeat(5, 1))
     assert together == pytest.approx(fit_combination([column], target), rel=1e-6)
+
+
+def test_weights_by_hand():
+    """1 / (E + 0.1 median E), with mean 1."""
+    wanted = 1 / (np.array([1.0, 2.0, 4.0]) + 0.2)
+    assert prompt_weights(np.array([1.0, 2.0, 4.0])) == pytest.approx(wanted / wanted.mean())
+    assert prompt_weights(np.zeros(3)).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_gram_matrices_are_those_of_each_prompt():
@@ -77,3 +93,10 @@ def test_identical_columns_stay_solvable():
 
 def test_columns_of_zeros_keep_the_plain_solution():
     assert fit_combination([torch.zeros(2, 5), torch.zeros(2, 5)], noise(0, 2, 5)) == [1.0, 0.0]
+
+
+def test_one_prompt_is_solved_once(monkeypatch):
+    calls, solve = [], least_squares.solve_towards_plain
+    monkeypatch.setattr(least_squares, "solve_towards_plain", lambda *a, **k: (calls.append(1), solve(*a, **k))[1])
+    fit_combination([noise(0, 1, 9)], noise(1, 1, 9))
+    assert len(calls) == 1

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from ertacache.cache import Coefficients
-from ertacache.fit.least_squares import grams
+from ertacache.fit.least_squares import REWEIGHTINGS, grams, prompt_weights
 from ertacache.fit.record import Array, Record
 from ertacache.fit.rerun import Rerun
 from ertacache.fit.runs import Runs, mean_log_error
 from ertacache.fit.store import TrajectoryStore
 
-REWEIGHTINGS = 3  # rounds of least squares; the weights hardly move after the second
-ERROR_FLOOR = 0.1  # q: share of the median error below which a prompt gains no more weight
 LATENTS = -1  # index of the latents' coefficient among those of a step
 # how far a nudge moves a state, relative to the initial latents: large enough for the arithmetic to tell
 STATE_NUDGES = {torch.float32: 3e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -61,12 +59,7 @@ class LinearisedRun:
         return np.maximum(self.squares - 2 * self.vectors @ change + quadratic, 0)
 
     def solve(self, rows: Sequence[int], ridge: float) -> Array:
-        """The change of the coefficients for the prompts `rows`, by reweighted least squares.
-
-        Quality is the mean over prompts of a logarithm (PSNR), which plain least squares serves badly: it follows the
-        few prompts with the largest errors. So prompt p weighs 1 / (E_p + q median E), E_p its squared error after the
-        round before: iteratively reweighted least squares for sum_p log(E_p + q median E).
-        """
+        """The change of the coefficients for the prompts `rows`, by least squares reweighted as in a single step."""
         rows = list(rows)
         weights = np.ones(len(rows))
         change: Array = np.zeros(len(self.places))
@@ -96,15 +89,6 @@ class LinearisedRun:
     def changed(self, change: Array) -> Coefficients:
         """The coefficients after `change`."""
         return changed(self.coefficients, self.places, change.tolist())
-
-
-def prompt_weights(errors: Array) -> Array:
-    """1 / (E_p + q median E) of squared errors E (P,), with mean 1; all 1 where a prompt has no error at all."""
-    softened = errors + ERROR_FLOOR * np.median(errors)
-    if not softened.min() > 0:
-        return np.ones(len(errors))
-    weights = 1 / softened
-    return weights / weights.mean()
 
 
 def segment_ends(schedule: Sequence[int], num_steps: int) -> list[int]:

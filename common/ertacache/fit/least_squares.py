@@ -1,4 +1,4 @@
-"""Least squares over prompts by normal equations, with a ridge."""
+"""Least squares that serve a mean of decibels: weights of prompts, normal equations, and a ridge."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,18 @@ from torch import Tensor
 
 from ertacache.fit.record import Array
 
+REWEIGHTINGS = 3  # rounds of least squares; the weights hardly move after the second
+ERROR_FLOOR = 0.1  # q: share of the median error below which a prompt gains no more weight
 RIDGE = 1e-2  # relative, on differences of outputs: four prompts are enough for six outputs with it
+
+
+def prompt_weights(errors: Array) -> Array:
+    """1 / (E_p + q median E) of squared errors E (P,), with mean 1; all 1 where a prompt has no error at all."""
+    softened = errors + ERROR_FLOOR * np.median(errors)
+    if not softened.min() > 0:
+        return np.ones(len(errors))
+    weights = 1 / softened
+    return weights / weights.mean()
 
 
 def grams(tensors: Sequence[Tensor]) -> Array:
@@ -38,6 +49,18 @@ def solve_towards_plain(matrix: Array, vector: Array, ridge: float = RIDGE) -> l
 
 
 def fit_combination(columns: Sequence[Tensor], target: Tensor, ridge: float = RIDGE) -> list[float]:
-    """Coefficients of `columns`, newest computed output first, for the output `target`; tensors are (P, ...)."""
-    products = grams([*columns, target]).sum(0)
-    return solve_towards_plain(products[:-1, :-1], products[:-1, -1], ridge)
+    """Coefficients of `columns`, newest computed output first, for the output `target`; tensors are (P, ...).
+
+    Quality is the mean over prompts of a logarithm (PSNR), which plain least squares serves badly: it follows the
+    few prompts with the largest errors. So prompt p weighs 1 / (E_p + q median E), E_p its squared error under
+    the coefficients of the round before: iteratively reweighted least squares for sum_p log(E_p + q median E).
+    """
+    products = grams([*columns, target])
+    matrices, vectors, squares = products[:, :-1, :-1], products[:, :-1, -1], products[:, -1, -1]
+    weights = np.ones(len(squares))
+    for _ in range(REWEIGHTINGS if len(squares) > 1 else 1):
+        fitted = solve_towards_plain(np.tensordot(weights, matrices, 1), np.tensordot(weights, vectors, 1), ridge)
+        a = np.asarray(fitted)
+        errors = np.maximum(squares - 2 * vectors @ a + np.einsum("i,pij,j->p", a, matrices, a), 0)
+        weights = prompt_weights(errors)
+    return fitted
