@@ -1,4 +1,4 @@
-"""What each part of the method brings, on every tiny pipeline, at default effort's eight prompts.
+"""What each part of the default brings, on every tiny pipeline; best effort is in the comparisons.
 
     python bench/ablation.py                 every pipeline, at two fifths of its steps
     python bench/ablation.py flux --computed-steps 14 9
@@ -27,7 +27,7 @@ from compare.recorded import linear_extrapolation, recorded_runs, uniform_schedu
 from ertacache.cache import Cache, Coefficients
 from ertacache.calibration import computed_steps_for
 from ertacache.cli.settings import read_prompts
-from ertacache.fit import least_squares, recipe
+from ertacache.fit import least_squares
 from ertacache.fit.record import Record, gram_matrix
 from ertacache.fit.rerun import Rerun
 from ertacache.fit.runs import Runs, quiet
@@ -69,12 +69,6 @@ def unweighted(runs: Runs, schedule: list[int]) -> Made:
         return schedule, fit_step_by_step(runs, schedule)
 
 
-def best(runs: Runs, count: int) -> Made:
-    """All stages."""
-    made = recipe.fit(runs, count, "best")
-    return made.computed_steps, made.combinations()
-
-
 VARIANTS: dict[str, Callable[[Runs, int, list[int]], Made]] = {
     DEFAULT: lambda runs, count, ours: (ours, fit_step_by_step(runs, ours)),
     "uniform steps": lambda runs, count, ours: fitted(runs, uniform_schedule(runs.record.num_steps, count)),
@@ -86,7 +80,6 @@ VARIANTS: dict[str, Callable[[Runs, int, list[int]], Made]] = {
     "prompts of equal weight": lambda runs, count, ours: unweighted(runs, ours),
     "an empty prompt among the eight": lambda runs, count, ours: (ours, fit_step_by_step(runs, ours)),
     "the same, and prompts of equal weight": lambda runs, count, ours: unweighted(runs, ours),
-    "best effort: and end to end": lambda runs, count, ours: best(runs, count),
 }
 
 

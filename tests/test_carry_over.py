@@ -1,6 +1,8 @@
-"""The bench of prompts unlike those of the calibration."""
+"""Prompts unlike those of the calibration, and one unlike the others within it."""
 
+import ablation
 import carry_over
+import numpy as np
 from record import ROOT
 
 from ertacache.cli.settings import read_prompts
@@ -31,3 +33,10 @@ def test_the_table_has_a_line_a_method_and_a_column_a_kind_and_cost():
     assert lines[0][1:] == [f"{title}, {count} of 28" for title in carry_over.KINDS for count in (14, 9)]
     assert lines[2] == ["ertacache", *["40.0 (35.0)"] * 4]
     assert lines[3] == ["seacache", "30.0 (25.0)", "\N{EN DASH}", *["30.0 (25.0)"] * 2]
+
+
+def test_one_odd_prompt_among_eight_costs_the_others_nothing():
+    """Plain least squares follows the prompt with the largest errors, and loses 10 dB on all others."""
+    pipeline = ablation.Pipeline("flux", calibrating=8, held_out=2)
+    usual, with_empty = (np.mean(pipeline.values(variant, 14)) for variant in (ablation.DEFAULT, ablation.WITH_EMPTY[0]))
+    assert with_empty > usual - 2
