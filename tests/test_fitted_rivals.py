@@ -114,6 +114,31 @@ def test_a_learned_solver_comes_nearer_within_its_budget(scheduler, velocity):
     assert 95 < rival.spent({"num_steps": COUNT}) <= 100
 
 
+def test_the_better_learning_rate_is_kept_and_a_finished_one_not_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(learned, "RATES", (1.0, 2e-3))
+    pipe, runs = toy()
+    begun, for_steps = [], learned.Training.for_steps
+
+    def noted(training, count, rate):
+        begun.append(rate)
+        for_steps(training, count, rate)
+
+    monkeypatch.setattr(learned.Training, "for_steps", noted)
+
+    def fitted() -> dict:
+        rival = LearnedSolver(budget=30)
+        rival.folder = tmp_path
+        rival.prepare(pipe, runs, STEPS)
+        return rival.fitted(pipe, COUNT)
+
+    made = fitted()
+    assert made["rate"] == 2e-3 and begun == [1.0, 2e-3] and made["runs"] <= 30
+    for kept in tmp_path.glob("*"):
+        if not kept.name.endswith("-1.json"):
+            kept.unlink()
+    assert fitted()["solver"] == made["solver"] and begun == [1.0, 2e-3, 2e-3]
+
+
 def test_a_fit_without_a_budget_goes_on_where_it_was(few, tmp_path, monkeypatch):
     def prepared(folder: Path) -> LearnedSolver:
         pipe, runs = toy()

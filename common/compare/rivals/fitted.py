@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ class FittedRival(Rival):
         return {"num_steps": max(2, round(wanted_fraction * num_steps))}
 
     def spent(self, setting: Setting) -> float | None:
-        return (self._kept(int(setting["num_steps"])) or {}).get("runs")
+        count = int(setting["num_steps"])
+        return (self.fits.get(count) or _read(self.path(count, ".json")) or {}).get("runs")
 
     def fit(self, pipe: Any, count: int) -> dict[str, Any]:
         """Fit for `count` evaluations; plain values, `runs` among them: what it cost in uncached runs."""
@@ -51,19 +52,19 @@ class FittedRival(Rival):
         """What was fitted for `count` evaluations: from memory, from the folder, or made now."""
         if not self.runs:
             raise NotApplicable(f"{self.name} has nothing to be fitted to yet: call prepare")
-        kept = self._kept(count)
-        if kept is None:
-            kept = self.fits[count] = self.fit(pipe, count)
-            path = self.path(count, ".json")
-            if path is not None:
-                write_atomically(path, json.dumps(kept))
-        return kept
+        if count not in self.fits:
+            self.fits[count] = self.kept(count, ".json", lambda: self.fit(pipe, count))
+        return self.fits[count]
 
-    def _kept(self, count: int) -> dict[str, Any] | None:
-        path = self.path(count, ".json")
-        if count not in self.fits and path is not None and path.exists():
-            self.fits[count] = json.loads(path.read_text(encoding="utf-8"))
-        return self.fits.get(count)
+    def kept(self, count: int, suffix: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the folder has under this name, or what is made now and put there."""
+        path = self.path(count, suffix)
+        made = _read(path)
+        if made is None:
+            made = make()
+            if path is not None:
+                write_atomically(path, json.dumps(made))
+        return made
 
     def path(self, count: int, suffix: str) -> Path | None:
         """A file of a fit, named by what it depends on; None where nothing is kept."""
@@ -72,6 +73,10 @@ class FittedRival(Rival):
         given = [(run.prompt, run.seed) for run in self.runs if isinstance(run, PromptRun)]
         digest = hashlib.sha256(json.dumps([given, self.steps]).encode()).hexdigest()[:12]
         return self.folder / f"{self.name}-{count}-{digest}{suffix}"
+
+
+def _read(path: Path | None) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else None
 
 
 class LinearRival(FittedRival):

@@ -15,6 +15,7 @@ import io
 import math
 import random
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ POWERS = (1.0, 1.3, 0.85, 1.15, 1.5)  # of the grids that are tried, all solvers
 FLOOR = 1e-4  # of the whitening, relative to the largest eigenvalue
 # tuned on prompts of the tiny FLUX pipeline that it is not fitted to, beyond its budget
 LEARNING_RATE, TIMES_RATE, MOMENTS, WARM_UP = 2e-3, 3.0, (0.9, 0.99), 5
+RATES = (LEARNING_RATE, LEARNING_RATE / 4)  # with a budget the better one, found for free: video wants less
 # without a budget
 MOST_PROMPTS, MOST_LEFT_OUT = 256, 16
 CHECK_EVERY, PATIENCE = 25, 3  # gradient steps; checks without GAIN after which the learning rate falls
@@ -119,21 +121,28 @@ class LearnedSolver(LinearRival):
             parts = [self.runs[start : start + BATCH] for start in range(0, len(self.runs), BATCH)]
             wanted = torch.cat([together(some).float() for some in parts])
             start, gram, evaluations, stock = best_classical(pipe, self.runs[0], wanted[:1], count, self.steps)
-        training = Training(pipe, self.runs, wanted, Weights(start, gram))
         evaluations += self.steps * len(self.runs)
+        left = self.budget * self.steps - evaluations
+
+        def trained(rate: float) -> dict[str, Any]:
+            training = Training(pipe, self.runs, wanted, Weights(start, gram))
+            if self.unlimited:
+                training.until_it_stops(self.path(count, ".pt"))
+            else:
+                training.for_steps(int(left / ((1 + BACKWARD) * count)), rate)
+            return {
+                "runs": (evaluations + training.evaluations) / self.steps,
+                "stock": stock,
+                "rate": rate,
+                "history": training.history,
+                "solver": training.weights.solver().to_dict(),
+            }
+
         if self.unlimited:
-            training.until_it_stops(self.path(count, ".pt"))
-        else:
-            left = self.budget * self.steps - evaluations
-            training.for_steps(int(left / ((1 + BACKWARD) * count)))
-        evaluations += training.evaluations
-        solver = training.weights.solver()
-        return {
-            "runs": evaluations / self.steps,
-            "stock": stock,
-            "history": training.history,
-            "solver": solver.to_dict(),
-        }
+            return trained(LEARNING_RATE)
+        tried = [self.kept(count, f"-{rate:g}.json", partial(trained, rate)) for rate in RATES]
+        # each prompt comes once in the last so many steps
+        return max(tried, key=lambda made: math.fsum(made["history"][-len(self.runs) :]))
 
 
 def best_classical(
@@ -180,12 +189,12 @@ class Training:
         self.evaluations += (1 + BACKWARD) * len(self.weights.start) * len(rows)
         return decibels(loss.detach())
 
-    def for_steps(self, count: int) -> None:
+    def for_steps(self, count: int, learning_rate: float = LEARNING_RATE) -> None:
         """So many steps of one prompt each, after warming up the learning rate, which then falls to 0."""
         order = shuffled(len(self.runs), seed=0)
         for index in tqdm(range(count), desc="learned solver", leave=False, mininterval=1):
             rate = min((index + 1) / WARM_UP, 0.5 * (1 + math.cos(math.pi * index / count)))
-            self.history.append(self.step([next(order)], LEARNING_RATE * rate))
+            self.history.append(self.step([next(order)], learning_rate * rate))
 
     def until_it_stops(self, progress: Path | None) -> None:
         """Batches of prompts until those left out come no nearer; goes on where it was."""
