@@ -218,7 +218,7 @@ def test_figures_know_the_rows_that_they_show(tmp_path: Path) -> None:
 def test_what_is_said_of_merged_rows_is_what_their_newest_run_said() -> None:
     old = {"predicted": {"ertacache 14": 50.0}, "calibration": "8 prompts", "not applicable": {"a": "not installed"}}
     new = {"predicted": {}, "calibration": "4 prompts", "date": "2026-11-27"}
-    meta = merged_meta({**old, "merged": "b of 2026-11-26"}, [row("a", "rival")], new)
+    meta = merged_meta({**old, "merged": "a, b of 2026-11-26"}, [row("a", "rival")], new)
     assert meta["predicted"] == old["predicted"] and meta["calibration"] == "8 prompts" and not meta["not applicable"]
     assert meta["merged"] == "b of 2026-11-26; a of 2026-11-27"
     meta = merged_meta(old, [row()], {**new, "predicted": {"ertacache 14": 51.0}})

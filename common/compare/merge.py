@@ -52,8 +52,15 @@ def merged_meta(meta: dict[str, Any], newer: Sequence[Row], newer_meta: dict[str
     if "ours" in methods.values() and "calibration" in newer_meta:
         both["calibration"] = newer_meta["calibration"]
     both["not applicable"] = left_out
-    said = f"{', '.join(sorted(methods))} of {newer_meta.get('date', 'a later day')}"
-    both["merged"] = "; ".join(filter(None, [meta.get("merged"), said]))
+    days: dict[str, str] = {}
+    for part in filter(None, meta.get("merged", "").split("; ")):
+        names, day = part.rsplit(" of ", 1)
+        days |= dict.fromkeys(names.split(", "), day)
+    days |= dict.fromkeys(methods, newer_meta.get("date", "a later day"))
+    both["merged"] = "; ".join(
+        f"{', '.join(sorted(name for name in days if days[name] == day))} of {day}"
+        for day in sorted(set(days.values()))
+    )
     return both
 
 
