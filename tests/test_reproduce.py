@@ -67,6 +67,7 @@ def rows(out: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_and_ends_the_same(pipe, tmp_path, monkeypatch):
+    fitted = [*ONE, "--methods", "none,ertacache,oss"]  # a rival that is fitted says what it cost, resumed or not
     measured = []
     original = Comparison._metrics
 
@@ -79,19 +80,19 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(pipe, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(Comparison, "_metrics", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(pipe, tmp_path / "a", *ONE)
+            run(pipe, tmp_path / "a", *fitted)
     assert not (tmp_path / "a" / "results.json").exists()
 
     again = []
     with monkeypatch.context() as patch:
         patch.setattr(Comparison, "_metrics", lambda self, p: again.append(1) or original(self, p))
         patch.setattr(recipe, "calibrate", lambda *_, **__: pytest.fail("calibrated once more"))
-        run(pipe, tmp_path / "a", *ONE)
-    # of the reference, ours and fewer steps two were done
+        run(pipe, tmp_path / "a", *fitted)
+    # of the reference, ours and the rival two were done
     assert len(again) == 1
-    run(pipe, tmp_path / "b", *ONE)
+    run(pipe, tmp_path / "b", *fitted)
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
-    assert len(rows(tmp_path / "a")) == 3
+    assert [row["calibration_runs"] is None for row in rows(tmp_path / "a")] == [True, False, False]
     meta = json.loads((tmp_path / "a" / "results.meta.json").read_text())
     assert meta["command"].startswith("sh reproduce.sh --model tiny --num-inference-steps 6 ")
     assert set(meta["predicted"]) == {"ertacache 3"} and meta["predicted"]["ertacache 3"] > 10

@@ -187,9 +187,9 @@ class Study:
             tuned = tuner.tune(rival, count / self.chosen.num_inference_steps)
             if tuned.fraction > 0.999:
                 raise ERTACacheError(f"rival {rival.name} skipped nothing at any setting: it is not attached right")
-            return {"setting": tuned.setting, "comparable": tuned.comparable}
+            return {"setting": tuned.setting, "comparable": tuned.comparable, "runs": rival.spent(tuned.setting)}
 
-        tuned = self.ledger.get(f"tuned {rival.name} {count}", make)
+        tuned = self.ledger.get(f"setting of {rival.name} {count}", make)
         setting = tuned["setting"]
         return Contender(
             rival.name,
@@ -201,7 +201,7 @@ class Study:
             knob=setting,
             comparable=tuned["comparable"],
             form=rival.form,
-            calibration_runs=rival.spent(setting),
+            calibration_runs=tuned["runs"],
         )
 
 
