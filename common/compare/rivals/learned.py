@@ -189,7 +189,7 @@ class Training:
         self.evaluations += (1 + BACKWARD) * len(self.weights.start) * len(rows)
         return decibels(loss.detach())
 
-    def for_steps(self, count: int, learning_rate: float = LEARNING_RATE) -> None:
+    def for_steps(self, count: int, learning_rate: float) -> None:
         """So many steps of one prompt each, after warming up the learning rate, which then falls to 0."""
         order = shuffled(len(self.runs), seed=0)
         for index in tqdm(range(count), desc="learned solver", leave=False, mininterval=1):
