@@ -92,7 +92,7 @@ def trained_autoencoder(material: Material, plan: Plan, args: argparse.Namespace
 
 def packed_latents(autoencoder: AutoencoderKL, material: Material, steps: Plan, args: argparse.Namespace) -> Tensor:
     """Normalised, packed latents of all stills, float16 (n, tokens, channels * 4)."""
-    path = args.work / f"latents-{steps.stills}-{plan.latents_tag(args, steps)}.pt"
+    path = args.work / f"latents-{material.stills.key}-{steps.stills}-{plan.latents_tag(args, steps)}.pt"
     if not path.exists():
         pixels = rendered(material.stills, steps.stills, args.pixels)
         torch.save(vae.encode_all(autoencoder, pixels[:, 0], args.device), path)

@@ -6,6 +6,7 @@ and place, whether it is mirrored, the light on the background, and of a clip th
 A pair of subject and background that `is_held_out` is never trained on; prompts for tests are made of those.
 """
 
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,7 +84,9 @@ class EmojiSet:
 
     @property
     def key(self) -> str:
-        return f"{self.name}-{self.seed}-{self.num_frames}x{self.size}"
+        # by its subjects too: examples that are kept from before the list changed are others
+        listed = zlib.crc32(repr(self.subjects).encode())
+        return f"{self.name}-{listed:08x}-{self.seed}-{self.num_frames}x{self.size}"
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -110,14 +110,14 @@ def encoded_examples(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Latents of first frames and of clips, float16 (n, C, f, h, w), kept in the work folder; not normalised."""
 
-    def encode(source: Source, count: int, name: str) -> np.ndarray:
+    def encode(source: Source, count: int) -> np.ndarray:
         pixels = rendered(source, count, args.pixels)
         # another length of training is another autoencoder, with other latents
-        path = args.work / f"latents-{name}-{count}-{latents_tag(args, plan)}.npy"
+        path = args.work / f"latents-{source.key}-{count}-{latents_tag(args, plan)}.npy"
         return video_vae.encoded_clips(autoencoder, pixels, path, args.device, ENCODE_BATCH)
 
     assert material.clips is not None
-    return encode(material.stills, plan.stills, "stills"), encode(material.clips, plan.clips, "clips")
+    return encode(material.stills, plan.stills), encode(material.clips, plan.clips)
 
 
 def fidelity(autoencoder: nn.Module, material: Material, args: argparse.Namespace) -> float:
