@@ -2,8 +2,8 @@
 
     python bench/carry_over.py
 
-On the tiny FLUX pipeline: calibrated on captions without a triangle, star or cross and measured on captions of these
-alone; calibrated as always and measured on texts that describe no picture. Rivals are tuned and fitted on the same
+On the tiny FLUX pipeline: calibrated on captions of faces and measured on captions of vehicles; calibrated as always
+and measured on texts that describe no picture. Rivals are tuned and fitted on the same
 prompts as ours. Writes bench/results/carry_over.json and the table in docs/speed.md.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,13 @@ from tiny_pipelines import FOLDERS, subject_name, tiny_module
 from compare import reproduce
 from compare.pages import fill, grid
 from ertacache.cli.settings import read_prompts
+from tiny_training.emoji import BACKGROUNDS, caption, is_held_out, load_subjects
 
 PAGE, MARKER = ROOT / "docs" / "speed.md", "carry-over"
-SEEN, UNSEEN = ("circle", "square", "ring"), ("triangle", "star", "cross")
+VEHICLES = (
+    *("a rocket", "a helicopter", "a bus", "a fire engine", "a police car", "a red car", "a tractor", "a bicycle"),
+    *("a motorcycle", "a racing car", "an airplane", "a sailboat"),
+)
 NO_CAPTIONS = (
     "!",
     "?????",
@@ -37,18 +42,35 @@ NO_CAPTIONS = (
     "please send me the invoice by mail",
     "to be or not to be, that is the question",
     "import torch",
-    "star of the at green small with checkered circle background large",
+    "rocket of the on green light with skin birthday background a running",
     "yellow? no, never again",
     "she sold the house and bought a boat",
     "a photograph of a cat asleep on a keyboard",
 )
-KINDS = {"shapes not calibrated on": "shapes", "no captions": "texts"}
+KINDS = {"vehicles, calibrated on faces": "vehicles", "no captions": "texts"}
 METHODS = "ertacache,ertacache-best,seacache,taylorseer-lite,oss,learned-solver"
 
 
-def shapes(prompts: list[str], others: tuple[str, ...]) -> list[str]:
-    """The captions that name none of the others."""
-    return [prompt for prompt in prompts if not any(word in prompt for word in others)]
+def faces() -> list[str]:
+    """Captions of faces, as they were trained on, each with another background."""
+    phrases = [subject.phrase for subject in load_subjects("stills")]
+    return captions([phrase for phrase in phrases if "face" in phrase.split()], held_out=False)
+
+
+def vehicles() -> list[str]:
+    """Captions of vehicles on backgrounds that they were never trained on, then on others."""
+    return [*captions(VEHICLES, held_out=True), *captions(VEHICLES, held_out=False)]
+
+
+def captions(phrases: Sequence[str], held_out: bool) -> list[str]:
+    """Of each subject one."""
+    subjects = [subject.phrase for subject in load_subjects("stills")]
+    made = []
+    for number, phrase in enumerate(phrases):
+        subject = subjects.index(phrase)
+        fitting = [name for i, name in enumerate(BACKGROUNDS) if is_held_out(subject, i) == held_out]
+        made.append(caption(phrase, colour=fitting[number % len(fitting)]))
+    return made
 
 
 def compare(kind: str, methods: str, counts: str, work: Path, held_out: int) -> list[dict[str, Any]]:
@@ -56,11 +78,8 @@ def compare(kind: str, methods: str, counts: str, work: Path, held_out: int) -> 
     folder, module = FOLDERS["flux"], tiny_module("flux")
     calibrating = read_prompts(folder / "prompts" / "calibration.txt")
     held = list(NO_CAPTIONS)
-    if kind == "shapes":
-        calibrating, held = (
-            shapes(calibrating, UNSEEN),
-            shapes(read_prompts(folder / "prompts" / "held_out.txt"), SEEN),
-        )
+    if kind == "vehicles":
+        calibrating, held = faces(), vehicles()
     work.mkdir(parents=True, exist_ok=True)
     files = {"calibration-prompts": calibrating, "prompts": held[:held_out]}
     flags = ["--model", "tiny", "--methods", methods, "--computed-steps", counts, "--out", str(work)]

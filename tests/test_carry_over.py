@@ -3,22 +3,16 @@
 import ablation
 import carry_over
 import numpy as np
-from record import ROOT
 
-from ertacache.cli.settings import read_prompts
+from tiny_training.emoji import load_subjects
 
 
 def test_captions_of_one_kind_name_nothing_of_the_other():
-    folder = ROOT / "ERTACache4FLUX" / "prompts"
-    calibrating = carry_over.shapes(read_prompts(folder / "calibration.txt"), carry_over.UNSEEN)
-    held = carry_over.shapes(read_prompts(folder / "held_out.txt"), carry_over.SEEN)
-    assert len(calibrating) >= 8 and len(held) >= 16
-    for prompts, wanted, others in (
-        (calibrating, carry_over.SEEN, carry_over.UNSEEN),
-        (held, carry_over.UNSEEN, carry_over.SEEN),
-    ):
-        for prompt in prompts:
-            assert any(word in prompt for word in wanted) and not any(word in prompt for word in others)
+    faces, vehicles = carry_over.faces(), carry_over.vehicles()
+    assert len(set(faces)) == len(faces) >= 8 and len(set(vehicles)) == len(vehicles) >= 16
+    names = [subject.phrase for subject in load_subjects("stills")]
+    assert all("face" in prompt.split(",")[0] for prompt in faces)
+    assert {prompt.split(",")[0] for prompt in vehicles} == set(carry_over.VEHICLES) <= set(names)
 
 
 def test_the_table_has_a_line_a_method_and_a_column_a_kind_and_cost():

@@ -7,6 +7,8 @@ subject on a background that it was never trained on. No prompt is in both.
 import argparse
 from pathlib import Path
 
+import numpy as np
+
 from ertacache.files import write_atomically
 from tiny_training import emoji, plan
 from tiny_training.emoji import EmojiSet
@@ -15,13 +17,14 @@ from tiny_training.sprites import load_sprites
 
 
 def calibration_prompts(source: Source, count: int) -> list[str]:
-    """Full captions of the first examples, all different."""
+    """Full captions of examples, all different; any first few of them are of all kinds of subjects."""
     prompts: dict[str, None] = {}
-    index = 0
-    while len(prompts) < count:
-        prompts[source.captions(index)[0]] = None
-        index += 1
-    return list(prompts)
+    rng, start = np.random.default_rng(plan.SEED), 0
+    while len(prompts) < count:  # a subject once, in a random order, and then again
+        for index in rng.permutation(len(source.names)).tolist():
+            prompts[source.captions(start + index)[0]] = None
+        start += len(source.names)
+    return list(prompts)[:count]
 
 
 def held_out_prompts(source: Source, count: int) -> list[str]:
