@@ -37,9 +37,9 @@ PLAN = Plan(
     vae_examples=24_000,
     vae_steps=3_000,
     stills=24_000,
-    still_steps=40_000,
+    still_steps=10_000,
     still_batch=32,
-    distil_steps=1_500,
+    distil_steps=800,
     sampling_steps=28,
 )
 FLOW_SHARE = 0.85  # of the time, where that is given
