@@ -93,6 +93,12 @@ def test_captions_say_what_a_person_would():
     assert words("a t-shirt, on a Blue background") == ["a", "t", "shirt", "on", "a", "blue", "background"]
 
 
+def test_a_set_of_other_subjects_keeps_its_examples_under_another_name(pictures):
+    sprites = load_sprites(pictures, moving=False)
+    keys = {EmojiSet("some", sprites, subjects, seed=3).key for subjects in (SUBJECTS, SUBJECTS[::-1], SUBJECTS[:1])}
+    assert len(keys) == 3 and EmojiSet("some", sprites, list(SUBJECTS), seed=3).key in keys
+
+
 def test_examples_are_functions_of_their_number_and_leave_held_out_pairs_out(pictures):
     source = EmojiSet("some", load_sprites(pictures, moving=False), SUBJECTS, seed=3)
     assert np.array_equal(source.pixels(5), source.pixels(5)) and source.pixels(5).shape == source.shape

@@ -249,6 +249,8 @@ def test_a_fitted_rival_skips_work_and_leaves_nothing_behind(rival, few):
     with pytest.raises(NotApplicable, match="prepare"), rival.attach(pipe, {"num_steps": COUNT}):
         pass
     rival.prepare(pipe, [lambda seed=seed, **o: call(pipe, seed=seed, **{**SHORT, **o}) for seed in (7, 8)], STEPS)
+    with pytest.raises(NotApplicable, match="too many"), rival.attach(pipe, {"num_steps": STEPS + 1}):
+        pass
     setting = rival.setting_for(COUNT / STEPS, STEPS)
     rival.fitted(pipe, COUNT)
     copy.deepcopy(pipe.scheduler)

@@ -6,6 +6,7 @@ import json
 import runpy
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,12 +123,20 @@ def test_a_comparison_runs(folder, flags, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("words", STRIP_LINES, ids=" ".join)
 def test_a_strip_is_drawn(words, tmp_path, monkeypatch):
-    """What the page's line draws, of fewer steps, and not into the folder."""
+    """What the page's line draws, of fewer steps, the rival's too, and not into the folder."""
     folder, results = words[1:]
     strip = runpy.run_path(str(ROOT / words[0]))
     small = [*fewest(ROOT / folder), "--calibration-folder", str(tmp_path), "--computed-steps", "2"]
     small += ["--num-inference-steps", "4"]
     parse, main = settings.parse, strip["main"]
+    best = strip["best_rival"]
+
+    def smaller_rival(*args):
+        row = best(*args)
+        knob = {name: min(value, 2) if name == "num_steps" else value for name, value in (row.knob or {}).items()}
+        return replace(row, knob=knob)
+
+    monkeypatch.setitem(main.__globals__, "best_rival", smaller_rival)
     monkeypatch.setattr(settings, "parse", lambda folder, argv, *rest: parse(folder, [*argv, *small], *rest))
     drawn = tmp_path / "strip.webp"
     monkeypatch.setitem(main.__globals__, "write_atomically", lambda path, data: drawn.write_bytes(data) and path)

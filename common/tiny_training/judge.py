@@ -48,7 +48,7 @@ def train_judge(source: Source, pixels: np.ndarray, *, num_steps: int, folder: P
             logits = judge(batch)
         return F.cross_entropy(logits.float(), labels[chosen].to(device))
 
-    return Stage("judge", judge, loss, num_steps, 1e-3, folder).run()
+    return Stage(f"judge-{source.key}", judge, loss, num_steps, 1e-3, folder).run()
 
 
 @torch.no_grad()

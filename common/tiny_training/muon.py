@@ -16,7 +16,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.mT
-        # sums within the products: half the time of the same written out, which is a fifth of a training step
+        # sums within the products: written out, they take nearly twice the time, a fifth of a training step
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide is matrices else x.mT
 

@@ -49,9 +49,15 @@ class FittedRival(Rival):
         raise NotImplementedError
 
     def fitted(self, pipe: Any, count: int) -> dict[str, Any]:
-        """What was fitted for `count` evaluations: from memory, from the folder, or made now."""
+        """What was fitted for `count` evaluations: from memory, from the folder, or made now.
+
+        Raises:
+            NotApplicable: there is nothing to fit to, or the uncached run has fewer steps.
+        """
         if not self.runs:
             raise NotApplicable(f"{self.name} has nothing to be fitted to yet: call prepare")
+        if count > self.steps:
+            raise NotApplicable(f"{self.name} is fitted to an uncached run of {self.steps} steps: {count} are too many")
         if count not in self.fits:
             self.fits[count] = self.kept(count, ".json", lambda: self.fit(pipe, count))
         return self.fits[count]
