@@ -44,7 +44,16 @@ def sampled(latents: Tensor) -> Tensor:
 
 def calibration_files(model: str) -> list[Path]:
     """Calibrations that earlier versions made for a model's tiny pipeline, with all that a file may hold."""
-    return sorted((FOLDER / "calibrations" / model).glob("*.json"))
+    return sorted((FOLDER / "calibrations" / model).glob("tiny-*.json"))
+
+
+def restore(pipe: Any, configs: dict[str, dict[str, Any]]) -> None:
+    """Give a pipeline the transformer and the scheduler that its calibrations were made for, with random weights."""
+    for name, changes in configs.items():
+        part = getattr(pipe, name)
+        torch.manual_seed(0)
+        made = type(part).from_config({**part.config, **changes})
+        setattr(pipe, name, made.eval() if isinstance(made, torch.nn.Module) else made)
 
 
 def final_latents(model: str, files: list[Path]) -> dict[str, Tensor]:
@@ -52,6 +61,9 @@ def final_latents(model: str, files: list[Path]) -> dict[str, Tensor]:
     from tiny_pipelines import FOLDERS, tiny_pipeline
 
     pipe, chosen, module = tiny_pipeline(model)
+    earlier = FOLDER / "calibrations" / model / "pipeline.json"  # where the tiny pipeline has been replaced since
+    if earlier.exists():
+        restore(pipe, json.loads(earlier.read_text(encoding="utf-8")))
     prompt = (FOLDERS[model] / chosen.prompts).read_text(encoding="utf-8").splitlines()[0]
     made = {}
     for file in files:
