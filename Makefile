@@ -35,6 +35,7 @@ bench:
 	$(PYTHON) bench/ablation.py
 	$(PYTHON) bench/published_parts.py
 	$(PYTHON) bench/carry_over.py
+	$(PYTHON) bench/realism.py
 	$(PYTHON) bench/fuzz_calibration.py
 	$(PYTHON) bench/fuzz_kill.py
 	$(PYTHON) bench/enable.py
@@ -54,3 +55,4 @@ figures:
 	$(PYTHON) bench/enable.py --page
 	$(PYTHON) bench/published_parts.py --page
 	$(PYTHON) bench/carry_over.py --page
+	$(PYTHON) bench/realism.py --page

@@ -1,7 +1,7 @@
 """How much the embedded pipelines are like the real models: ratios of residual norms of successive steps.
 
-    python bench/realism.py              every embedded pipeline there is; prints the table
-    python bench/realism.py --print      no measuring: the table of what there is
+    python bench/realism.py              every embedded pipeline there is
+    python bench/realism.py --page       no measuring: the table of what there is, into docs/speed.md
 
 The residual r_t is what all blocks of the transformer add at a step. MagCache publishes the mean over tokens of
 ||r_t|| / ||r_{t-1}|| for the real models, on one prompt in bfloat16. The same is taken here of each embedded pipeline,
@@ -21,16 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
-from record import RESULTS, machine, read, write
+from record import RESULTS, ROOT, machine, read, write
 from tiny_pipelines import FOLDERS, available, subject_name, tiny_pipeline
 
-from compare.pages import grid
+from compare.pages import fill, grid
 from compare.rivals import MagCache, PromptRun
 from compare.rivals.base import replaced
 from ertacache.cli.settings import read_prompts
 
 FIRST = 10  # ratios whose product says how fast the residual grows
-SHOWN = (2, 3, 4, 5, 10, 15, 20, 25, 30, 40, 45, 48)  # steps whose ratios are printed, and the last
+SHOWN = (2, 3, 4, 5, 10, 20, 25, 30, 40)  # steps whose ratios are shown, and the last
+PAGE, MARKER = ROOT / "docs" / "speed.md", "realism"
 REPOSITORY = "github.com/Zehong-Ma/MagCache"
 
 # Wan2.1-T2V-1.3B, 50 steps: of both guidance branches in turn, from the second step on
@@ -153,15 +154,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("models", nargs="*", default=available(), help=f"of {', '.join(FOLDERS)}")
     parser.add_argument("--prompts", type=int, default=8, help="calibration prompts")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--print", action="store_true", dest="printing", help="no measuring")
+    parser.add_argument("--page", action="store_true", help="put the table of what there is into docs/speed.md")
     options = parser.parse_args(argv)
-    if not options.printing:
+    if not options.page:
         rows = [measure(name, options.prompts) for name in options.models]
         about = {"prompts": options.prompts, **machine(torch.device("cpu"), torch.float32)}
         write("realism", {"rows": rows, **about}, options.out)
-    (record,) = read("realism", options.out)
-    sys.stdout.write(table(record["rows"]))
+    for found in read("realism", options.out) if options.page else []:
+        fill(PAGE, table(found["rows"]), MARKER)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -25,6 +25,7 @@ SMALL = {
     "latency.py": ["wan", *CUT_DOWN, "--frames", "5"],
     "latency.py --tiny": ["flux", "--computed", "9", "--repeats", "1"],
     "prompts_needed.py": ["flux", "--counts", "1", "2", "--held-out", "1", "--draws", "1", "--speedups", "3"],
+    "realism.py": ["flux", "--prompts", "1"],
     "scaling.py": ["--steps", "4", "8", "--factors", "1", "2"],
 }
 LINES = sorted(
@@ -38,6 +39,9 @@ PAGES = ("python bench/speed_page.py",)  # writes a page, and is checked against
 def test_it_measures(line, tmp_path, tmp_path_factory, monkeypatch):
     _, script, *flags = shlex.split(line)
     name = Path(script).name
+    if name == "changed_weights.py":
+        for package in ("peft", "torchao"):
+            pytest.importorskip(package, reason=f"what changed weights cost needs {package}, which is not installed")
     small = SMALL[f"{name} --tiny" if "--tiny" in flags else name]
     # seven rivals' memory takes half a minute, and is tested elsewhere
     caches = held_memory._caches

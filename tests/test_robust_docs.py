@@ -38,12 +38,8 @@ def test_the_table_of_changed_weights_is_that_of_its_result():
     fill(changed_weights.PAGE, changed_weights.table(record), changed_weights.MARKER, check=True)
 
 
-def test_rows_that_cannot_be_measured_here_stay_as_they_were(monkeypatch, tmp_path):
-    absent = {"weights": "int8 weights", "not_measured": "no torchao"}
-    monkeypatch.setattr(changed_weights, "RESULT", tmp_path / "none.json")
-    assert changed_weights.measured_before("int8 weights", absent) == absent
-    before = {"weights": "int8 weights", "base_psnr": 40.0, "recalibrated_psnr": 41.0}
-    (tmp_path / "some.json").write_text(json.dumps({"rows": [before]}))
-    monkeypatch.setattr(changed_weights, "RESULT", tmp_path / "some.json")
-    assert changed_weights.measured_before("int8 weights", absent) == before
-    assert changed_weights.measured_before("LoRA of 3 %", {"weights": "LoRA of 3 %"}) == {"weights": "LoRA of 3 %"}
+def test_without_the_packages_nothing_is_measured(monkeypatch, tmp_path, capsys):
+    """Rows of earlier weights beside new ones would be a table of two pipelines."""
+    monkeypatch.setattr(changed_weights, "NEEDED", ("no_such_package",))
+    assert changed_weights.main(["--out", str(tmp_path)]) == 1
+    assert "needs no_such_package" in capsys.readouterr().err and not list(tmp_path.iterdir())
