@@ -90,8 +90,7 @@ def table(record: dict[str, Any]) -> str:
     """Markdown: quality with the base model's calibration and with one for the changed weights."""
     header = ["Weights", "Base model's calibration, dB", "Recalibrated, dB"]
     lines = [
-        [row["weights"], *(_number(row[name]) for name in ("base_psnr", "recalibrated_psnr"))]
-        for row in record["rows"]
+        [row["weights"], *(_number(row[name]) for name in ("base_psnr", "recalibrated_psnr"))] for row in record["rows"]
     ]
     about = (
         f"{record['model']} pipeline on a CPU, {record['computed_steps']} steps computed, {record['prompts']} held-out "

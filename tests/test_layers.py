@@ -159,7 +159,7 @@ def test_an_import_loads_little():
 
 def test_generating_from_a_finished_file_loads_little_and_no_rival(tmp_path):
     folder = ROOT / "ERTACache4FLUX"
-    file = next((ROOT / "tests" / "golden" / "calibrations" / "flux").glob("*-k14-*.json"))
+    file = next((folder / "calibration").glob("tiny-*-k14.json"))
     argv = ["--model", "tiny", "--prompt", "a red circle", "--out", str(tmp_path), "--calibration", str(file)]
     modules = loaded(GENERATED, *argv, folder=folder)
     assert len(list(tmp_path.glob("*.png"))) == 1

@@ -1,9 +1,11 @@
 """The loop on the front page and on the method's page is what `apply` does, on the tiny FLUX pipeline."""
 
+import json
 import re
 
 import pytest
 import torch
+from golden_runs import calibration_files, restore
 from page_texts import FIRST_FOLDER, ROOT
 from tiny_pipelines import tiny_pipeline
 
@@ -24,22 +26,23 @@ def test_both_pages_show_the_same_loop():
 
 
 @pytest.fixture(scope="module")
-def embedded():
-    return tiny_pipeline("flux")
+def pipelines():
+    """Today's tiny pipeline, and the one that the golden calibrations were made for."""
+    now, earlier = tiny_pipeline("flux"), tiny_pipeline("flux")
+    restore(earlier[0], json.loads((GOLDEN / "pipeline.json").read_text()))
+    return {FIRST_FOLDER / "calibration": now, GOLDEN: earlier}
 
 
-FILES = [
-    *(FIRST_FOLDER / "calibration").glob("tiny-*.json"),
-    *(ROOT / "tests" / "golden").rglob("tiny-64x64-n28-*.json"),
-]
+GOLDEN = ROOT / "tests" / "golden" / "calibrations" / "flux"
+FILES = [*(FIRST_FOLDER / "calibration").glob("tiny-*.json"), *calibration_files("flux")]
 
 
 @pytest.mark.parametrize("path", sorted(FILES), ids=lambda p: p.stem)
-def test_the_loop_makes_the_latents_of_apply(path, embedded):
+def test_the_loop_makes_the_latents_of_apply(path, pipelines):
     calibration = ertacache.Calibration.load(path)
     if calibration.channel_coefficients is not None:
         pytest.skip("the loop has no matrices of channels")
-    pipe, chosen, module = embedded
+    pipe, chosen, module = pipelines[path.parent]
     prompt = (FIRST_FOLDER / chosen.prompts).read_text(encoding="utf-8").splitlines()[0]
     calls = []
     forward = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
